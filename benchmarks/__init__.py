@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a table, side by side in one run, and saves JSON."""

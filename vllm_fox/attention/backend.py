@@ -1,0 +1,108 @@
+"""The FOX attention backend: what vLLM asks of it, and the metadata of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_fox.kernels.paged import Batch
+
+from .implementation import ForgettingAttentionImpl
+
+
+class FoxAttentionBackend(AttentionBackend):
+    """Paged forgetting attention with adaptive computation pruning."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "FOX"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        return ForgettingAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FoxMetadataBuilder]:
+        return FoxMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Blocks outermost: then the whole cache is one flat array of pages.
+        return (KVCacheLayout.BLHNC,)
+
+
+@dataclass
+class FoxMetadata(AttentionMetadata):
+    """One step.
+
+    Attributes:
+        batch: its rows.
+        decode_rows, prefill_rows: rows with one query, and with several.
+    """
+
+    batch: Batch
+    decode_rows: list[int]
+    prefill_rows: list[int]
+
+
+class FoxMetadataBuilder(AttentionMetadataBuilder[FoxMetadata]):
+    """Turns vLLM's description of a batch into ours. vLLM's block table holds one entry a row, the slot."""
+
+    # The leaf functions read live ranges on the host, so they run between CUDA graphs (piecewise).
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+    def __init__(
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> FoxMetadata:
+        common = common_attn_metadata
+        query_lens = common.query_start_loc_cpu.diff().tolist()
+        # Rows that vLLM added as padding have no query; they come last.
+        rows = len(query_lens)
+        while rows and query_lens[rows - 1] == 0:
+            rows -= 1
+        seq_lens = common.seq_lens_cpu_upper_bound
+        if seq_lens is None:
+            seq_lens = common.seq_lens.cpu()
+        batch = Batch(
+            query_start=common.query_start_loc[: rows + 1].long(),
+            seq_lens=common.seq_lens[:rows].long(),
+            slots=common.block_table_tensor[:rows, 0].long(),
+            query_lens_host=query_lens[:rows],
+            seq_lens_host=seq_lens[:rows].tolist(),
+        )
+        return FoxMetadata(
+            batch=batch,
+            decode_rows=[r for r in range(rows) if query_lens[r] == 1],
+            prefill_rows=[r for r in range(rows) if query_lens[r] > 1],
+        )

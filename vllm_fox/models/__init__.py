@@ -1,0 +1,1 @@
+"""Models for vLLM, one file each."""

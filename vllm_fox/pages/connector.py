@@ -1,0 +1,147 @@
+"""The KV connector that carries page-table changes to the workers and reports of dead pages back.
+
+Nothing is transferred to or from other machines: vLLM's connector interface is the public channel by which a plugin
+can ship data with every step in both directions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+
+from .manager import StreamPageManager
+from .messages import PageReport, TableUpdate
+from .metrics import PageMetrics, PageStats
+from .spec import PageGeometry, StreamPageSpec
+from .tables import DeviceTables
+
+if TYPE_CHECKING:
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.request import Request
+
+
+class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
+    """Scheduler role: talks to the manager. Worker role: owns the device tables."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._manager: StreamPageManager | None = None
+        self._tables: DeviceTables | None = None
+        self._last_stats = PageStats()
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # Worker.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        assert isinstance(spec, StreamPageSpec)
+        layers = self._vllm_config.compilation_config.static_forward_context
+        geometry = PageGeometry.of(spec, self._kv_cache_config.num_blocks)
+        device = next(iter(kv_caches.values())).device
+        self._tables = DeviceTables(geometry, get_tensor_model_parallel_rank(), device)
+        for name in kv_caches:
+            layers[name].bind_page_table(self._tables.table)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert self._tables is not None and isinstance(connector_metadata, TableUpdate)
+        self._tables.apply(connector_metadata)
+
+    def build_connector_worker_meta(self) -> PageReport:
+        update = self._get_connector_metadata()
+        assert self._tables is not None and isinstance(update, TableUpdate)
+        return self._tables.report(update)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Nothing is loaded."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing is loaded."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Nothing is saved."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is saved."""
+
+    # Scheduler.
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        (manager,) = kv_cache_manager.coordinator.single_type_managers
+        assert isinstance(manager, StreamPageManager)
+        self._manager = manager
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> TableUpdate:
+        assert self._manager is not None
+        return self._manager.take_update(list(scheduler_output.num_scheduled_tokens))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        assert self._manager is not None
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, PageReport):
+            self._manager.apply(report)
+
+    def has_pending_block_frees(self) -> bool:
+        """Waiting a step for pages that are about to come back beats preempting a request."""
+        return self._manager is not None and self._manager.expects_release
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """The manager has noted the allocation already."""
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, None
+
+    # Metrics.
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self._manager is None:
+            return None
+        stats = PageStats.of(self._manager.pool)
+        change = stats.since(self._last_stats)
+        self._last_stats = stats
+        return change
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        return PageStats(data=dict(data or {}))
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PageMetrics:
+        return PageMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,209 @@
+"""vLLM's view of the page pool: a KV-cache manager that counts slabs and hands out pages.
+
+vLLM's scheduler asks for blocks and reads its gauges from the BlockPool. A block here is only a unit of account, one
+page for every stream ("slab"): the manager holds as many blocks as its pages in use fill, and returns a block as
+soon as one fewer is enough. Page ids are its own, so a block's number means nothing and fragmentation cannot arise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.request import Request
+
+from .admission import LiveShare
+from .messages import PageReport, TableUpdate
+from .pool import Columns, PagePool
+
+if TYPE_CHECKING:
+    from .spec import StreamPageSpec
+
+
+class StreamPageManager(SingleTypeKVCacheManager):
+    """Allocates pages for scheduled tokens and takes back what the workers report dead.
+
+    A request's row in vLLM's own block table has a single entry, the request's slot.
+    """
+
+    kv_cache_spec: StreamPageSpec
+
+    def __init__(self, kv_cache_spec: StreamPageSpec, block_pool: BlockPool, **kwargs: Any) -> None:
+        from .spec import PageGeometry
+
+        super().__init__(kv_cache_spec, block_pool, **kwargs)
+        spec = kv_cache_spec
+        geometry = PageGeometry.of(spec, block_pool.num_gpu_blocks)
+        self.pool = PagePool(
+            num_pages=geometry.num_pages,
+            padding_pages=geometry.streams,
+            ranks=spec.num_ranks,
+            streams=geometry.streams,
+            num_slots=geometry.num_slots,
+            num_chunks=geometry.num_chunks,
+            max_chunks=geometry.max_chunks,
+        )
+        self.live_share = LiveShare()
+        self._chunk_pages = cdiv(spec.max_step_tokens, self.block_size) + 1
+        self._held_blocks: list[KVCacheBlock] = []
+        self._slot_of: dict[str, int] = {}
+        # Pages a stream that a request was admitted for, until its prompt has them all.
+        self._prompt_pages: dict[str, int] = {}
+        self._opened: list[int] = []
+        self._columns: list[Columns] = []
+        self._step = 0
+        # Columns allocated in steps that no report has come back from: (step, slot, count).
+        self._unreported: list[tuple[int, int, int]] = []
+
+    # What vLLM's scheduler calls.
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Blocks needed for ``num_tokens``; with ``apply_admission_cap``, blocks that must be free to admit."""
+        slot = self._slot_of.get(request_id, 0)
+        pages = cdiv(num_tokens, self.block_size)
+        if apply_admission_cap:
+            self._prompt_pages[request_id] = pages
+            return self._pages_to_admit(request_id, pages)
+        missing = pages - int(self.pool.num_pages[slot]) if slot else pages
+        if missing <= 0:
+            return 0
+        if not (slot or self.pool.has_free_slot) or not self.pool.chunks_available(slot, missing):
+            # No slot or no page-table chunk is free: more than the pool can have, so that the request waits.
+            return self.block_pool.num_gpu_blocks
+        return missing
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        slot = self._slot_of.get(request_id, 0)
+        missing = cdiv(num_tokens, self.block_size) - (int(self.pool.num_pages[slot]) if slot else 0)
+        if slot and missing <= 0:
+            return []
+        new_row: list[KVCacheBlock] = []
+        if not slot:
+            slot = self._slot_of[request_id] = self.pool.open()
+            self._opened.append(slot)
+            new_row = self.req_to_blocks[request_id] = [KVCacheBlock(block_id=slot)]
+        self._columns.append(self.pool.extend(slot, missing))
+        self._unreported.append((self._step, slot, missing))
+        if self.pool.num_pages[slot] >= self._prompt_pages.get(request_id, 0):
+            self._prompt_pages.pop(request_id, None)
+        self._settle()
+        return new_row
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Takes back the request's pages at once: later steps run after those in flight, on the same stream."""
+        self.req_to_blocks.pop(request_id, None)
+        self._prompt_pages.pop(request_id, None)
+        slot = self._slot_of.pop(request_id, 0)
+        if slot:
+            if slot in self._opened:
+                self._opened.remove(slot)
+            self._columns = [column for column in self._columns if column.slot != slot]
+            self._unreported = [entry for entry in self._unreported if entry[1] != slot]
+            self.pool.close(slot)
+            self._settle()
+        return []
+
+    def free(self, request_id: str) -> None:
+        self.pop_blocks_for_free(request_id)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Nothing here: pages die by the workers' reports, not by position."""
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Nothing here: prefix caching is switched off at start-up."""
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+    # What our connector calls.
+
+    def take_update(self, scheduled: Sequence[str]) -> TableUpdate:
+        """What changed in the page table since the last step, and which slots this step runs."""
+        slots = np.array([self._slot_of[request_id] for request_id in scheduled], dtype=np.int64)
+        update = TableUpdate.of(self._step, slots, self.pool.epoch[slots], self._opened, self._columns)
+        self._opened, self._columns = [], []
+        self._step += 1
+        return update
+
+    def apply(self, report: PageReport) -> None:
+        """Free what the workers proved dead in a step, and learn from it."""
+        self._unreported = [entry for entry in self._unreported if entry[0] > report.step]
+        if not self.kv_cache_spec.release or not report.slots.size:
+            return
+        freed = sum(
+            self.pool.release(rank, report.slots, report.epochs, starts)
+            for rank, starts in report.starts.items()
+        )
+        if freed:
+            slots = report.slots[self.pool.epoch[report.slots] == report.epochs]
+            pages = self.pool.num_pages[slots]
+            self.live_share.observe(pages, self.pool.live_pages[slots].max(1) / (pages * self.pool.streams))
+            self._settle()
+
+    @property
+    def expects_release(self) -> bool:
+        """Whether reports still under way will probably free a block or more."""
+        if not self.kv_cache_spec.release:
+            return False
+        return any(
+            count * (1.0 - self.live_share.share(int(self.pool.num_pages[slot]))) >= 1.0
+            for _, slot, count in self._unreported
+        )
+
+    # Inside.
+
+    def _pages_to_admit(self, request_id: str, pages: int) -> int:
+        """Pages a stream that must be free before a request of ``pages`` is admitted.
+
+        Its own expected peak, what prompts under way have still to take, and a page for every running request,
+        which will cross a page boundary sooner or later. Without release nothing is forgotten: vLLM's own rule.
+        """
+        if not self.kv_cache_spec.release:
+            return pages
+        need = self.live_share.peak(pages, self._chunk_pages)
+        for other, target in self._prompt_pages.items():
+            slot = self._slot_of.get(other, 0)
+            if slot and other != request_id:
+                held = int(self.pool.live_pages[slot].max()) // self.pool.streams
+                need += max(0, self.live_share.peak(target, self._chunk_pages) - held)
+        # A lone request is always let in: its peak is at most what start-up checked to fit.
+        return need + len(self._slot_of)
+
+    def _settle(self) -> None:
+        """Hold as many blocks of vLLM's pool as the pages in use fill."""
+        target = cdiv(self.pool.used, self.pool.streams)
+        change = target - len(self._held_blocks)
+        if change > 0:
+            self._held_blocks += self.block_pool.get_new_blocks(change)
+        elif change < 0:
+            self.block_pool.free_blocks(self._held_blocks[change:])
+            del self._held_blocks[change:]

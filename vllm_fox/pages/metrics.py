@@ -1,0 +1,90 @@
+"""Page counts on vLLM's /metrics and in its log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from .pool import PagePool
+
+_ZERO = {"allocated": 0, "released": 0, "live": 0}
+
+
+class PageStats(KVConnectorStats):
+    """``allocated`` and ``released`` are counts since the last stats, ``live`` is a level (pages, all ranks)."""
+
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        super().__init__(data={**_ZERO, **(data or {})})
+
+    @classmethod
+    def of(cls, pool: PagePool) -> PageStats:
+        """Totals since start-up."""
+        return cls(
+            {"allocated": pool.allocated_total, "released": pool.released_total, "live": pool.used_total}
+        )
+
+    def since(self, earlier: PageStats) -> PageStats | None:
+        """What changed; None if nothing did."""
+        if self.data == earlier.data:
+            return None
+        change = {key: self.data[key] - earlier.data[key] for key in ("allocated", "released")}
+        return PageStats({**change, "live": self.data["live"]})
+
+    def reset(self) -> None:
+        self.data = dict(_ZERO)
+
+    def aggregate(self, other: KVConnectorStats) -> PageStats:
+        added = {key: self.data[key] + other.data[key] for key in ("allocated", "released")}
+        return PageStats({**added, "live": other.data["live"]})
+
+    def reduce(self) -> dict[str, int | float]:
+        return {f"KV pages {key}": value for key, value in self.data.items()}
+
+    def is_empty(self) -> bool:
+        return self.data == _ZERO
+
+
+class PageMetrics(KVConnectorPromMetrics):
+    """``vllm:fox_kv_pages_allocated``, ``..._released`` (counters) and ``..._live`` (gauge)."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+        def per_engine(metric: Any) -> dict[int, Any]:
+            return {engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()}
+
+        self._allocated = per_engine(
+            self._counter_cls(
+                name="vllm:fox_kv_pages_allocated",
+                documentation="KV pages (tokens of one KV head of one layer) ever allocated to requests.",
+                labelnames=labelnames,
+            )
+        )
+        self._released = per_engine(
+            self._counter_cls(
+                name="vllm:fox_kv_pages_released",
+                documentation="KV pages given back by pruning while their request was running.",
+                labelnames=labelnames,
+            )
+        )
+        self._live = per_engine(
+            self._gauge_cls(
+                name="vllm:fox_kv_pages_live",
+                documentation="KV pages that requests hold now.",
+                labelnames=labelnames,
+                multiprocess_mode="mostrecent",
+            )
+        )
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        self._allocated[engine_idx].inc(transfer_stats_data["allocated"])
+        self._released[engine_idx].inc(transfer_stats_data["released"])
+        self._live[engine_idx].set(transfer_stats_data["live"])

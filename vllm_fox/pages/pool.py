@@ -1,0 +1,238 @@
+"""The scheduler's book of pages: which page ids are free, and which each running request holds.
+
+Everything is a numpy array and every operation works on whole arrays, because a model has hundreds of streams and
+a long request thousands of pages. Nothing here knows vLLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_fox.kernels.paged import TABLE_CHUNK
+
+Int32 = np.ndarray
+
+
+class OutOfPages(RuntimeError):
+    """The pool was asked for more than it has; callers check :meth:`PagePool.can_extend` first."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Page-table entries written by one extension: ``n`` page indices of one slot, over all streams.
+
+    Attributes:
+        slot: the request's slot.
+        new_chunk_index, new_chunk: [m] table chunks the slot was given, and their index in the request.
+        chunk, offset: [n] where in the table each page index stands.
+        ids: [ranks, n, streams] page ids.
+    """
+
+    slot: int
+    new_chunk_index: Int32
+    new_chunk: Int32
+    chunk: Int32
+    offset: Int32
+    ids: Int32
+
+
+class PagePool:
+    """Page ids, page table and live ranges of all running requests.
+
+    Every tensor-parallel rank has its own page ids (a head that has died on one rank frees memory there, whatever
+    its neighbours do). Slot 0, chunk 0 and the first ``padding_pages`` pages are never handed out.
+
+    Args:
+        num_pages: page ids per rank, padding included.
+        padding_pages: page ids ``[0, padding_pages)`` are padding.
+        ranks: tensor-parallel ranks.
+        streams: streams on each rank.
+        num_slots: requests that may run at once.
+        num_chunks: table chunks, padding chunk included.
+        max_chunks: table chunks that the longest request needs.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        padding_pages: int,
+        ranks: int,
+        streams: int,
+        num_slots: int,
+        num_chunks: int,
+        max_chunks: int,
+    ) -> None:
+        self.ranks, self.streams = ranks, streams
+        self.capacity = num_pages - padding_pages
+        # Stacks: [: num_free] of each row are the free ids. Low ids are on top, so that a light load stays dense.
+        ids = np.arange(num_pages - 1, padding_pages - 1, -1, dtype=np.int32)
+        self._free = np.tile(ids, (ranks, 1))
+        self._num_free = np.full(ranks, self.capacity, dtype=np.int64)
+        self._entries = np.zeros((num_chunks, ranks, streams, TABLE_CHUNK), dtype=np.int32)
+        self._chunk_of = np.zeros((num_slots + 1, max_chunks), dtype=np.int32)
+        self._first_chunk = np.zeros(num_slots + 1, dtype=np.int32)
+        self._free_chunks = list(range(num_chunks - 1, 0, -1))
+        self._free_slots = list(range(num_slots, 0, -1))
+        self.start = np.zeros((num_slots + 1, ranks, streams), dtype=np.int32)
+        self.num_pages = np.zeros(num_slots + 1, dtype=np.int32)
+        self.live_pages = np.zeros((num_slots + 1, ranks), dtype=np.int64)
+        self.epoch = np.zeros(num_slots + 1, dtype=np.int64)
+        self.allocated_total = 0
+        self.released_total = 0
+
+    @property
+    def used(self) -> int:
+        """Pages in use on the rank that uses most."""
+        return int(self.capacity - self._num_free.min())
+
+    @property
+    def used_total(self) -> int:
+        """Pages in use, summed over the ranks."""
+        return int((self.capacity - self._num_free).sum())
+
+    @property
+    def has_free_slot(self) -> bool:
+        return bool(self._free_slots)
+
+    def _chunks_missing(self, slot: int, count: int) -> int:
+        held = int(self.num_pages[slot]) if slot else 0
+        return -(-(held + count) // TABLE_CHUNK) - -(-held // TABLE_CHUNK)
+
+    def can_extend(self, slot: int, count: int) -> bool:
+        """Whether ``slot`` (0: a new one) can get ``count`` more pages in every stream."""
+        return (
+            (slot != 0 or self.has_free_slot)
+            and count * self.streams <= int(self._num_free.min())
+            and self._chunks_missing(slot, count) <= len(self._free_chunks)
+        )
+
+    def chunks_available(self, slot: int, count: int) -> bool:
+        """Whether the page table has room for ``count`` more page indices of ``slot`` (0: a new one)."""
+        return self._chunks_missing(slot, count) <= len(self._free_chunks)
+
+    def open(self) -> int:
+        """Take a slot for a request. A slot's epoch tells its incarnations apart."""
+        if not self._free_slots:
+            raise OutOfPages("no free slot")
+        slot = self._free_slots.pop()
+        self.epoch[slot] += 1
+        return slot
+
+    def extend(self, slot: int, count: int) -> Columns:
+        """Give ``slot`` its next ``count`` pages in every stream of every rank."""
+        if not self.can_extend(slot, count):
+            raise OutOfPages(f"{count} pages in each of {self.streams} streams")
+        first = int(self.num_pages[slot])
+        missing = self._chunks_missing(slot, count)
+        index = np.arange(-(-first // TABLE_CHUNK), -(-first // TABLE_CHUNK) + missing, dtype=np.int32)
+        chunks = np.array([self._free_chunks.pop() for _ in range(missing)], dtype=np.int32)
+        self._chunk_of[slot, index] = chunks
+
+        page = np.arange(first, first + count)
+        chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], (page % TABLE_CHUNK).astype(np.int32)
+        taken = count * self.streams
+        ids = np.empty((self.ranks, count, self.streams), dtype=np.int32)
+        for rank in range(self.ranks):
+            top = int(self._num_free[rank])
+            ids[rank] = self._free[rank, top - taken : top].reshape(count, self.streams)
+        self._num_free -= taken
+        # entries[chunk, :, :, offset] is [count, ranks, streams]
+        self._entries[chunk, :, :, offset] = ids.transpose(1, 0, 2)
+        self.num_pages[slot] = first + count
+        self.live_pages[slot] += taken
+        self.allocated_total += taken * self.ranks
+        return Columns(slot, index, chunks, chunk, offset, ids)
+
+    def release(self, rank: int, slots: np.ndarray, epochs: np.ndarray, starts: np.ndarray) -> int:
+        """Free the pages that ``rank`` has proved dead. Late, repeated or outdated reports do no harm.
+
+        Args:
+            slots, epochs: [R] the rows of the report and the incarnation that each speaks of.
+            starts: [R, streams] first live page; pages before it are dead.
+
+        Returns:
+            Pages freed.
+        """
+        current = self.epoch[slots] == epochs
+        if not current.all():
+            slots, starts = slots[current], starts[current]
+        old = self.start[:, rank].take(slots, axis=0)
+        moved = np.flatnonzero(starts > old)
+        row, stream = np.divmod(moved, self.streams)
+        slot = slots[row]
+        low = old.ravel()[moved]
+        # The newest page always lives, whatever a report says.
+        high = np.minimum(starts.ravel()[moved], self.num_pages[slot] - 1)
+        if (high <= low).any():
+            valid = high > low
+            row, stream, slot, low, high = (part[valid] for part in (row, stream, slot, low, high))
+        if not row.size:
+            return 0
+        self.start[slot, rank, stream] = high
+        freed = self._free_range(rank, slot, stream, low, high)
+        self.released_total += freed
+        counts = np.bincount(row, weights=high - low, minlength=len(slots))
+        self.live_pages[slots, rank] -= counts.astype(np.int64)
+        crossed = low // TABLE_CHUNK != high // TABLE_CHUNK
+        if crossed.any():
+            self._free_dead_chunks(np.unique(slot[crossed]))
+        return freed
+
+    def close(self, slot: int) -> None:
+        """Take back all that ``slot`` holds, and the slot. What its epoch's reports say later is ignored."""
+        count = int(self.num_pages[slot])
+        streams = np.arange(self.streams)
+        for rank in range(self.ranks):
+            low = self.start[slot, rank]
+            self._free_range(rank, np.full(self.streams, slot), streams, low, np.full(self.streams, count))
+        self._free_chunks_between(slot, -(-count // TABLE_CHUNK))
+        self._first_chunk[slot] = 0
+        self.start[slot] = 0
+        self.num_pages[slot] = 0
+        self.live_pages[slot] = 0
+        self.epoch[slot] += 1
+        self._free_slots.append(slot)
+
+    def _free_range(
+        self, rank: int, slot: np.ndarray, stream: np.ndarray, low: np.ndarray, high: np.ndarray
+    ) -> int:
+        """Push the ids of pages ``low:high`` of each (slot, stream) back on the rank's stack."""
+        counts = (high - low).astype(np.int64)
+        total = int(counts.sum())
+        if not total:
+            return 0
+        which = np.repeat(np.arange(len(counts)), counts)
+        page = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts) + low[which]
+        chunk = self._chunk_of[slot[which], page // TABLE_CHUNK]
+        top = int(self._num_free[rank])
+        self._free[rank, top : top + total] = self._entries[chunk, rank, stream[which], page % TABLE_CHUNK]
+        self._num_free[rank] = top + total
+        return total
+
+    def _free_dead_chunks(self, slots: np.ndarray) -> None:
+        """Table chunks before every stream's live range can serve other requests."""
+        ends = self.start[slots].reshape(len(slots), -1).min(1) // TABLE_CHUNK
+        passed = ends > self._first_chunk[slots]
+        for slot, end in zip(slots[passed].tolist(), ends[passed].tolist()):
+            self._free_chunks_between(slot, end)
+
+    def _free_chunks_between(self, slot: int, end: int) -> None:
+        first = int(self._first_chunk[slot])
+        if end > first:
+            self._free_chunks.extend(self._chunk_of[slot, first:end].tolist())
+            self._first_chunk[slot] = end
+
+    def held_ids(self, slot: int, rank: int) -> np.ndarray:
+        """Page ids that ``slot`` holds on ``rank`` (for checks and tests)."""
+        count = int(self.num_pages[slot])
+        page = np.arange(count)
+        chunk = self._chunk_of[slot, page // TABLE_CHUNK]
+        ids = self._entries[chunk, rank, :, page % TABLE_CHUNK]
+        return ids[page[:, None] >= self.start[slot, rank][None, :]]
+
+    def free_ids(self, rank: int) -> np.ndarray:
+        """Page ids free on ``rank`` (for checks and tests)."""
+        return self._free[rank, : int(self._num_free[rank])]

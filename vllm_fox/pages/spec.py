@@ -1,0 +1,130 @@
+"""The KV-cache spec through which vLLM sizes the pool, and what follows from it on both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_fox.kernels.paged import TABLE_CHUNK, PageFormat
+
+from .manager import StreamPageManager
+
+TABLE_SHARE = 0.01
+"""The page table takes at most this share of the KV memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPageSpec(AttentionSpec):
+    """One layer's part of a block ("slab"): one page for each of its KV heads.
+
+    vLLM counts blocks of ``num_layers * num_kv_heads`` pages. Which page belongs to whom is decided by
+    :class:`~vllm_fox.pages.manager.StreamPageManager`; vLLM's pool only keeps the count.
+
+    Attributes (besides AttentionSpec's):
+        num_gates: query heads that share a KV head.
+        token_shift: pages keep the last token's raw k and v.
+        num_layers: attention layers on a worker.
+        num_ranks: tensor-parallel ranks, each with page ids of its own.
+        num_slots: requests that may run at once.
+        max_model_len, max_step_tokens: longest request, and tokens of one step.
+        release: whether dead pages are given back while a request runs.
+    """
+
+    num_gates: int
+    token_shift: bool
+    num_layers: int
+    num_ranks: int
+    num_slots: int
+    max_model_len: int
+    max_step_tokens: int
+    release: bool
+
+    @property
+    def page_format(self) -> PageFormat:
+        return PageFormat(self.block_size, self.head_size, self.dtype, self.num_gates, self.token_shift)
+
+    @property
+    def streams(self) -> int:
+        """Streams on one rank."""
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        return False
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """A request that never forgets: what must fit for the longest request to be servable at all."""
+        return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
+
+
+@dataclass(frozen=True)
+class PageGeometry:
+    """Sizes of pool and page table, derived the same way by the scheduler and by every worker."""
+
+    num_pages: int
+    streams: int
+    num_slots: int
+    max_chunks: int
+    num_chunks: int
+
+    @classmethod
+    def of(cls, spec: StreamPageSpec, num_blocks: int) -> PageGeometry:
+        """Geometry of a pool of ``num_blocks`` slabs; block 0, vLLM's null block, is padding."""
+        max_chunks = cdiv(cdiv(spec.max_model_len, spec.block_size), TABLE_CHUNK)
+        # Entries, plus the two small arrays (chunk numbers and live ranges) that grow with the slots.
+        budget = num_blocks * spec.streams * spec.page_format.page_bytes * TABLE_SHARE
+        budget -= 4 * (spec.num_slots + 1) * (max_chunks + spec.streams)
+        affordable = int(budget // (4 * spec.streams * TABLE_CHUNK))
+        # At least one request of full length: it needs far less table than its pages take.
+        num_chunks = 1 + min(spec.num_slots * max_chunks, max(affordable - 1, max_chunks))
+        return cls(num_blocks * spec.streams, spec.streams, spec.num_slots, max_chunks, num_chunks)
+
+    @property
+    def table_bytes(self) -> int:
+        """Device memory of the page table on one rank."""
+        slots = self.num_slots + 1
+        return 4 * (slots * (self.max_chunks + self.streams) + self.num_chunks * self.streams * TABLE_CHUNK)
+
+
+def make_spec(
+    vllm_config: VllmConfig,
+    *,
+    num_kv_heads: int,
+    num_gates: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    token_shift: bool,
+    num_layers: int,
+    release: bool,
+) -> StreamPageSpec:
+    """The spec of one layer; ``num_kv_heads`` is the rank's own count."""
+    page_size = vllm_config.cache_config.block_size
+    form = PageFormat(page_size, head_dim, dtype, num_gates, token_shift)
+    return StreamPageSpec(
+        block_size=page_size,
+        num_kv_heads=num_kv_heads,
+        head_size=head_dim,
+        dtype=dtype,
+        dcp_sharded=False,
+        # A page is one opaque state, so that gates and raw values travel with K and V.
+        tokens_per_state=page_size,
+        state_content_bytes=form.page_bytes,
+        num_gates=num_gates,
+        token_shift=token_shift,
+        num_layers=num_layers,
+        num_ranks=vllm_config.parallel_config.tensor_parallel_size,
+        num_slots=vllm_config.scheduler_config.max_num_seqs,
+        max_model_len=vllm_config.model_config.max_model_len,
+        max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        release=release,
+    )
+
+
+# The registry adds vLLM's own specs only while it is empty, so they must go first.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(StreamPageSpec, StreamPageManager, uniform_type_base_spec=StreamPageSpec)

@@ -1,0 +1,2 @@
+def register_tokenizer() -> None:
+    pass
