@@ -98,6 +98,30 @@ def greedy(max_tokens: int, **options: Any) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **options)
 
 
+def add(llm: LLM, name: str, tokens: list[int], max_tokens: int) -> None:
+    """Hand the engine a greedy request without running it."""
+    llm.llm_engine.add_request(name, {"prompt_token_ids": tokens}, greedy(max_tokens))
+
+
+def run_until_decoding(llm: LLM, count: int = 1, tokens: int = 1) -> None:
+    """Step the engine until ``count`` requests have answered ``tokens`` tokens."""
+    answered: set[str] = set()
+    while len(answered) < count:
+        for out in llm.llm_engine.step():
+            if len(out.outputs[0].token_ids) >= tokens:
+                answered.add(out.request_id)
+
+
+def run_to_the_end(llm: LLM) -> dict[str, list[int]]:
+    """Step until nothing is left; token ids of every finished request."""
+    finished = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for out in llm.llm_engine.step():
+            if out.finished:
+                finished[out.request_id] = list(out.outputs[0].token_ids)
+    return finished
+
+
 def assert_all_free(llm: LLM) -> None:
     """Every page, slot, table chunk and block is back."""
     pages = manager(llm)

@@ -1,2 +1,151 @@
+"""The tokenizer of the published FoX checkpoints: GPT-2 BPE over JSON-escaped text.
+
+Their training text (LongCrawl64) was stored JSON-escaped and never unescaped, so these models read and write
+``\\n`` for a line break and ``\\u00e9`` for é. Both directions are inside the tokenizer here: encoding escapes, and
+the Rust tokenizer's own decoder unescapes, so that streamed text, which goes through that decoder, equals decoding
+all at once.
+
+What differs from Python's ``json.loads`` on the whole text: a text that is not valid JSON is decoded piece by piece
+(each escape that JSON or ``unicode_escape`` knows, everything else as it stands) instead of by ``unicode_escape`` as
+a whole, which a stream could not do; half a surrogate pair becomes U+FFFD, as it has no UTF-8; so does an escape that
+the text ends within. Grammars of structured output constrain the escaped text, which is what the model writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from tokenizers import Tokenizer, decoders
+from transformers import AutoTokenizer, GPT2Tokenizer, PretrainedConfig
+
+_REPLACEMENT = "\ufffd"
+_SHORT = {
+    '"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t",
+    "'": "'", "a": "\a", "v": "\v",
+}  # fmt: skip
+_ESCAPE = re.compile(
+    r"""
+    \\ (?:
+        u (?P<high> [dD][89abAB][0-9a-fA-F]{2} ) \\u (?P<low> [dD][c-fC-F][0-9a-fA-F]{2} )
+      | u (?P<code> [0-9a-fA-F]{4} )
+      | x (?P<byte> [0-9a-fA-F]{2} )
+      | (?P<short> ["\\/bfnrt'av] )
+      | (?P<cut> (?: u[0-9a-fA-F]{0,3} | x[0-9a-fA-F]? )? ) \Z
+    )
+    """,
+    re.VERBOSE,
+)
+
+
+def escape(text: str) -> str:
+    """What the model reads for ``text``: its JSON string literal, in ASCII and without the quotes."""
+    return json.dumps(text)[1:-1]
+
+
+def unescape(text: str) -> str:
+    """The text that the model meant by ``text``; inverse of :func:`escape`.
+
+    Growing the input never changes what was returned before, but for U+FFFD at the end, which says that more is
+    needed: streaming decoders wait for it to go away.
+    """
+    return _ESCAPE.sub(_unescape_one, text)
+
+
+def _unescape_one(match: re.Match[str]) -> str:
+    kind, value = match.lastgroup, match.group(match.lastgroup or 0)
+    if kind == "short":
+        return _SHORT[value]
+    if kind == "low":
+        return chr(0x10000 + (int(match["high"], 16) - 0xD800) * 0x400 + int(value, 16) - 0xDC00)
+    if kind in ("code", "byte"):
+        point = int(value, 16)
+        return _REPLACEMENT if 0xD800 <= point < 0xE000 else chr(point)
+    return _REPLACEMENT
+
+
+class _Unescaping:
+    """A decoder for the Rust tokenizer: byte-level pieces to text, then unescaped."""
+
+    def __init__(self) -> None:
+        self._bytes = decoders.ByteLevel()
+
+    def decode_chain(self, tokens: list[str]) -> list[str]:
+        return [unescape(self._bytes.decode(tokens))]
+
+
+class _EscapingGPT2Tokenizer(GPT2Tokenizer):
+    # A base class of its own: transformers loads a tokenizer.json whole, with its added tokens, only into
+    # classes that define no __init__ themselves.
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._attach_decoder()
+
+    def _attach_decoder(self) -> None:
+        self._tokenizer.decoder = decoders.Decoder.custom(_Unescaping())
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return super()._encode_plus(_escape_all(text), _escape_all(text_pair), *args, **kwargs)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of token pieces, unescaped."""
+        return self._tokenizer.decoder.decode(tokens)
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """A copy of the Rust tokenizer over escaped text: a decoder written in Python cannot be serialised."""
+        return _with_plain_decoder(self._tokenizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tokenizer": _with_plain_decoder(self._tokenizer)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._attach_decoder()
+
+
+class JSONGPT2Tokenizer(_EscapingGPT2Tokenizer):
+    """GPT-2 BPE over ``json.dumps(text)[1:-1]``; text goes in and comes out unescaped.
+
+    Offsets that it returns on request are offsets into the escaped text.
+    """
+
+
+class _PublishedTokenizerConfig(PretrainedConfig):
+    """Names no model: AutoTokenizer wants a config class to register a tokenizer class by its own name."""
+
+    model_type = "vllm-fox-json-gpt2"
+
+
 def register_tokenizer() -> None:
-    pass
+    """Let AutoTokenizer find ``"tokenizer_class": "JSONGPT2Tokenizer"``; safe to call again."""
+    AutoTokenizer.register(_PublishedTokenizerConfig, JSONGPT2Tokenizer, exist_ok=True)
+
+
+def _escape_all(text: Any) -> Any:
+    if isinstance(text, str):
+        return escape(text)
+    if isinstance(text, (list, tuple)):
+        return type(text)(_escape_all(part) for part in text)
+    return text
+
+
+def _with_plain_decoder(tokenizer: Tokenizer) -> Tokenizer:
+    plain = Tokenizer(tokenizer.model)
+    if tokenizer.normalizer is not None:
+        plain.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        plain.pre_tokenizer = tokenizer.pre_tokenizer
+    if tokenizer.post_processor is not None:
+        plain.post_processor = tokenizer.post_processor
+    plain.decoder = decoders.ByteLevel()
+    for _, token in sorted(tokenizer.get_added_tokens_decoder().items()):
+        (plain.add_special_tokens if token.special else plain.add_tokens)([token])
+    if tokenizer.truncation is not None:
+        plain.enable_truncation(**tokenizer.truncation)
+    if tokenizer.padding is not None:
+        plain.enable_padding(**tokenizer.padding)
+    plain.encode_special_tokens = tokenizer.encode_special_tokens
+    return plain

@@ -1,1 +1,1 @@
-"""Models for vLLM, one file each."""
+"""vLLM models, one file each; vLLM imports them by name when a checkpoint asks for one."""

@@ -1,58 +1,111 @@
-"""Upper bounds on the attention logits, from the weights alone (statement and proof: docs/acp.md)."""
+r"""Bounds on attention logits that hold for every query and key a model can make.
+
+Adaptive computation pruning (ACP, arXiv 2504.06949) may skip key j for query i once the forget gates between
+them fall under ``-2U - log L + log eps``, where ``U >= |q_i . k_j| / sqrt(d)`` for all i, j. A server prunes, and
+gives memory back, before it has seen the queries to come, so U must hold for those too: it has to follow from the
+weights alone. Notation: one head, hidden size n, head size d, layer input after its RMS norm
+
+    x = D x_hat,    D = diag(attn_norm.weight),    ||x_hat||_2 <= sqrt(n),
+
+because ``x_hat = z / sqrt(mean(z^2) + norm_eps)`` has ``||x_hat||^2 = n * mean(z^2) / (mean(z^2) + norm_eps)``.
+
+**With QK-norm** (:func:`qk_norm_bound`), U = max|w_q| max|w_k| sqrt(d).
+
+    q = w_q * q_hat with ||q_hat||_2 <= sqrt(d) by the same argument, so ||q||_2 <= max|w_q| sqrt(d); likewise k.
+    Token shift comes before the norm; rotation (RoPE) keeps 2-norms. By Cauchy-Schwarz
+    |q . k| / sqrt(d) <= max|w_q| sqrt(d) max|w_k| sqrt(d) / sqrt(d).
+
+**Without QK-norm** (:func:`projection_bound`):
+
+1. with biases or RoPE, U = (s(W_q D) sqrt(n) + ||b_q||) (s(W_k D) sqrt(n) + ||b_k||) / sqrt(d), s = largest
+   singular value:
+
+    ||q||_2 = ||W_q D x_hat + b_q||_2 <= s(W_q D) sqrt(n) + ||b_q||_2, rotated or not; likewise an unshifted k.
+    Token shift makes k' = a k_prev + (1 - a) k with 0 <= a <= 1, k_prev another unshifted key or 0: a convex
+    combination of points of a ball around 0, so in the ball. Cauchy-Schwarz again.
+
+2. with neither, U = n s(D W_q^T W_k D) / sqrt(d), which is never larger:
+
+    q . k = x_hat_i^T (D W_q^T W_k D) x_hat_j, at most s(..) ||x_hat_i|| ||x_hat_j||. With token shift q . k' is a
+    convex combination of q . k_prev and q . k, so in absolute value at most the larger of them.
+
+The statements are about exact arithmetic. What rounding adds when q and k live in a shorter dtype than float32 is
+allowed for twice: by the attention layer for the last steps (norm and rotation), and, for bounds that go back
+to the projection's input, by the factor ``(1 + eps)^2`` of :func:`projection_bound`, eps being the dtype's
+machine epsilon: two roundings in the norm's output and one in the projection's, each at most eps / 2, for q and
+for k.
+"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 
 
-def norm_bound(q_norm: torch.Tensor, k_norm: torch.Tensor) -> torch.Tensor:
-    """With QK-norm: ``U = max|w_q| max|w_k| sqrt(d)``.
+def qk_norm_bound(q_weight: torch.Tensor, k_weight: torch.Tensor) -> torch.Tensor:
+    """U of every query head where q and k are RMS-normed per head.
 
     Args:
-        q_norm: [h, d] RMS-norm weights of the query heads.
-        k_norm: [H, d] of the KV heads; h is a multiple of H.
+        q_weight: [Hq, d] norm weights.
+        k_weight: [Hkv, d]; Hkv divides Hq, and query head h reads KV head ``h // (Hq / Hkv)``.
 
     Returns:
-        [h] float64.
+        [Hq] float32 on the CPU.
     """
-    heads, dim = q_norm.shape
-    largest = k_norm.double().abs().amax(-1).repeat_interleave(heads // k_norm.shape[0])
-    return q_norm.double().abs().amax(-1) * largest * math.sqrt(dim)
+    q_max = q_weight.detach().double().abs().amax(-1).cpu()
+    k_max = k_weight.detach().double().abs().amax(-1).cpu()
+    bound = q_max * k_max.repeat_interleave(len(q_max) // len(k_max)) * q_weight.shape[-1] ** 0.5
+    return _up(bound)
 
 
 def projection_bound(
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
+    w_q: torch.Tensor,
+    w_k: torch.Tensor,
     norm_weight: torch.Tensor,
-    q_bias: torch.Tensor | None = None,
-    k_bias: torch.Tensor | None = None,
+    b_q: torch.Tensor | None = None,
+    b_k: torch.Tensor | None = None,
     rotated: bool = False,
 ) -> torch.Tensor:
-    """Without QK-norm: from singular values, knowing that the projections' input is RMS-normed.
+    """U of every query head where q and k are plain projections of the normed layer input.
 
     Args:
-        q_weight: [h, d, n] projection of each query head.
-        k_weight: [H, d, n] of each KV head; h is a multiple of H.
-        norm_weight: [n] of the norm before the projections.
-        q_bias, k_bias: [h, d] and [H, d], or None.
-        rotated: whether RoPE stands between q and k.
+        w_q: [Hq, d, n] projection of each query head, in the dtype that the model computes in.
+        w_k: [Hkv, d, n]; Hkv divides Hq.
+        norm_weight: [n] weight of the RMS norm in front.
+        b_q: [Hq, d] bias, or None.
+        b_k: [Hkv, d] bias, or None.
+        rotated: whether q and k are rotated (RoPE) afterwards.
 
     Returns:
-        [h] float64.
+        [Hq] float32 on the CPU.
     """
-    heads, dim, hidden = q_weight.shape
-    group = heads // k_weight.shape[0]
-    scale = norm_weight.double()
-    # Triangular factors of (W D)^T: they have its singular values, and are d x d.
-    r_q = torch.linalg.qr((q_weight.double() * scale).mT, mode="r").R
-    r_k = torch.linalg.qr((k_weight.double() * scale).mT, mode="r").R.repeat_interleave(group, 0)
-    if not rotated and q_bias is None:
-        return hidden * torch.linalg.matrix_norm(r_q @ r_k.mT, 2) / math.sqrt(dim)
-    q_length = torch.linalg.matrix_norm(r_q, 2) * math.sqrt(hidden)
-    k_length = torch.linalg.matrix_norm(r_k, 2) * math.sqrt(hidden)
-    if q_bias is not None and k_bias is not None:
-        q_length = q_length + q_bias.double().norm(dim=-1)
-        k_length = k_length + k_bias.double().norm(dim=-1).repeat_interleave(group)
-    return q_length * k_length / math.sqrt(dim)
+    heads, dim, hidden = w_q.shape
+    groups = heads // w_k.shape[0]
+    slack = (1.0 + torch.finfo(w_q.dtype).eps) ** 2
+    scale = norm_weight.detach().double().cpu()
+    factor_q, factor_k = _factor(w_q, scale), _factor(w_k, scale)
+    if b_q is None and b_k is None and not rotated:
+        joint = factor_q @ factor_k.repeat_interleave(groups, dim=0).transpose(-1, -2)
+        return _up(slack * hidden * torch.linalg.matrix_norm(joint, ord=2) / dim**0.5)
+    norm_q = _radius(factor_q, hidden, b_q)
+    norm_k = _radius(factor_k, hidden, b_k).repeat_interleave(groups)
+    return _up(slack * norm_q * norm_k / dim**0.5)
+
+
+def _factor(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """[H, d, d] matrices R^T with the singular values of ``W D``: W D = R^T Q^T with orthonormal columns in Q.
+
+    So s(D W_q^T W_k D) = s(Q_q R_q R_k^T Q_k^T) = s(R_q R_k^T), a product of small matrices. The row order is
+    that of q: the returned tensor is R, transposed where it is used.
+    """
+    return torch.linalg.qr((weight.detach().double().cpu() * scale).transpose(-1, -2), mode="r").R
+
+
+def _radius(factor: torch.Tensor, hidden: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """[H] largest 2-norm that a head's projection can have."""
+    radius = torch.linalg.matrix_norm(factor, ord=2) * hidden**0.5
+    return radius if bias is None else radius + bias.detach().double().cpu().norm(dim=-1)
+
+
+def _up(bound: torch.Tensor) -> torch.Tensor:
+    """To float32, never down."""
+    return torch.nextafter(bound.float(), torch.tensor(float("inf")))

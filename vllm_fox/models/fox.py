@@ -1,15 +1,14 @@
-"""The Forgetting Transformer (FoX, arXiv 2503.02130) for vLLM: both dialects, every option."""
+"""The Forgetting Transformer (FoX, arXiv 2503.02130) as a vLLM model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -23,164 +22,22 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from vllm_fox.architecture import QK_NORM_EPS, Architecture
+from vllm_fox.architecture import Architecture
 from vllm_fox.attention.layer import ForgettingAttention
 from vllm_fox.kernels.cache_write import rotate
 
-from .bounds import norm_bound, projection_bound
-from .weights import load_weights
+from .bounds import projection_bound, qk_norm_bound
+from .heads import HeadLinear, HeadNorm, HeadShare
+from .weights import load_checkpoint
 
 
-def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm of each head, in float32.
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``.
 
     Args:
-        x: [T, H, d].
-        weight: [H, d].
+        arch: the model.
+        prefix: the module's name.
     """
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
-
-
-class HeadWeight(nn.Module):
-    """A weight [H, d] of the heads on this rank; the checkpoint has all heads, or one for all."""
-
-    def __init__(self, total_heads: int, local_heads: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(local_heads, dim), requires_grad=False)
-        self.weight.weight_loader = self._load
-        self._total_heads = total_heads
-
-    def _load(self, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-        local, dim = parameter.shape
-        if tensor.numel() == dim:
-            parameter.data.copy_(tensor.expand(local, dim))
-            return
-        # Heads fewer than ranks are replicated, as vLLM's QKV projection does.
-        first = get_tensor_model_parallel_rank() * self._total_heads // get_tensor_model_parallel_world_size()
-        parameter.data.copy_(tensor.view(-1, dim)[first : first + local])
-
-
-class FoxAttention(nn.Module):
-    """Projections, gates, norms and output of forgetting attention; the heart is ForgettingAttention."""
-
-    def __init__(self, arch: Architecture, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__()
-        self.arch = arch
-        ranks = get_tensor_model_parallel_world_size()
-        dim, hidden = arch.head_dim, arch.hidden_size
-        if arch.num_heads % ranks:
-            raise ValueError(
-                f"--tensor-parallel-size {ranks} does not divide the model's {arch.num_heads} heads: choose a divisor."
-            )
-        self.num_heads = arch.num_heads // ranks
-        self.num_kv_heads = max(1, arch.num_kv_heads // ranks)
-        self.head_dim = dim
-
-        def by_head(name: str, size: int, bias: bool = False) -> ColumnParallelLinear:
-            return ColumnParallelLinear(hidden, size, bias=bias, prefix=f"{prefix}.{name}")
-
-        self.qkv_proj = QKVParallelLinear(
-            hidden, dim, arch.num_heads, arch.num_kv_heads, bias=arch.qkv_bias, prefix=f"{prefix}.qkv_proj"
-        )
-        self.o_proj = RowParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.o_proj")
-        self.gate_proj = by_head("gate_proj", arch.num_heads, bias=True) if arch.gate == "full" else None
-        if arch.gate in ("bias_only", "fixed"):
-            self.fgate_bias = nn.Parameter(torch.empty(self.num_heads), requires_grad=False)
-            self.fgate_bias.weight_loader = self._load_gate_bias
-        self.k_shift_proj = by_head("k_shift_proj", arch.num_heads) if arch.k_shift else None
-        self.v_shift_proj = by_head("v_shift_proj", arch.num_heads) if arch.v_shift else None
-        self.output_gate_proj = by_head("output_gate_proj", hidden) if arch.output_gate else None
-        self.output_norm = HeadWeight(arch.num_heads, self.num_heads, dim) if arch.output_norm else None
-        normed = arch.qk_norm != "none"
-        self.q_norm = HeadWeight(arch.num_heads, self.num_heads, dim) if normed else None
-        self.k_norm = HeadWeight(arch.num_kv_heads, self.num_kv_heads, dim) if normed else None
-        self.attn = ForgettingAttention(
-            vllm_config=vllm_config,
-            prefix=f"{prefix}.attn",
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=dim,
-            k_norm=self.k_norm.weight if self.k_norm is not None else None,
-            qk_norm_eps=QK_NORM_EPS,
-            rope_base=arch.rope_base,
-            k_shift=arch.k_shift,
-            v_shift=arch.v_shift,
-            log_pruning_tolerance=arch.log_pruning_tolerance,
-        )
-
-    def _load_gate_bias(self, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-        first = get_tensor_model_parallel_rank() * self.num_heads
-        parameter.data.copy_(tensor[first : first + self.num_heads])
-
-    def set_logit_bound(self, input_norm: torch.Tensor) -> None:
-        """Derive the pruning bound from the loaded weights (docs/acp.md).
-
-        Args:
-            input_norm: [n] weight of the norm before the projections.
-        """
-        if self.q_norm is not None and self.k_norm is not None:
-            bound = norm_bound(self.q_norm.weight, self.k_norm.weight)
-        else:
-            heads, dim = (self.num_heads, self.num_kv_heads), self.head_dim
-            sizes = [heads[0] * dim, heads[1] * dim, heads[1] * dim]
-            q, k, _ = self.qkv_proj.weight.split(sizes)
-            biases: list[torch.Tensor | None] = [None, None]
-            if self.arch.qkv_bias:
-                q_bias, k_bias, _ = self.qkv_proj.bias.split(sizes)
-                biases = [q_bias.view(heads[0], dim), k_bias.view(heads[1], dim)]
-            bound = projection_bound(
-                q.view(heads[0], dim, -1),
-                k.view(heads[1], dim, -1),
-                input_norm,
-                *biases,
-                rotated=self.arch.rope_base is not None,
-            )
-        self.attn.set_logit_bound(bound)
-
-    def _log_forget(self, x: torch.Tensor) -> torch.Tensor:
-        """log f, [T, h] float32."""
-        if self.arch.gate == "none":
-            return torch.zeros(x.shape[0], self.num_heads, dtype=torch.float32, device=x.device)
-        if self.gate_proj is not None:
-            return F.logsigmoid(self.gate_proj(x)[0].float())
-        return F.logsigmoid(self.fgate_bias.float()).expand(x.shape[0], -1).contiguous()
-
-    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            positions: [T].
-            x: [T, n], normed.
-        """
-        arch, dim = self.arch, self.head_dim
-        kv_size = self.num_kv_heads * dim
-        q, k, v = self.qkv_proj(x)[0].split([self.num_heads * dim, kv_size, kv_size], dim=-1)
-        heads = q.view(-1, self.num_heads, dim)
-        if self.q_norm is not None:
-            heads = head_norm(heads, self.q_norm.weight, QK_NORM_EPS)
-        if arch.rope_base is not None:
-            heads = rotate(heads, positions, arch.rope_base)
-        shift_k = self.k_shift_proj(x)[0].float().sigmoid() if self.k_shift_proj is not None else None
-        shift_v = self.v_shift_proj(x)[0].float().sigmoid() if self.v_shift_proj is not None else None
-        out = self.attn(
-            heads.reshape(-1, self.num_heads * dim),
-            k.contiguous(),
-            v.contiguous(),
-            self._log_forget(x),
-            shift_k,
-            shift_v,
-        )
-        if self.output_norm is not None:
-            normed = head_norm(out.view(-1, self.num_heads, dim), self.output_norm.weight, arch.norm_eps)
-            out = normed.view(-1, self.num_heads * dim)
-        if self.output_gate_proj is not None:
-            gate = self.output_gate_proj(x)[0]
-            out = out * (gate.sigmoid() if arch.output_gate == "sigmoid" else F.silu(gate))
-        return self.o_proj(out)[0]
-
-
-class FoxMLP(nn.Module):
-    """Gated MLP."""
 
     def __init__(self, arch: Architecture, prefix: str) -> None:
         super().__init__()
@@ -190,31 +47,164 @@ class FoxMLP(nn.Module):
         self.down_proj = RowParallelLinear(
             arch.intermediate_size, arch.hidden_size, bias=False, prefix=f"{prefix}.down_proj"
         )
-        self.silu = SiluAndMul() if arch.activation == "silu" else None
+        self.act = SiluAndMul() if arch.mlp_act == "silu" else SigmoidAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_up = self.gate_up_proj(x)[0]
-        if self.silu is not None:
-            return self.down_proj(self.silu(gate_up))[0]
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down_proj(gate.sigmoid() * up)[0]
+        """[T, hidden] to [T, hidden]."""
+        both, _ = self.gate_up_proj(x)
+        out, _ = self.down_proj(self.act(both))
+        return out
 
 
-class FoxBlock(nn.Module):
-    """Pre-norm attention and MLP."""
+class SigmoidAndMul(nn.Module):
+    """``sigmoid(a) * b`` of ``[a, b]``, computed in float32."""
 
-    def __init__(self, arch: Architecture, vllm_config: VllmConfig, prefix: str) -> None:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, 2 * n] to [T, n]."""
+        gate, up = x.float().chunk(2, dim=-1)
+        return (gate.sigmoid() * up).to(x.dtype)
+
+
+class ForgettingSelfAttention(nn.Module):
+    """Projections, gates and norms around forgetting attention.
+
+    Key and value leave as projected: their token shift and k's norm and rotation need the previous token, which
+    the cache knows, and belong to the attention layer.
+
+    Args:
+        vllm_config: the engine's configuration.
+        arch: the model.
+        prefix: the module's name.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, arch: Architecture, prefix: str) -> None:
+        super().__init__()
+        hidden, dim = arch.hidden_size, arch.head_dim
+        heads, kv_heads = HeadShare.of_rank(arch.num_heads), HeadShare.of_rank(arch.num_kv_heads)
+        self.arch, self.heads, self.kv_heads = arch, heads, kv_heads
+        self.qkv_proj = QKVParallelLinear(
+            hidden, dim, arch.num_heads, arch.num_kv_heads, bias=arch.qkv_bias, prefix=f"{prefix}.qkv_proj"
+        )
+        self.o_proj = RowParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.o_proj")
+        self.output_gate = None
+        if arch.output_gate is not None:
+            self.output_gate = ColumnParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.output_gate")
+        self.output_norm = HeadNorm(heads, dim, arch.norm_eps) if arch.output_norm else None
+
+        self.forget_gate = HeadLinear(hidden, heads, bias=True) if arch.gate == "full" else None
+        self.forget_bias = heads.parameter() if arch.gate in ("bias_only", "fixed") else None
+        self.k_shift = HeadLinear(hidden, kv_heads, bias=False) if arch.k_shift else None
+        self.v_shift = HeadLinear(hidden, kv_heads, bias=False) if arch.v_shift else None
+        normed = arch.qk_norm != "none"
+        self.q_norm = HeadNorm(heads, dim, arch.qk_norm_eps) if normed else None
+        self.k_norm = HeadNorm(kv_heads, dim, arch.qk_norm_eps) if normed else None
+
+        self.attn = ForgettingAttention(
+            vllm_config=vllm_config,
+            prefix=f"{prefix}.attn",
+            num_heads=heads.count,
+            num_kv_heads=kv_heads.count,
+            head_dim=dim,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            qk_norm_eps=arch.qk_norm_eps,
+            rope_base=arch.rope_base,
+            k_shift=arch.k_shift,
+            v_shift=arch.v_shift,
+            log_pruning_tolerance=arch.log_pruning_tolerance,
+        )
+
+    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Attend (T tokens).
+
+        Args:
+            positions: [T].
+            x: [T, hidden], normed.
+
+        Returns:
+            [T, hidden].
+        """
+        dim, kv_size = self.arch.head_dim, self.kv_heads.count * self.arch.head_dim
+        qkv, _ = self.qkv_proj(x)
+        q, k, v = qkv.split([self.heads.count * dim, kv_size, kv_size], dim=-1)
+        if self.q_norm is not None:
+            q = self.q_norm(q).to(x.dtype).flatten(1)
+        if self.arch.rope_base is not None:
+            q = rotate(q.reshape(-1, self.heads.count, dim), positions, self.arch.rope_base).flatten(1)
+        out = self.attn(
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            self._log_forget(x),
+            None if self.k_shift is None else self.k_shift(x).sigmoid(),
+            None if self.v_shift is None else self.v_shift(x).sigmoid(),
+        )
+        out, _ = self.o_proj(self._gate_output(out, x))
+        return out
+
+    def _log_forget(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] to float32 [T, heads]: log f, at most 0."""
+        if self.forget_gate is not None:
+            return nn.functional.logsigmoid(self.forget_gate(x))
+        if self.forget_bias is not None:
+            return nn.functional.logsigmoid(self.forget_bias.float()).repeat(x.shape[0], 1)
+        return torch.zeros(x.shape[0], self.heads.count, dtype=torch.float32, device=x.device)
+
+    def _gate_output(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Output norm and gate in float32, rounded once: [T, heads * d] and [T, hidden] to [T, heads * d]."""
+        if self.output_norm is None and self.output_gate is None:
+            return out
+        wide = out.float() if self.output_norm is None else self.output_norm(out).flatten(1)
+        if self.output_gate is not None:
+            gate, _ = self.output_gate(x)
+            gate = gate.float()
+            wide = wide * (gate.sigmoid() if self.arch.output_gate == "sigmoid" else nn.functional.silu(gate))
+        return wide.to(out.dtype)
+
+    def set_logit_bound(self, input_norm: torch.Tensor) -> None:
+        """Tell the attention layer how large its logits can get, once weights are loaded.
+
+        Args:
+            input_norm: [hidden] weight of the norm that made ``x``.
+        """
+        if self.q_norm is not None and self.k_norm is not None:
+            self.attn.set_logit_bound(qk_norm_bound(self.q_norm.weight, self.k_norm.weight))
+            return
+        dim, kv_size = self.arch.head_dim, self.kv_heads.count * self.arch.head_dim
+        sizes = [self.heads.count * dim, kv_size, kv_size]
+        w_q, w_k, _ = self.qkv_proj.weight.detach().split(sizes)
+        b_q = b_k = None
+        if self.arch.qkv_bias:
+            b_q, b_k, _ = (part.view(-1, dim) for part in self.qkv_proj.bias.detach().split(sizes))
+        hidden = self.arch.hidden_size
+        self.attn.set_logit_bound(
+            projection_bound(
+                w_q.view(-1, dim, hidden),
+                w_k.view(-1, dim, hidden),
+                input_norm,
+                b_q,
+                b_k,
+                rotated=self.arch.rope_base is not None,
+            )
+        )
+
+
+class ForgettingTransformerBlock(nn.Module):
+    """One layer: normed attention and normed MLP, each added to the residual stream."""
+
+    def __init__(self, vllm_config: VllmConfig, arch: Architecture, prefix: str) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
-        self.attn = FoxAttention(arch, vllm_config, f"{prefix}.attn")
+        self.attn = ForgettingSelfAttention(vllm_config, arch, prefix=f"{prefix}.attn")
         self.mlp_norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
-        self.mlp = FoxMLP(arch, f"{prefix}.mlp")
+        self.mlp = GatedMLP(arch, prefix=f"{prefix}.mlp")
 
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T], [T, hidden] and the residual stream before adding x; the same two after the layer."""
         if residual is None:
-            residual, x = x, self.attn_norm(x)
+            residual = x
+            x = self.attn_norm(x)
         else:
             x, residual = self.attn_norm(x, residual)
         x = self.attn(positions, x)
@@ -222,9 +212,16 @@ class FoxBlock(nn.Module):
         return self.mlp(x), residual
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
-class FoxModel(nn.Module):
-    """Embedding, blocks and final norm."""
+@support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": {0: "b"},
+        "positions": {0: "b"},
+        "intermediate_tensors": {0: "b"},
+        "inputs_embeds": {0: "b"},
+    }
+)
+class ForgettingTransformerModel(nn.Module):
+    """Embeddings, layers and final norm."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -233,11 +230,13 @@ class FoxModel(nn.Module):
             arch.vocab_size, arch.hidden_size, prefix=f"{prefix}.embeddings"
         )
         self.layers = nn.ModuleList(
-            FoxBlock(arch, vllm_config, f"{prefix}.layers.{layer}") for layer in range(arch.num_layers)
+            ForgettingTransformerBlock(vllm_config, arch, prefix=f"{prefix}.layers.{index}")
+            for index in range(arch.num_layers)
         )
         self.norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] to [T, hidden]."""
         return self.embeddings(input_ids)
 
     def forward(
@@ -247,32 +246,44 @@ class FoxModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        """[T] token ids (or [T, hidden] embeddings) and [T] positions to [T, hidden]."""
+        if inputs_embeds is not None:
+            x = inputs_embeds
+        else:
+            assert input_ids is not None
+            x = self.embed_input_ids(input_ids)
         residual: torch.Tensor | None = None
         for layer in self.layers:
             x, residual = layer(positions, x, residual)
-        return self.norm(x, residual)[0]
+        x, _ = self.norm(x, residual)
+        return x
 
 
 class ForgettingTransformerForCausalLM(nn.Module):
-    """What vLLM loads for ``architectures: ["ForgettingTransformerForCausalLM"]``."""
+    """A FoX language model of either checkpoint dialect, as vLLM loads and runs it."""
 
-    # Every tensor must be known, so do not take other safetensors files of the folder for weights.
-    allow_patterns_overrides = ["model*.safetensors", "*.safetensors"]
+    # Only safetensors, which hold no code; and not other .safetensors files that lie beside the model.
+    fall_back_to_pt_during_load: ClassVar[bool] = False
+    allow_patterns_overrides: ClassVar[list[str]] = [
+        "model.safetensors",
+        "model-*-of-*.safetensors",
+        "*.safetensors",
+    ]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.architecture = Architecture.from_config(vllm_config.model_config.hf_config)
-        arch = self.architecture
-        self.model = FoxModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.config = vllm_config.model_config.hf_config
+        self.arch = Architecture.from_config(self.config)
+        self.model = ForgettingTransformerModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
-            arch.vocab_size, arch.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+            self.arch.vocab_size, self.arch.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
         )
-        if arch.tied_embeddings:
+        if self.arch.tied_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embeddings)
-        self.logits_processor = LogitsProcessor(arch.vocab_size)
+        self.logits_processor = LogitsProcessor(self.arch.vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] to [T, hidden]."""
         return self.model.embed_input_ids(input_ids)
 
     def forward(
@@ -282,16 +293,16 @@ class ForgettingTransformerForCausalLM(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """[T] token ids (or [T, hidden] embeddings) and [T] positions to [T, hidden]."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """[N, hidden] to [N, vocab]; None on ranks that do not sample."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint of either dialect, strictly, and fix the pruning bounds."""
-        loaded = load_weights(self, self.architecture, weights)
+        """Load a checkpoint and fix what follows from its weights (see :func:`.weights.load_checkpoint`)."""
+        filled = load_checkpoint(self, self.arch, weights)
         for layer in self.model.layers:
             layer.attn.set_logit_bound(layer.attn_norm.weight)
-        if self.architecture.tied_embeddings:
-            loaded.add("lm_head.weight")
-        return loaded
+        return filled

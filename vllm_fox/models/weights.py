@@ -1,103 +1,96 @@
-"""From a checkpoint's tensor names, in either dialect, to the modules of the vLLM model."""
+"""Checkpoint tensors of both dialects into the modules of the vLLM model; strict about what is there."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from vllm_fox.architecture import Architecture
+from vllm_fox.architecture import OFFICIAL, Architecture, expected_weights, is_derived_weight
 
-SHOWN = 10
-"""Names listed in an error about weights."""
+_LISTED = 10
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Checkpoint name -> (module name, shard of a fused module).
-_PLACES: dict[str, tuple[str, str | int | None]] = {
-    "attn.q_proj": ("attn.qkv_proj", "q"),
-    "attn.k_proj": ("attn.qkv_proj", "k"),
-    "attn.k_proj.linear": ("attn.qkv_proj", "k"),
-    "attn.k_proj.shift_proj": ("attn.k_shift_proj", None),
-    "attn.v_proj": ("attn.qkv_proj", "v"),
-    "attn.v_proj.linear": ("attn.qkv_proj", "v"),
-    "attn.v_proj.shift_proj": ("attn.v_shift_proj", None),
-    "attn.f_proj": ("attn.gate_proj", None),
-    "attn.fgate_proj": ("attn.gate_proj", None),
-    "attn.g_proj": ("attn.output_gate_proj", None),
-    "attn.ogate_proj": ("attn.output_gate_proj", None),
-    "mlp.gate_proj": ("mlp.gate_up_proj", 0),
-    "mlp.up_proj": ("mlp.gate_up_proj", 1),
-}
+# Name in the checkpoint (either dialect) to name in the model, and the part of a fused parameter that it fills.
+_RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
+    (r"\.attn\.([kv])_proj\.shift_proj\.weight$", r".attn.\1_shift.weight", None),
+    (r"\.attn\.q_proj\.", ".attn.qkv_proj.", "q"),
+    (r"\.attn\.k_proj\.(linear\.)?", ".attn.qkv_proj.", "k"),
+    (r"\.attn\.v_proj\.(linear\.)?", ".attn.qkv_proj.", "v"),
+    (r"\.attn\.(fgate|f)_proj\.", ".attn.forget_gate.", None),
+    (r"\.attn\.fgate_bias$", ".attn.forget_bias", None),
+    (r"\.attn\.(ogate|g)_proj\.", ".attn.output_gate.", None),
+    (r"\.mlp\.gate_proj\.", ".mlp.gate_up_proj.", 0),
+    (r"\.mlp\.up_proj\.", ".mlp.gate_up_proj.", 1),
+)
 
 
-def load_weights(
-    model: nn.Module, architecture: Architecture, weights: Iterable[tuple[str, torch.Tensor]]
+def load_checkpoint(
+    model: nn.Module, arch: Architecture, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> set[str]:
-    """Load every tensor of a checkpoint into ``model``.
+    """Fill the model's parameters.
+
+    Args:
+        model: the vLLM model.
+        arch: what it was built from.
+        weights: names and tensors of the checkpoint, in any order.
 
     Returns:
-        Names of the parameters loaded.
+        Names of the parameters that were filled: all of them.
 
     Raises:
-        ValueError: a tensor is missing, unexpected or of a wrong shape; names each and what was expected.
+        ValueError: tensors are missing, unexpected, of a wrong shape or of a quantised dtype. One message names
+            them (the first ten) with what was expected.
     """
-    expected = architecture.weights()
-    parameters = dict(model.named_parameters())
-    problems: list[str] = []
-    seen: set[str] = set()
-    loaded: set[str] = set()
+    expected = expected_weights(arch)
+    params = dict(model.named_parameters())
+    missing, problems, filled = dict(expected), [], set()
     for name, tensor in weights:
-        if _ignored(name, architecture):
+        if is_derived_weight(arch, name):
             continue
         if name not in expected:
             problems.append(f"unexpected tensor {name} {list(tensor.shape)}")
             continue
-        seen.add(name)
+        missing.pop(name, None)
         if tuple(tensor.shape) != expected[name]:
-            problems.append(
-                f"tensor {name} has shape {list(tensor.shape)}, expected {list(expected[name])} by config.json"
-            )
+            problems.append(f"tensor {name} is {list(tensor.shape)}, expected {list(expected[name])}")
             continue
-        for target, shard, piece in _place(name, tensor, architecture):
-            parameter = parameters[target]
-            loader = getattr(parameter, "weight_loader", default_weight_loader)
-            if shard is None:
-                loader(parameter, piece)
-            else:
-                loader(parameter, piece, shard)
-            loaded.add(target)
-    problems += [f"missing tensor {name}, expected {list(expected[name])}" for name in expected if name not in seen]
+        if tensor.dtype not in _DTYPES:
+            problems.append(f"tensor {name} is {tensor.dtype}, expected float16, bfloat16 or float32")
+            continue
+        for target, part, piece in _destinations(arch, name, tensor):
+            param = params[target]
+            loader = getattr(param, "weight_loader", default_weight_loader)
+            loader(param, piece) if part is None else loader(param, piece, part)
+            filled.add(target)
+    problems += [f"missing tensor {name}, expected {list(shape)}" for name, shape in missing.items()]
     if problems:
-        rest = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise ValueError("The checkpoint does not fit its config.json: " + "; ".join(problems[:SHOWN]) + rest)
-    return loaded
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ValueError(
+            f"The checkpoint's weights do not fit its config.json ({arch.dialect} dialect): "
+            + "; ".join(problems[:_LISTED])
+            + more
+            + "."
+        )
+    return filled
 
 
-def _ignored(name: str, architecture: Architecture) -> bool:
-    if name.endswith("rotary.inv_freq"):  # recomputed from rope_base
-        return True
-    return name == "lm_head.weight" and architecture.tied_embeddings
-
-
-def _place(
-    name: str, tensor: torch.Tensor, architecture: Architecture
+def _destinations(
+    arch: Architecture, name: str, tensor: torch.Tensor
 ) -> Iterator[tuple[str, str | int | None, torch.Tensor]]:
-    """Parameter name, shard and tensor for a checkpoint's tensor."""
-    module, _, kind = name.rpartition(".")
-    if kind == "fgate_bias":
-        yield name, None, tensor
-        return
-    head, _, tail = module.rpartition(".attn.") if ".attn." in module else module.rpartition(".mlp.")
-    local = ("attn." if ".attn." in module else "mlp.") + tail
-    if not head or local not in _PLACES:
-        yield name, None, tensor
-        return
-    place, shard = _PLACES[local]
-    target = f"{head}.{place}.{kind}"
-    if shard == 0 and architecture.dialect == "official":
-        # One tensor holds gate, then up.
-        for half, piece in enumerate(tensor.chunk(2)):
-            yield target, half, piece
-        return
-    yield target, shard, tensor
+    """Parameters that one checkpoint tensor fills: (name, part of a fused parameter, tensor)."""
+    target, part = name, None
+    for pattern, replacement, shard in _RENAMED:
+        target, found = re.subn(pattern, replacement, name)
+        if found:
+            part = shard
+            break
+    if arch.dialect == OFFICIAL and ".mlp.gate_proj." in name:
+        gate, up = tensor.chunk(2)  # both in one tensor in this dialect
+        yield target, 0, gate
+        yield target, 1, up
+    else:
+        yield target, part, tensor

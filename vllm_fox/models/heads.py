@@ -1,0 +1,90 @@
+"""Small per-head parameters, split over tensor-parallel ranks by head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.utils import set_weight_attrs
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """The heads of this tensor-parallel rank.
+
+    Attributes:
+        total: heads of the model.
+        start: the rank's first.
+        count: how many it has. With fewer heads than ranks (KV heads only) several ranks have the same one.
+    """
+
+    total: int
+    start: int
+    count: int
+
+    @classmethod
+    def of_rank(cls, total: int) -> HeadShare:
+        """Split ``total`` heads; one divides the other, as the plugin's config hook has made sure."""
+        ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        if total >= ranks:
+            count = total // ranks
+            return cls(total, rank * count, count)
+        return cls(total, rank // (ranks // total), 1)
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor whose first dimension is heads, or heads times something."""
+        width = tensor.shape[0] // self.total
+        return tensor.narrow(0, self.start * width, self.count * width)
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """A parameter [count, \\*shape] that loads its part of a checkpoint's tensor."""
+        value = nn.Parameter(torch.empty(self.count, *shape), requires_grad=False)
+        set_weight_attrs(value, {"weight_loader": self._load})
+        return value
+
+    def _load(self, param: nn.Parameter, loaded: torch.Tensor) -> None:
+        if loaded.ndim == 1 and param.ndim == 2 and len(loaded) == param.shape[1]:
+            param.data.copy_(loaded.expand_as(param))  # one weight shared by all heads
+        else:
+            param.data.copy_(self.take(loaded).view(param.shape))
+
+
+class HeadLinear(nn.Module):
+    """A projection to one number a head (gates), replicated input, bias optional.
+
+    Args:
+        hidden_size: n.
+        heads: the rank's share.
+        bias: whether it has one.
+    """
+
+    def __init__(self, hidden_size: int, heads: HeadShare, bias: bool) -> None:
+        super().__init__()
+        self.weight = heads.parameter(hidden_size)
+        self.bias = heads.parameter() if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, n] to float32 [T, count]."""
+        return nn.functional.linear(x, self.weight, self.bias).float()
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head by itself.
+
+    Args:
+        heads: the rank's share.
+        head_dim: d.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, heads: HeadShare, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = heads.parameter(head_dim)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, count * d] to float32 [T, count, d]."""
+        wide = x.view(x.shape[0], *self.weight.shape).float()
+        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
