@@ -127,7 +127,14 @@ def _draw(name: str, shape: tuple[int, ...], hidden: int, rng: torch.Generator) 
         return 0.4 + 0.4 * torch.rand(shape, generator=rng)
     if leaf.endswith("norm"):
         return 1.0 + 0.2 * noise
-    scales = {"fgate_proj": 0.05, "f_proj": 0.05, "shift_proj": 0.1, "bias": 0.1, "embeddings": 0.5, "lm_head": 0.15}
+    scales = {
+        "fgate_proj": 0.05,
+        "f_proj": 0.05,
+        "shift_proj": 0.1,
+        "bias": 0.1,
+        "embeddings": 0.5,
+        "lm_head": 0.15,
+    }
     return noise * scales.get(leaf, 0.7 / hidden**0.5)
 
 

@@ -104,7 +104,7 @@ class Architecture:
 
 
 def resolve_intermediate_size(config: Any) -> int:
-    """The MLP's inner size: as given, else 2/3 * hidden_size * hidden_ratio rounded up to a multiple of 256."""
+    """The MLP's inner size: as given, else 2/3 * hidden_size * hidden_ratio up to a multiple of 256."""
     if config.intermediate_size is not None:
         return config.intermediate_size
     ratio = 4 if config.hidden_ratio is None else config.hidden_ratio
@@ -193,7 +193,7 @@ def _check_common(config: Any) -> None:
         _refuse(
             config,
             "num_heads",
-            f"with hidden_size {config.hidden_size} that makes heads of {dim}; heads of {sizes} are supported",
+            f"with hidden_size {config.hidden_size} heads are of {dim}; heads of {sizes} are supported",
         )
     if config.num_kv_heads is not None and config.num_heads % config.num_kv_heads:
         _refuse(config, "num_kv_heads", f"it must divide num_heads ({config.num_heads})")
@@ -229,7 +229,9 @@ def _check_official(config: Any) -> None:
     if config.attention_bias is not False:
         _refuse(config, "attention_bias", "it must be false; q, k, v and o have no biases in this dialect")
     if config.use_output_norm and config.use_output_gate and config.ogate_act != "sigmoid":
-        _refuse(config, "ogate_act", "it must be 'sigmoid' where use_output_norm and use_output_gate are true")
+        _refuse(
+            config, "ogate_act", "it must be 'sigmoid' where use_output_norm and use_output_gate are true"
+        )
     if config.qk_norm_share_param_across_head and not config.qk_norm:
         _refuse(config, "qk_norm_share_param_across_head", "it must be false where qk_norm is false")
     _check_gate_init(config)
@@ -238,7 +240,9 @@ def _check_official(config: Any) -> None:
 def _check_gate_init(config: Any) -> None:
     if config.fgate_bias_init and config.fgate_type not in ("bias_only", "fixed"):
         _refuse(
-            config, "fgate_bias_init", f"it must be false with fgate_type {config.fgate_type!r}, which is learned"
+            config,
+            "fgate_bias_init",
+            f"it must be false with fgate_type {config.fgate_type!r}, which is learned",
         )
     if config.fgate_type == "fixed" and not config.fgate_bias_init:
         _refuse(config, "fgate_bias_init", "it must be true with fgate_type 'fixed'")

@@ -183,11 +183,12 @@ def _standard_fields() -> frozenset[str]:
     now = {field.name for field in dataclasses.fields(PretrainedConfig)}
     generation = set(GenerationConfig().to_dict())
     other = """
-        add_cross_attention attn_implementation auto_map begin_suppress_tokens cross_attention_hidden_size
-        decoder_start_token_id experts_implementation finetuning_task is_decoder max_length min_length model_type
-        name_or_path num_labels output_attentions per_layer_config prefix pruned_heads remove_invalid_values
-        sep_token_id suppress_tokens task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class
-        torch_dtype torchscript transformers_version use_bfloat16
+        add_cross_attention attn_implementation auto_map begin_suppress_tokens
+        cross_attention_hidden_size decoder_start_token_id experts_implementation finetuning_task
+        is_decoder max_length min_length model_type name_or_path num_labels output_attentions
+        per_layer_config prefix pruned_heads remove_invalid_values sep_token_id suppress_tokens
+        task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype
+        torchscript transformers_version use_bfloat16
     """
     return frozenset(now | generation | set(other.split()))
 

@@ -1,14 +1,15 @@
 """The tokenizer of the published FoX checkpoints: GPT-2 BPE over JSON-escaped text.
 
 Their training text (LongCrawl64) was stored JSON-escaped and never unescaped, so these models read and write
-``\\n`` for a line break and ``\\u00e9`` for é. Both directions are inside the tokenizer here: encoding escapes, and
-the Rust tokenizer's own decoder unescapes, so that streamed text, which goes through that decoder, equals decoding
-all at once.
+``\\n`` for a line break and ``\\u00e9`` for é. Both directions are inside the tokenizer here: encoding
+escapes, and the Rust tokenizer's own decoder unescapes, so that streamed text, which goes through it, equals
+text decoded all at once.
 
-What differs from Python's ``json.loads`` on the whole text: a text that is not valid JSON is decoded piece by piece
-(each escape that JSON or ``unicode_escape`` knows, everything else as it stands) instead of by ``unicode_escape`` as
-a whole, which a stream could not do; half a surrogate pair becomes U+FFFD, as it has no UTF-8; so does an escape that
-the text ends within. Grammars of structured output constrain the escaped text, which is what the model writes.
+What differs from Python's ``json.loads`` on the whole text: a text that is not valid JSON is decoded piece
+by piece (JSON's escapes and Python's ``\\x41``, ``\\'``, ``\\a``, ``\\v``; everything else as it stands)
+instead of by ``unicode_escape`` as a whole, which a stream could not do; half a surrogate pair becomes
+U+FFFD, as it has no UTF-8; so does an escape that the text ends within. Grammars of structured output
+constrain the escaped text, which is what the model writes.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def escape(text: str) -> str:
 def unescape(text: str) -> str:
     """The text that the model meant by ``text``; inverse of :func:`escape`.
 
-    Growing the input never changes what was returned before, but for U+FFFD at the end, which says that more is
-    needed: streaming decoders wait for it to go away.
+    Growing the input never changes what was returned before, but for U+FFFD at the end, which says that more
+    is needed: streaming decoders wait for it to go away.
     """
     return _ESCAPE.sub(_unescape_one, text)
 
@@ -76,8 +77,10 @@ class _Unescaping:
 
 
 class _EscapingGPT2Tokenizer(GPT2Tokenizer):
-    # A base class of its own: transformers loads a tokenizer.json whole, with its added tokens, only into
+    # A class of its own, because transformers loads a tokenizer.json whole, with its added tokens, only into
     # classes that define no __init__ themselves.
+
+    _tokenizer: Tokenizer  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,7 +98,7 @@ class _EscapingGPT2Tokenizer(GPT2Tokenizer):
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
-        """A copy of the Rust tokenizer over escaped text: a decoder written in Python cannot be serialised."""
+        """A copy of the Rust tokenizer over escaped text; a decoder written in Python cannot be saved."""
         return _with_plain_decoder(self._tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:

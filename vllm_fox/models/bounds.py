@@ -1,39 +1,38 @@
 r"""Bounds on attention logits that hold for every query and key a model can make.
 
-Adaptive computation pruning (ACP, arXiv 2504.06949) may skip key j for query i once the forget gates between
-them fall under ``-2U - log L + log eps``, where ``U >= |q_i . k_j| / sqrt(d)`` for all i, j. A server prunes, and
-gives memory back, before it has seen the queries to come, so U must hold for those too: it has to follow from the
-weights alone. Notation: one head, hidden size n, head size d, layer input after its RMS norm
+Adaptive computation pruning (ACP, arXiv 2504.06949) may skip key j for query i once the log forget gates
+between them sum to less than ``-2U - log L + log eps``, where ``U >= |q_i . k_j| / sqrt(d)`` for all i, j.
+A server prunes, and gives memory back, before it has seen the queries to come, so U must hold for those too:
+it has to follow from the weights alone. Notation: one head, hidden size n, head size d, s(M) the largest
+singular value of M, and the layer's input after its RMS norm
 
     x = D x_hat,    D = diag(attn_norm.weight),    ||x_hat||_2 <= sqrt(n),
 
-because ``x_hat = z / sqrt(mean(z^2) + norm_eps)`` has ``||x_hat||^2 = n * mean(z^2) / (mean(z^2) + norm_eps)``.
+because ``x_hat = z / sqrt(mean(z^2) + norm_eps)`` has ``||x_hat||^2 = n mean(z^2) / (mean(z^2) + norm_eps)``.
 
 **With QK-norm** (:func:`qk_norm_bound`), U = max|w_q| max|w_k| sqrt(d).
 
-    q = w_q * q_hat with ||q_hat||_2 <= sqrt(d) by the same argument, so ||q||_2 <= max|w_q| sqrt(d); likewise k.
+    q = w_q * q_hat with ||q_hat||_2 <= sqrt(d) by the same argument, so ||q||_2 <= max|w_q| sqrt(d); so is k.
     Token shift comes before the norm; rotation (RoPE) keeps 2-norms. By Cauchy-Schwarz
     |q . k| / sqrt(d) <= max|w_q| sqrt(d) max|w_k| sqrt(d) / sqrt(d).
 
 **Without QK-norm** (:func:`projection_bound`):
 
-1. with biases or RoPE, U = (s(W_q D) sqrt(n) + ||b_q||) (s(W_k D) sqrt(n) + ||b_k||) / sqrt(d), s = largest
-   singular value:
+1. With biases or RoPE, U = (s(W_q D) sqrt(n) + ||b_q||) (s(W_k D) sqrt(n) + ||b_k||) / sqrt(d).
 
-    ||q||_2 = ||W_q D x_hat + b_q||_2 <= s(W_q D) sqrt(n) + ||b_q||_2, rotated or not; likewise an unshifted k.
-    Token shift makes k' = a k_prev + (1 - a) k with 0 <= a <= 1, k_prev another unshifted key or 0: a convex
-    combination of points of a ball around 0, so in the ball. Cauchy-Schwarz again.
+    ||q||_2 = ||W_q D x_hat + b_q||_2 <= s(W_q D) sqrt(n) + ||b_q||_2, rotated or not; the same for a k that
+    is not shifted. Token shift makes k' = a k_prev + (1 - a) k with 0 <= a <= 1, where k_prev is such a key
+    or 0: a convex combination of points of a ball around 0, so in the ball. Cauchy-Schwarz again.
 
-2. with neither, U = n s(D W_q^T W_k D) / sqrt(d), which is never larger:
+2. With neither, U = n s(D W_q^T W_k D) / sqrt(d), which is never larger.
 
-    q . k = x_hat_i^T (D W_q^T W_k D) x_hat_j, at most s(..) ||x_hat_i|| ||x_hat_j||. With token shift q . k' is a
-    convex combination of q . k_prev and q . k, so in absolute value at most the larger of them.
+    q . k = x_hat_i^T (D W_q^T W_k D) x_hat_j, at most s(D W_q^T W_k D) ||x_hat_i|| ||x_hat_j|| in absolute
+    value. With token shift q . k' is a convex combination of q . k_prev and q . k, so no larger than both.
 
-The statements are about exact arithmetic. What rounding adds when q and k live in a shorter dtype than float32 is
-allowed for twice: by the attention layer for the last steps (norm and rotation), and, for bounds that go back
-to the projection's input, by the factor ``(1 + eps)^2`` of :func:`projection_bound`, eps being the dtype's
-machine epsilon: two roundings in the norm's output and one in the projection's, each at most eps / 2, for q and
-for k.
+The statements are about exact arithmetic. Rounding to a dtype shorter than float32 is allowed for in two
+places. The attention layer allows for what happens to q and k themselves (shift, norm, rotation). Bounds that
+go back to the projection's input also carry ``(1 + eps)^3``, eps being the dtype's machine epsilon: for q and
+for k, two roundings in the input norm's output and one in the projection's, each by at most eps / 2.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def projection_bound(
     """
     heads, dim, hidden = w_q.shape
     groups = heads // w_k.shape[0]
-    slack = (1.0 + torch.finfo(w_q.dtype).eps) ** 2
+    slack = (1.0 + torch.finfo(w_q.dtype).eps) ** 3
     scale = norm_weight.detach().double().cpu()
     factor_q, factor_k = _factor(w_q, scale), _factor(w_k, scale)
     if b_q is None and b_k is None and not rotated:
@@ -92,10 +91,9 @@ def projection_bound(
 
 
 def _factor(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """[H, d, d] matrices R^T with the singular values of ``W D``: W D = R^T Q^T with orthonormal columns in Q.
+    """Small stand-ins for [H, d, n] matrices ``W D``: [H, d, d] R of the QR decompositions ``(W D)^T = Q R``.
 
-    So s(D W_q^T W_k D) = s(Q_q R_q R_k^T Q_k^T) = s(R_q R_k^T), a product of small matrices. The row order is
-    that of q: the returned tensor is R, transposed where it is used.
+    Q has orthonormal columns: s(W D) = s(R), s(D W_q^T W_k D) = s(Q_q R_q R_k^T Q_k^T) = s(R_q R_k^T).
     """
     return torch.linalg.qr((weight.detach().double().cpu() * scale).transpose(-1, -2), mode="r").R
 

@@ -68,8 +68,8 @@ class SigmoidAndMul(nn.Module):
 class ForgettingSelfAttention(nn.Module):
     """Projections, gates and norms around forgetting attention.
 
-    Key and value leave as projected: their token shift and k's norm and rotation need the previous token, which
-    the cache knows, and belong to the attention layer.
+    Key and value leave as projected: their token shift needs the previous token, which the cache knows, so it
+    and k's norm and rotation, which follow, belong to the attention layer.
 
     Args:
         vllm_config: the engine's configuration.
@@ -88,7 +88,9 @@ class ForgettingSelfAttention(nn.Module):
         self.o_proj = RowParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.o_proj")
         self.output_gate = None
         if arch.output_gate is not None:
-            self.output_gate = ColumnParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.output_gate")
+            self.output_gate = ColumnParallelLinear(
+                hidden, hidden, bias=False, prefix=f"{prefix}.output_gate"
+            )
         self.output_norm = HeadNorm(heads, dim, arch.norm_eps) if arch.output_norm else None
 
         self.forget_gate = HeadLinear(hidden, heads, bias=True) if arch.gate == "full" else None
@@ -171,10 +173,12 @@ class ForgettingSelfAttention(nn.Module):
             return
         dim, kv_size = self.arch.head_dim, self.kv_heads.count * self.arch.head_dim
         sizes = [self.heads.count * dim, kv_size, kv_size]
-        w_q, w_k, _ = self.qkv_proj.weight.detach().split(sizes)
+        weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
+        assert isinstance(weight, torch.Tensor)
+        w_q, w_k, _ = weight.split(sizes)
         b_q = b_k = None
-        if self.arch.qkv_bias:
-            b_q, b_k, _ = (part.view(-1, dim) for part in self.qkv_proj.bias.detach().split(sizes))
+        if bias is not None:
+            b_q, b_k, _ = (part.view(-1, dim) for part in bias.split(sizes))
         hidden = self.arch.hidden_size
         self.attn.set_logit_bound(
             projection_bound(
@@ -304,5 +308,6 @@ class ForgettingTransformerForCausalLM(nn.Module):
         """Load a checkpoint and fix what follows from its weights (see :func:`.weights.load_checkpoint`)."""
         filled = load_checkpoint(self, self.arch, weights)
         for layer in self.model.layers:
+            assert isinstance(layer, ForgettingTransformerBlock)
             layer.attn.set_logit_bound(layer.attn_norm.weight)
         return filled

@@ -26,8 +26,12 @@ class HeadShare:
 
     @classmethod
     def of_rank(cls, total: int) -> HeadShare:
-        """Split ``total`` heads; one divides the other, as the plugin's config hook has made sure."""
-        ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        """This process's share of ``total`` heads."""
+        return cls.split(total, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
+
+    @classmethod
+    def split(cls, total: int, ranks: int, rank: int) -> HeadShare:
+        """A rank's share; heads divide ranks or ranks heads, as the plugin's config hook has made sure."""
         if total >= ranks:
             count = total // ranks
             return cls(total, rank * count, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from vllm_fox.architecture import OFFICIAL, Architecture, expected_weights, is_d
 _LISTED = 10
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Name in the checkpoint (either dialect) to name in the model, and the part of a fused parameter that it fills.
+# Name in the checkpoint (either dialect) to name in the model, and the part of a fused parameter it fills.
 _RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
     (r"\.attn\.([kv])_proj\.shift_proj\.weight$", r".attn.\1_shift.weight", None),
     (r"\.attn\.q_proj\.", ".attn.qkv_proj.", "q"),
@@ -42,8 +42,8 @@ def load_checkpoint(
         Names of the parameters that were filled: all of them.
 
     Raises:
-        ValueError: tensors are missing, unexpected, of a wrong shape or of a quantised dtype. One message names
-            them (the first ten) with what was expected.
+        ValueError: tensors are missing, unexpected, of a wrong shape or of a quantised dtype. One message
+            names them (the first ten) with what was expected.
     """
     expected = expected_weights(arch)
     params = dict(model.named_parameters())
@@ -63,7 +63,7 @@ def load_checkpoint(
             continue
         for target, part, piece in _destinations(arch, name, tensor):
             param = params[target]
-            loader = getattr(param, "weight_loader", default_weight_loader)
+            loader: Callable[..., None] = getattr(param, "weight_loader", default_weight_loader)
             loader(param, piece) if part is None else loader(param, piece, part)
             filled.add(target)
     problems += [f"missing tensor {name}, expected {list(shape)}" for name, shape in missing.items()]

@@ -1,0 +1,51 @@
+# Everything runs in .venv, which `make setup` makes. Variables:
+#   DEVICE=cpu|gpu   which vLLM (default: gpu if nvidia-smi finds a GPU)
+#   PYTHON=python3   the interpreter to make .venv with, 3.11 to 3.14
+#   PIP_ARGS=...     more arguments for pip install, such as another index
+#   ARGS=...         more arguments for the demo, pytest or vllm serve
+#   MODEL=...        what `make serve` serves (default: examples/fox-tiny)
+PYTHON ?= python3
+DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
+MODEL ?= examples/fox-tiny
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-$(DEVICE)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test serve lint clean FORCE
+
+help:
+	@echo 'make setup   install vLLM (here: $(DEVICE)) and vllm-fox into .venv'
+	@echo 'make demo    serve examples/fox-tiny, send it long prompts, show what was given back'
+	@echo 'make test    run the tests'
+	@echo 'make serve   serve MODEL (default: examples/fox-tiny) on port 8000'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make clean   remove .venv, caches and build products'
+
+setup: $(STAMP)
+
+# An environment that was made for another device or in another folder does not count.
+ifneq ($(shell cat $(VENV)/.made-for 2>/dev/null),$(DEVICE) $(CURDIR))
+$(STAMP): FORCE
+endif
+FORCE:
+
+$(STAMP): pyproject.toml .ci/setup.sh
+	@PYTHON='$(PYTHON)' PIP_ARGS='$(PIP_ARGS)' .ci/setup.sh '$(DEVICE)' '$(VENV)'
+	@touch $@
+
+demo: setup
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest $(ARGS)
+
+serve: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/serve.sh '$(MODEL)' $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

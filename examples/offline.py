@@ -1,0 +1,89 @@
+"""Generate text in batch, without a server, and see how much of the KV cache was given back on the way.
+
+python examples/offline.py --prompt "def quicksort(items):" --prompt "import os"
+python examples/offline.py --prompts-file prompts.txt --max-tokens 200       # one prompt a line
+python examples/offline.py --model PATH_OR_NAME --fox '{"page_size": 128}'
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+PROMPTS = [
+    'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a file."""\n',
+    "import argparse\nimport sys\n\n\ndef main(argv=None):\n    parser = argparse.ArgumentParser(",
+]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Batch generation with a Forgetting Transformer.")
+    parser.add_argument("--model", default=str(Path(__file__).resolve().parent / "fox-tiny"))
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompts-file", type=Path, help="a text file with one prompt a line")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--max-model-len", type=int, help="default: the checkpoint's")
+    parser.add_argument("--kv-cache-gib", type=float, help="default: 1 on a CPU, what is free on a GPU")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--enforce-eager", action="store_true", help="starts faster, runs slower")
+    parser.add_argument("--fox", type=json.loads, default={}, help="the plugin's settings, a JSON object")
+    options = parser.parse_args()
+    if options.prompts_file:
+        try:
+            lines = options.prompts_file.read_text().splitlines()
+        except OSError as error:
+            parser.error(f"--prompts-file: {error}")
+        options.prompt += [line for line in lines if line.strip()]
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # On CPUs: use all cores. On a small machine vLLM's own choice would keep some for itself.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    if options.kv_cache_gib is None and current_platform.is_cpu():
+        options.kv_cache_gib = 1.0
+    engine: dict[str, Any] = {}
+    if options.kv_cache_gib is not None:
+        engine["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
+    try:
+        llm = LLM(
+            model=options.model,
+            max_model_len=options.max_model_len,
+            tensor_parallel_size=options.tensor_parallel_size,
+            enforce_eager=options.enforce_eager,
+            additional_config={"fox": options.fox},
+            disable_log_stats=False,  # get_metrics() below needs them
+            **engine,
+        )
+        sampling = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
+        outputs = llm.generate(options.prompt or PROMPTS, sampling)
+    except ValueError as error:
+        print(f"offline: {error}", file=sys.stderr)
+        return 1
+
+    for output in outputs:
+        print(f"\n--- {len(output.prompt_token_ids)} tokens in, {len(output.outputs[0].token_ids)} out")
+        print(f"{output.prompt}>>>{output.outputs[0].text}")
+    # A counter's total, by name; several engines of one process would each have one.
+    counts: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        if metric.name.startswith("vllm:fox_kv_pages_"):
+            name = metric.name.removeprefix("vllm:fox_kv_pages_")
+            counts[name] = counts.get(name, 0) + metric.value
+    pages = ", ".join(f"{value:,.0f} {name}" for name, value in counts.items())
+    print(f"\nKV pages (released: while their request was running): {pages}")
+    return 0
+
+
+if __name__ == "__main__":  # vLLM starts processes that import this file
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What vLLM users leave on, on the shipped checkpoint: every way of serving gives the text of a request alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.engines import (
+    add,
+    assert_all_free,
+    engine,
+    generate,
+    greedy,
+    manager,
+    num_blocks,
+    run_to_the_end,
+    run_until_decoding,
+    scheduler,
+    source_tokens,
+    usage,
+)
+
+PAGE = 32
+
+
+@pytest.fixture(scope="module")
+def llm(fox_tiny: Path) -> Iterator[LLM]:
+    """Room for about three dense requests of 2k tokens, chunks of 256."""
+    with engine(
+        fox_tiny,
+        {"page_size": PAGE},
+        max_model_len=2048,
+        max_num_batched_tokens=256,
+        num_gpu_blocks_override=200,
+    ) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(llm: LLM) -> Iterator[None]:
+    """After every test all pages are free and every count is zero."""
+    yield
+    run_to_the_end(llm)
+    assert_all_free(llm)
+
+
+def test_pages_come_back_while_the_request_runs(llm: LLM) -> None:
+    """The gauge of vLLM's own metrics falls, and our counters agree with it."""
+    before = manager(llm).pool.released_total
+    add(llm, "a", source_tokens(llm, 1900, seed=1), 32)
+    run_until_decoding(llm)
+    pool = manager(llm).pool
+    dense = -(-1900 // PAGE) * pool.streams
+    assert pool.released_total > before
+    assert pool.used == dense - (pool.released_total - before)
+    assert usage(llm) == pytest.approx(-(-pool.used // pool.streams) / num_blocks(llm))
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    assert metrics["vllm:kv_cache_usage_perc"].value == pytest.approx(usage(llm), abs=0.02)
+    assert metrics["vllm:fox_kv_pages_released"].value == pool.released_total
+    assert metrics["vllm:fox_kv_pages_live"].value == pool.used
+
+
+def test_released_pages_serve_other_requests_at_once(llm: LLM) -> None:
+    """More requests run together than their pages would allow if none came back, and none is preempted."""
+    for i in range(6):
+        add(llm, f"r{i}", source_tokens(llm, 1800, seed=i), 24)
+    together = preempted = 0
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        running = scheduler(llm).running
+        together = max(together, len(running))
+        preempted += sum(request.num_preemptions for request in running)
+    assert 1800 // PAGE * together > num_blocks(llm)
+    assert preempted == 0
+
+
+def test_random_requests_equal_their_solo_runs(llm: LLM) -> None:
+    """Lengths, arrivals and aborts at random; a budget that forces preemptions."""
+    order = random.Random(0)
+    requests = {f"q{i}": (source_tokens(llm, order.randint(1, 1500), seed=i), order.randint(1, 40)) for i in range(24)}
+    waiting, aborted, preemptions = list(requests), set(), 0
+    finished: dict[str, list[int]] = {}
+    # What is held aside makes the rest scarce.
+    pool = scheduler(llm).kv_cache_manager.block_pool
+    aside = pool.get_new_blocks(num_blocks(llm) - 66)
+    while waiting or llm.llm_engine.has_unfinished_requests():
+        for _ in range(order.randint(0, 3)):
+            if waiting:
+                add(llm, waiting[0], *requests[waiting.pop(0)])
+        for out in llm.llm_engine.step():
+            if out.finished:
+                finished[out.request_id] = list(out.outputs[0].token_ids)
+        running = scheduler(llm).running
+        if running and order.random() < 0.02:
+            victim = order.choice(running)
+            preemptions += victim.num_preemptions
+            name = next(name for name in requests if victim.request_id.startswith(name + "-") or victim.request_id == name)
+            llm.llm_engine.abort_request([name])
+            aborted.add(name)
+        preemptions = max(preemptions, sum(r.num_preemptions for r in scheduler(llm).requests.values()))
+    pool.free_blocks(aside)
+    assert preemptions > 0 and aborted
+    assert set(finished) >= set(requests) - aborted
+    for name, tokens in finished.items():
+        if name in aborted:
+            continue
+        prompt, count = requests[name]
+        (alone,) = generate(llm, [prompt], greedy(count))
+        assert tokens == list(alone.outputs[0].token_ids), name
+
+
+def test_forced_preemption_and_resumption(llm: LLM) -> None:
+    """Preempted in the middle of its answer, a request resumes with the same text."""
+    prompt = source_tokens(llm, 900, seed=9)
+    (alone,) = generate(llm, [prompt], greedy(40))
+    add(llm, "p", prompt, 40)
+    run_until_decoding(llm, tokens=10)
+    sched = scheduler(llm)
+    request = sched.running.pop()
+    sched._preempt_request(request, 0.0)
+    assert manager(llm).pool.used == 0
+    assert next(iter(run_to_the_end(llm).values())) == list(alone.outputs[0].token_ids)
+
+
+def test_chunk_size_does_not_matter(llm: LLM, fox_tiny: Path) -> None:
+    prompts = [source_tokens(llm, n, seed=n) for n in (5, 255, 256, 257, 1500)]
+    chunked = [list(out.outputs[0].token_ids) for out in generate(llm, prompts, greedy(16))]
+    solo = [list(generate(llm, [prompt], greedy(16))[0].outputs[0].token_ids) for prompt in prompts]
+    assert chunked == solo
+
+
+def test_parallel_samples_seeds_and_stops(llm: LLM) -> None:
+    prompt = source_tokens(llm, 300, seed=2)
+    params = SamplingParams(temperature=0.8, n=3, seed=7, max_tokens=24)
+    first, second = (generate(llm, [prompt], params)[0] for _ in range(2))
+    texts = [out.text for out in first.outputs]
+    assert texts == [out.text for out in second.outputs]
+    assert len(set(texts)) > 1
+    (whole,) = generate(llm, [prompt], greedy(24))
+    stop = whole.outputs[0].text[5:8]
+    (cut,) = generate(llm, [prompt], SamplingParams(temperature=0, max_tokens=24, stop=[stop]))
+    assert cut.outputs[0].finish_reason == "stop"
+    assert cut.outputs[0].text == whole.outputs[0].text.split(stop)[0]
+
+
+def test_logprobs_of_prompt_and_answer(llm: LLM) -> None:
+    """The answer's logprobs equal the prompt logprobs of the same tokens sent as a prompt."""
+    prompt = source_tokens(llm, 400, seed=3)
+    (out,) = generate(llm, [prompt], greedy(16, logprobs=0))
+    answer = list(out.outputs[0].token_ids)
+    decoded = [at[token].logprob for at, token in zip(out.outputs[0].logprobs, answer, strict=True)]
+    (again,) = generate(llm, [prompt + answer], greedy(1, prompt_logprobs=0))
+    sent = [at[token].logprob for at, token in zip(again.prompt_logprobs[400:], answer, strict=True)]
+    assert decoded == pytest.approx(sent, abs=1e-3)
+
+
+def test_structured_output(llm: LLM) -> None:
+    params = SamplingParams(
+        temperature=0, max_tokens=8, structured_outputs=StructuredOutputsParams(choice=["yes", "no"])
+    )
+    (out,) = generate(llm, [source_tokens(llm, 64)], params)
+    assert out.outputs[0].text in ("yes", "no")
+
+
+def test_startup_capacity_is_the_dense_one(llm: LLM) -> None:
+    """What vLLM logs at start-up: a request that never forgets must be servable."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    blocks = cache.num_gpu_blocks
+    assert blocks == 200 and cache.block_size == PAGE
+    per_request = -(-2048 // PAGE)
+    assert cache.kv_cache_max_concurrency == pytest.approx(blocks / per_request)

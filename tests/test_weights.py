@@ -1,0 +1,264 @@
+"""Checkpoints into the vLLM model, without an engine: what goes where, what is refused, logit bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+import plugin_setup
+from tests.checkpoints import VARIANTS, make_checkpoint, make_config, make_weights
+from vllm_fox.models.bounds import projection_bound, qk_norm_bound
+from vllm_fox.models.fox import ForgettingTransformerForCausalLM
+from vllm_fox.models.heads import HeadShare
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A tensor-parallel group of this process alone."""
+    plugin_setup.register()
+    with set_current_vllm_config(VllmConfig()):
+        store = tmp_path_factory.mktemp("store") / "file"
+        init_distributed_environment(1, 0, f"file://{store}", 0, backend="gloo")
+        ensure_model_parallel_initialized(1, 1)
+    yield
+    cleanup_dist_env_and_memory()
+
+
+def _load(folder: Path, **options: Any) -> ForgettingTransformerForCausalLM:
+    """The model as vLLM's own loader builds and fills it (all but its talk to an accelerator)."""
+    args = EngineArgs(model=str(folder), dtype="float32", enforce_eager=True, max_model_len=512, **options)
+    vllm_config = args.create_engine_config()
+    with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.float32):
+        model = initialize_model(vllm_config)
+        get_model_loader(vllm_config.load_config).load_weights(model, vllm_config.model_config)
+    assert isinstance(model, ForgettingTransformerForCausalLM)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pro(tmp_path_factory: pytest.TempPathFactory) -> ForgettingTransformerForCausalLM:
+    return _load(make_checkpoint(tmp_path_factory.mktemp("pro"), **VARIANTS["pro"]))
+
+
+@pytest.fixture(scope="module")
+def fla(tmp_path_factory: pytest.TempPathFactory) -> ForgettingTransformerForCausalLM:
+    return _load(make_checkpoint(tmp_path_factory.mktemp("fla"), **VARIANTS["fla_gqa_bias"]))
+
+
+def _pro_weights() -> dict[str, torch.Tensor]:
+    return make_weights(make_config(**VARIANTS["pro"]))
+
+
+def test_official_tensors_reach_their_modules(pro: ForgettingTransformerForCausalLM) -> None:
+    w = _pro_weights()
+    p = dict(pro.named_parameters())
+    for n in range(2):
+        layer = f"model.layers.{n}"
+        qkv = [w[f"{layer}.attn.{name}.weight"] for name in ("q_proj", "k_proj.linear", "v_proj.linear")]
+        assert torch.equal(p[f"{layer}.attn.qkv_proj.weight"], torch.cat(qkv))
+        assert torch.equal(p[f"{layer}.attn.k_shift.weight"], w[f"{layer}.attn.k_proj.shift_proj.weight"])
+        assert torch.equal(p[f"{layer}.attn.v_shift.weight"], w[f"{layer}.attn.v_proj.shift_proj.weight"])
+        assert torch.equal(p[f"{layer}.attn.forget_gate.bias"], w[f"{layer}.attn.fgate_proj.bias"])
+        assert torch.equal(p[f"{layer}.attn.k_norm.weight"], w[f"{layer}.attn.k_norm.weight"].view(4, 32))
+        assert torch.equal(
+            p[f"{layer}.attn.output_norm.weight"], w[f"{layer}.attn.output_norm.weight"].view(4, 32)
+        )
+        assert torch.equal(p[f"{layer}.mlp.gate_up_proj.weight"], w[f"{layer}.mlp.gate_proj.weight"])
+    assert torch.equal(p["lm_head.weight"][:257], w["lm_head.weight"])
+
+
+def test_fla_tensors_reach_their_modules(fla: ForgettingTransformerForCausalLM) -> None:
+    w = make_weights(make_config(**VARIANTS["fla_gqa_bias"]))
+    p = dict(fla.named_parameters())
+    for kind in ("weight", "bias"):
+        parts = [w[f"model.layers.1.attn.{name}_proj.{kind}"] for name in "qkv"]
+        assert torch.equal(p[f"model.layers.1.attn.qkv_proj.{kind}"], torch.cat(parts))
+        assert torch.equal(
+            p[f"model.layers.1.attn.forget_gate.{kind}"], w[f"model.layers.1.attn.f_proj.{kind}"]
+        )
+    both = torch.cat([w[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up")])
+    assert torch.equal(p["model.layers.1.mlp.gate_up_proj.weight"], both)
+
+
+LOADED_HERE = [
+    "llama", "rope_qk_norm_shared", "bias_only", "fixed", "no_gate", "k_shift_only", "output_norm_only",
+    "tied", "head_dim_128", "sharded", "fla_gqa_bias_qk_norm", "fla_gqa_gate", "fla_tied_sharded",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOADED_HERE)
+def test_variants_load_whole_and_get_a_bound(name: str, tmp_path: Path) -> None:
+    model = _load(make_checkpoint(tmp_path, **VARIANTS[name]))
+    weights = make_weights(model.config)
+    assert model.load_weights(weights.items()) == {found for found, _ in model.named_parameters()}
+    for layer in model.model.layers:
+        threshold = layer.attn.attn.threshold
+        # -2U - log 512 - 10 with some U > 0 that is no wild overestimate for weights this small
+        assert torch.all((threshold < -math.log(512) - 10) & (threshold > -200)), threshold
+
+
+def test_other_safetensors_beside_the_model_are_left_alone(tmp_path: Path) -> None:
+    for shards in (1, 2):
+        folder = make_checkpoint(tmp_path / str(shards), shards=shards, **VARIANTS["pro"])
+        save_file({"logits": torch.zeros(3)}, folder / "reference.safetensors")
+        model = _load(folder)
+        assert torch.equal(model.model.norm.weight, _pro_weights()["model.norm.weight"])
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        _load(folder)
+
+
+def _without(name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in _pro_weights().items() if key != name}
+
+
+GATE = "model.layers.0.attn.fgate_proj.weight"
+BAD: dict[str, tuple[dict[str, torch.Tensor], list[str]]] = {
+    "missing": (_without(GATE), [f"missing tensor {GATE}, expected [4, 128]"]),
+    "missing part of a fused one": (
+        _without("model.layers.1.attn.v_proj.linear.weight"),
+        ["missing tensor model.layers.1.attn.v_proj.linear.weight, expected [128, 128]"],
+    ),
+    "missing head": (_without("lm_head.weight"), ["missing tensor lm_head.weight, expected [257, 128]"]),
+    "shape": (
+        _pro_weights() | {GATE: torch.zeros(8, 128)},
+        [f"tensor {GATE} is [8, 128], expected [4, 128]"],
+    ),
+    "a shape that would broadcast": (
+        _pro_weights() | {"model.layers.0.attn.q_norm.weight": torch.ones(32)},
+        ["tensor model.layers.0.attn.q_norm.weight is [32], expected [128]"],
+    ),
+    "unexpected": (
+        _pro_weights() | {"model.layers.0.attn.q_proj.bias": torch.zeros(128)},
+        ["unexpected tensor model.layers.0.attn.q_proj.bias [128]"],
+    ),
+    "quantised": (
+        _pro_weights() | {GATE: torch.zeros(4, 128, dtype=torch.int8)},
+        [f"tensor {GATE} is torch.int8, expected float16, bfloat16 or float32"],
+    ),
+    "several": (
+        _without(GATE) | {"model.extra": torch.zeros(2)},
+        ["unexpected tensor model.extra [2]; missing tensor " + GATE],
+    ),
+    "the other dialect": (
+        make_weights(make_config("fla")),
+        ["(official dialect)", "unexpected tensor model.layers.0.mlp.up_proj.weight", "more."],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_weights_that_do_not_fit_are_named_in_one_error(
+    case: str, pro: ForgettingTransformerForCausalLM
+) -> None:
+    weights, expected = BAD[case]
+    with pytest.raises(ValueError) as caught:
+        pro.load_weights(weights.items())
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_derived_tensors_are_no_mistake(tmp_path: Path) -> None:
+    model = _load(make_checkpoint(tmp_path, **VARIANTS["tied"]))
+    weights = make_weights(model.config)
+    weights["lm_head.weight"] = weights["model.embeddings.weight"] + 1
+    weights["model.layers.0.attn.rotary.inv_freq"] = torch.zeros(16)
+    model.load_weights(weights.items())
+    assert torch.equal(model.lm_head.weight[:257], weights["model.embeddings.weight"])
+
+
+@pytest.mark.parametrize(
+    "total, ranks, shares", [(4, 2, [(0, 2), (2, 2)]), (2, 4, [(0, 1), (0, 1), (1, 1), (1, 1)])]
+)
+def test_heads_are_split_over_ranks(total: int, ranks: int, shares: list[tuple[int, int]]) -> None:
+    whole = torch.arange(total * 3.0)
+    for rank, (start, count) in enumerate(shares):
+        share = HeadShare.split(total, ranks, rank)
+        assert (share.start, share.count) == (start, count)
+        assert torch.equal(share.take(whole), whole[start * 3 : (start + count) * 3])
+
+
+# The bounds. Queries and keys here are made from inputs x = D x_hat with ||x_hat|| = sqrt(n), random ones
+# and the worst that linear algebra knows.
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x / x.square().mean(-1, keepdim=True).sqrt() * weight
+
+
+def test_qk_norm_bound_holds_and_is_reached() -> None:
+    rng = torch.Generator().manual_seed(0)
+    heads, kv_heads, dim = 4, 2, 32
+    w_q, w_k = torch.randn(heads, dim, generator=rng), torch.randn(kv_heads, dim, generator=rng)
+    bound = qk_norm_bound(w_q, w_k).double()
+    for h in range(heads):
+        q = _normed(torch.randn(2000, dim, generator=rng).double(), w_q[h])
+        k = _normed(torch.randn(2000, dim, generator=rng).double(), w_k[h // 2])
+        assert (q @ k.T).abs().max() / dim**0.5 < bound[h]
+    # All weights alike: reached by q and k of one direction.
+    even = qk_norm_bound(torch.full((1, dim), 0.5), torch.full((1, dim), -2.0))
+    assert even.item() == pytest.approx(dim**0.5, rel=1e-6) and even.item() >= dim**0.5
+
+
+@pytest.mark.parametrize("rotated, biased", [(False, False), (True, False), (False, True), (True, True)])
+def test_projection_bound_holds_for_the_worst_inputs(rotated: bool, biased: bool) -> None:
+    rng = torch.Generator().manual_seed(1)
+    heads, kv_heads, dim, hidden = 4, 2, 32, 96
+    w_q = torch.randn(heads, dim, hidden, generator=rng) * 0.1
+    w_k = torch.randn(kv_heads, dim, hidden, generator=rng) * 0.1
+    norm = torch.rand(hidden, generator=rng) + 0.5
+    b_q = torch.randn(heads, dim, generator=rng) if biased else None
+    b_k = torch.randn(kv_heads, dim, generator=rng) if biased else None
+    bound = projection_bound(w_q, w_k, norm, b_q, b_k, rotated).double()
+
+    for h in range(heads):
+        a, b = (w_q[h] * norm).double(), (w_k[h // 2] * norm).double()
+        shift_q = b_q[h].double() if b_q is not None else 0
+        shift_k = b_k[h // 2].double() if b_k is not None else 0
+        u, _, vt = torch.linalg.svd(a.T @ b)  # the inputs that align q and k best
+        x = hidden**0.5 * torch.cat((u[:, :1].T, torch.linalg.svd(a).Vh[:1]))
+        y = hidden**0.5 * torch.cat((vt[:1], torch.linalg.svd(b).Vh[:1]))
+        q, k = x @ a.T + shift_q, y @ b.T + shift_k
+        if rotated:  # the angle between q and k is free: only their lengths count
+            worst = (q.norm(dim=-1).max() * k.norm(dim=-1).max() / dim**0.5).item()
+        else:
+            worst = ((q @ k.T).abs().max() / dim**0.5).item()
+        assert worst <= bound[h]
+        if not biased:
+            assert bound[h] <= worst * 1.0001  # and no better bound exists
+
+
+def test_bounds_leave_room_for_rounding_in_short_dtypes() -> None:
+    w = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(2))
+    exact = projection_bound(w.bfloat16().float(), w.bfloat16().float(), torch.ones(64))
+    short = projection_bound(w.bfloat16(), w.bfloat16(), torch.ones(64))
+    assert short.item() == pytest.approx(exact.item() * (1 + 2**-7) ** 3, rel=1e-5)
+
+
+def test_the_layer_prunes_by_the_bound_of_its_own_weights(pro: ForgettingTransformerForCausalLM) -> None:
+    weights = _pro_weights()
+    pro.load_weights(weights.items())
+    q = weights["model.layers.1.attn.q_norm.weight"].view(4, 32).abs().amax(-1)
+    k = weights["model.layers.1.attn.k_norm.weight"].view(4, 32).abs().amax(-1)
+    delta = -2 * q * k * 32**0.5 - math.log(512) - 10  # the paper's threshold
+    assert torch.allclose(pro.model.layers[1].attn.attn.threshold.flatten(), delta, atol=1e-4)
