@@ -19,6 +19,7 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,7 +41,7 @@ MAX_MODEL_LEN = 4096
 # Small enough that the share in use says something, large enough for all prompts without forgetting.
 KV_CACHE_BYTES = 64 << 20
 # Files of the standard library, and the length in tokens of the beginning that is sent.
-PROMPTS = {"argparse": 2000, "zipfile": 2250, "difflib": 2500, "configparser": 2750, "tarfile": 3000}
+PROMPTS = {"argparse": 2000, "fractions": 2250, "difflib": 2500, "configparser": 2750, "tarfile": 3000}
 # Loopback only, whatever proxy the environment names.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -70,13 +71,22 @@ class Server:
         with _direct.open(request, timeout=30) as answer:
             return answer.read()
 
-    def check(self) -> None:
-        """Raise DemoError with the end of the log if the server has ended."""
-        code = self.process.poll()
+    def check(self, patience: float = 0) -> None:
+        """Raise DemoError, quoting the log, if the server has ended or does within ``patience`` seconds."""
+        try:
+            code = self.process.wait(patience) if patience else self.process.poll()
+        except subprocess.TimeoutExpired:
+            return
         if code is not None:
-            lines = self.log.read_text(errors="replace").splitlines()[-25:]
-            tail = "\n".join(f"    {line}" for line in lines)
-            raise DemoError(f"the server ended with exit status {code}; its log ({self.log}) ends:\n{tail}")
+            raise DemoError(f"the server ended with exit status {code}. {self.log_end()}")
+
+    def log_end(self) -> str:
+        """The first error of the log, of which later ones are mostly consequences, and the last lines."""
+        lines = [line[:200] for line in self.log.read_text(errors="replace").splitlines()]
+        errors = (line for line in lines if re.search(r"\w(Error|Exception): ", line))
+        cause = next((line for line in errors if not re.search(r"\b(INFO|WARNING)\b", line)), "(none)")
+        tail = "\n".join(f"    {line}" for line in lines[-15:])
+        return f"The first error in its log:\n    {cause}\nThe log ({self.log}) ends:\n{tail}"
 
 
 def free_port() -> int:
@@ -102,6 +112,8 @@ def server_environment() -> dict[str, str]:
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override --kv-cache-memory-bytes
     # On CPUs: use all cores. On a machine with two of them vLLM's own choice would keep some for itself.
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # With few cores, threads that spin while they wait take them from vLLM's other processes.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
 
 
@@ -278,13 +290,12 @@ def make_requests(server: Server) -> list[Request]:
     requests = []
     for name, length in PROMPTS.items():
         source = inspect.getsource(importlib.import_module(name))[: 8 * length]
-        body = {"model": MODEL_NAME, "prompt": source}
-        count = json.loads(server.get("/tokenize", body))["count"]
-        source = source[: int(len(source) * min(1.0, length / count))]
+        for _ in range(3):  # text has no fixed number of tokens per character
+            count = json.loads(server.get("/tokenize", {"model": MODEL_NAME, "prompt": source}))["count"]
+            source = source[: int(len(source) * min(1.0, length / count))]
         lines = source.splitlines(keepends=True)[:-1]
-        while not (lines[-1].lstrip().startswith("def ") and lines[-1].endswith(":\n")) and len(lines) > 1:
-            lines.pop()
-        requests.append(Request(name, "".join(lines)))
+        heads = [i for i, line in enumerate(lines) if re.fullmatch(r"\s*def .*:\n", line)]
+        requests.append(Request(name, "".join(lines[: heads[-1] + 1] if heads else lines)))
     return requests
 
 
@@ -305,9 +316,11 @@ def send(server: Server, request: Request, max_tokens: int) -> None:
             model=MODEL_NAME,
             prompt=request.prompt,
             max_tokens=max_tokens,
-            temperature=0.3,  # no seed: with one, vLLM 0.32's CPU build fails on prompts read in pieces
+            frequency_penalty=0.2,  # a model this small repeats itself
+            temperature=0.7,  # no seed: with one, vLLM 0.32's CPU build fails on prompts read in pieces
             stream=True,
             stream_options={"include_usage": True},
+            extra_body={"min_tokens": max_tokens // 2},  # else it may find that a file should end here
         )
         for chunk in stream:
             request.text += "".join(choice.text for choice in chunk.choices)
@@ -406,6 +419,8 @@ def print_tables(requests: list[Request], samples: list[Sample], geometry: Geome
 
 
 def check_installation(model: Path) -> None:
+    if not (model / "config.json").is_file():
+        raise DemoError(f"--model is {model}, which has no config.json: give the folder of a FoX checkpoint.")
     for module in ("vllm", "openai"):
         if importlib.util.find_spec(module) is None:
             raise DemoError(f"{sys.executable} has no {module}: run `make demo`, or `make setup` first.")
@@ -417,8 +432,6 @@ def check_installation(model: Path) -> None:
         raise DemoError(
             "vllm-cpu lacks what its `vllm` command needs: run `make setup`, which adds it."
         ) from None
-    if not (model / "config.json").is_file():
-        raise DemoError(f"--model is {model}, which has no config.json: give the folder of a FoX checkpoint.")
 
 
 def run(model: Path, max_tokens: int, log: Path) -> None:
@@ -434,11 +447,11 @@ def run(model: Path, max_tokens: int, log: Path) -> None:
             send_all(server, requests, max_tokens, watcher)
             failed = [f"{r.name}: {r.error}" for r in requests if r.error]
             if failed:
-                server.check()
+                server.check(patience=10)  # the usual reason
                 raise DemoError("a request failed: " + "; ".join(failed))
             watcher.finish()
         except OSError as error:
-            server.check()
+            server.check(patience=10)
             raise DemoError(f"the server does not answer: {error}; its log is {log}") from error
     print_completions(requests)
     print_tables(requests, watcher.samples, geometry)

@@ -45,8 +45,10 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # On CPUs: use all cores. On a small machine vLLM's own choice would keep some for itself.
+    # On CPUs: use all cores. On a small machine vLLM's own choice would keep some for itself, and
+    # threads that spin while they wait would take the rest from its other processes.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 

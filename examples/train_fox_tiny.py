@@ -745,6 +745,9 @@ def save(model: Fox, tokenizer: Tokenizer, folder: Path) -> None:
 
 def load(folder: Path) -> tuple[Fox, Tokenizer]:
     """Read a checkpoint that `save` wrote; float32 parameters holding the saved values."""
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no {name}: name a folder that this script wrote with --output")
     fields = json.loads((folder / "config.json").read_text())
     model = Fox(FoxConfig(**{name: fields[name] for name in FoxConfig.__dataclass_fields__}))
     tensors = load_file(folder / "model.safetensors")

@@ -78,10 +78,11 @@ def test_without_release_a_request_holds_all_it_was_ever_given_until_its_end(dem
 
 def test_a_server_that_ends_is_reported_with_the_end_of_its_log(demo: ModuleType, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text("first\n" * 100 + "ValueError: the reason\n")
+    noise = "INFO see FileNotFoundError: it is harmless\n" * 50
+    log.write_text(f"{noise}ERROR core.py] ValueError: the reason\n{noise}DeadError: a consequence\n")
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     process.wait()
-    with pytest.raises(demo.DemoError, match="exit status 3(.|\n)*the reason") as error:
+    with pytest.raises(demo.DemoError, match="exit status 3.*\n.*the reason\n(.|\n)*a consequence") as error:
         demo.Server(process, "http://127.0.0.1:9", log).check()
     assert len(str(error.value).splitlines()) < 30
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,14 +81,24 @@ def test_released_pages_serve_other_requests_at_once(llm: LLM) -> None:
 
 
 def test_random_requests_equal_their_solo_runs(llm: LLM) -> None:
-    """Lengths, arrivals and aborts at random; a budget that forces preemptions."""
+    """Lengths, arrivals, aborts and preemptions at random, in a budget that is scarce for all of them.
+
+    ``FOX_RANDOM_REQUESTS`` and ``FOX_RANDOM_LENGTH`` make it longer.
+    """
+    count = int(os.environ.get("FOX_RANDOM_REQUESTS", "30"))
+    longest = int(os.environ.get("FOX_RANDOM_LENGTH", "1500"))
     order = random.Random(0)
-    requests = {f"q{i}": (source_tokens(llm, order.randint(1, 1500), seed=i), order.randint(1, 40)) for i in range(24)}
-    waiting, aborted, preemptions = list(requests), set(), 0
+    requests = {
+        f"q{i}": (source_tokens(llm, order.randint(1, longest), seed=i), order.randint(1, 60))
+        for i in range(count)
+    }
+    waiting, aborted = list(requests), set()
     finished: dict[str, list[int]] = {}
-    # What is held aside makes the rest scarce.
-    pool = scheduler(llm).kv_cache_manager.block_pool
-    aside = pool.get_new_blocks(num_blocks(llm) - 66)
+    preempted: dict[str, int] = {}
+    sched = scheduler(llm)
+    # What is held aside makes the rest scarce: one request must fit, should it forget nothing.
+    blocks = sched.kv_cache_manager.block_pool
+    aside = blocks.get_new_blocks(num_blocks(llm) - -(-(longest + 60) // PAGE) - 1)
     while waiting or llm.llm_engine.has_unfinished_requests():
         for _ in range(order.randint(0, 3)):
             if waiting:
@@ -95,23 +106,23 @@ def test_random_requests_equal_their_solo_runs(llm: LLM) -> None:
         for out in llm.llm_engine.step():
             if out.finished:
                 finished[out.request_id] = list(out.outputs[0].token_ids)
-        running = scheduler(llm).running
-        if running and order.random() < 0.02:
-            victim = order.choice(running)
-            preemptions += victim.num_preemptions
-            name = next(name for name in requests if victim.request_id.startswith(name + "-") or victim.request_id == name)
-            llm.llm_engine.abort_request([name])
+        for request in sched.requests.values():
+            preempted[request.request_id] = request.num_preemptions
+        if sched.running and order.random() < 0.02:
+            sched._preempt_request(sched.running.pop(), 0.0)
+        unfinished = sorted(set(requests) - set(waiting) - set(finished) - aborted)
+        if unfinished and order.random() < 0.02:
+            name = order.choice(unfinished)
             aborted.add(name)
-        preemptions = max(preemptions, sum(r.num_preemptions for r in scheduler(llm).requests.values()))
-    pool.free_blocks(aside)
-    assert preemptions > 0 and aborted
+            llm.llm_engine.abort_request([name])
+    blocks.free_blocks(aside)
+    print(f"{len(finished)} finished, {len(aborted)} aborted, {sum(preempted.values())} preemptions")
+    assert aborted and sum(preempted.values()) > len(requests) // 10
     assert set(finished) >= set(requests) - aborted
-    for name, tokens in finished.items():
-        if name in aborted:
-            continue
-        prompt, count = requests[name]
-        (alone,) = generate(llm, [prompt], greedy(count))
-        assert tokens == list(alone.outputs[0].token_ids), name
+    for name in sorted(set(requests) - aborted):
+        prompt, tokens = requests[name]
+        (alone,) = generate(llm, [prompt], greedy(tokens))
+        assert finished[name] == list(alone.outputs[0].token_ids), name
 
 
 def test_forced_preemption_and_resumption(llm: LLM) -> None:
@@ -135,7 +146,8 @@ def test_chunk_size_does_not_matter(llm: LLM, fox_tiny: Path) -> None:
 
 
 def test_parallel_samples_seeds_and_stops(llm: LLM) -> None:
-    prompt = source_tokens(llm, 300, seed=2)
+    # vLLM's CPU worker cannot seed a request whose prompt is cut into chunks, whatever the model: 3 * 80 < 256.
+    prompt = source_tokens(llm, 80, seed=2)
     params = SamplingParams(temperature=0.8, n=3, seed=7, max_tokens=24)
     first, second = (generate(llm, [prompt], params)[0] for _ in range(2))
     texts = [out.text for out in first.outputs]

@@ -44,6 +44,11 @@ class TableUpdate(KVConnectorMetadata):
     column_offset: np.ndarray
     ids: np.ndarray
 
+    def __repr__(self) -> str:
+        """Short: vLLM prints it when a step fails, and the arrays may hold a million ids."""
+        pages = self.ids.shape[1] if self.ids.ndim == 3 else 0
+        return f"TableUpdate(step={self.step}, rows={len(self.slots)}, page columns={pages})"
+
     @classmethod
     def of(
         cls,
