@@ -24,9 +24,7 @@ def environment() -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
     return {
-        "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit or "unknown",

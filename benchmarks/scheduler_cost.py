@@ -121,9 +121,7 @@ def main() -> None:
     times = run(args.steps)
     times["fox total"] = [sum(parts) for parts in zip(*(times[k] for k in times if k.startswith("fox")))]
     times["added by fox"] = [a - b for a, b in zip(times["fox total"], times["dense allocate"])]
-    print(
-        f"ms per step; {REQUESTS} requests of {TOKENS} tokens, {LAYERS} layers of {HEADS} heads, page {PAGE}"
-    )
+    print(f"ms per step; {REQUESTS} requests of {TOKENS} tokens, {LAYERS} layers of {HEADS} heads, page {PAGE}")
     print(f"{'':16}{'median':>9}{'mean':>9}{'p99':>9}")
     figures = {}
     for name, values in times.items():

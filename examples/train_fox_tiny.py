@@ -183,9 +183,7 @@ def gather_text(max_bytes: int, seed: int) -> tuple[list[str], list[str], list[s
         if text is None or size >= max_bytes:
             continue
         digest = hashlib.sha1("".join(text.split()).encode()).digest()
-        if (
-            digest in seen
-        ):  # vendored copies; near copies, such as one model's code derived from another's, remain
+        if digest in seen:  # vendored copies; near copies, such as one model's code derived from another's, remain
             continue
         seen.add(digest)
         size += len(text)
@@ -466,9 +464,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al., 2024). Matrices of one shape are done in one batch: it is
     launches, not arithmetic, that would cost time here."""
 
-    def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01
-    ) -> None:
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01) -> None:
         shapes = dict.fromkeys(tuple(p.shape) for p in params)
         groups = [{"params": [p for p in params if tuple(p.shape) == shape]} for shape in shapes]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "decay": decay})
@@ -658,9 +654,7 @@ def forgetting(model: Fox, tokens: Tensor, length: int, count: int) -> dict[str,
         "heads_that_forget_mean": round(float(forgets.double().mean()), 1),
         "heads_that_forget_least": int(forgets.min()),
         "live_share": round(1.0 - float(pages.mean()) / (length // PAGE), 4),
-        "live_share_by_head": [
-            [round(float(1 - x * PAGE / length), 3) for x in row] for row in pages.mean(0)
-        ],
+        "live_share_by_head": [[round(float(1 - x * PAGE / length), 3) for x in row] for row in pages.mean(0)],
     }
 
 
@@ -721,9 +715,7 @@ def log(message: str) -> None:
 
 def save(model: Fox, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the five files of the checkpoint; weights are rounded to bfloat16, the tied head is left out."""
-    tensors = {
-        f"model.{name}": p.detach().bfloat16().cpu().contiguous() for name, p in model.named_parameters()
-    }
+    tensors = {f"model.{name}": p.detach().bfloat16().cpu().contiguous() for name, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     tokenizer_config = {
@@ -758,9 +750,7 @@ def load(folder: Path) -> tuple[Fox, Tokenizer]:
 def make_output(folder: Path, overwrite: bool) -> None:
     """Make the folder and prove that it can be written, before minutes are spent; ValueError if not."""
     if (folder / "model.safetensors").exists() and not overwrite:
-        raise ValueError(
-            f"--output {folder} already holds a model.safetensors: choose another or pass --overwrite"
-        )
+        raise ValueError(f"--output {folder} already holds a model.safetensors: choose another or pass --overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
@@ -774,9 +764,7 @@ def make_output(folder: Path, overwrite: bool) -> None:
 
 def run_training(options: argparse.Namespace) -> None:
     if not options.smoke and not torch.cuda.is_available():
-        raise ValueError(
-            "training needs a CUDA GPU and torch sees none: pass --smoke for a few steps on the CPU"
-        )
+        raise ValueError("training needs a CUDA GPU and torch sees none: pass --smoke for a few steps on the CPU")
     if not options.minutes > 0:
         raise ValueError(f"--minutes must be above 0, got {options.minutes}")
     make_output(options.output, options.overwrite)
@@ -790,9 +778,7 @@ def run_training(options: argparse.Namespace) -> None:
     else:
         device = torch.device("cuda")
         corpus = load_corpus(config.vocab_size, 300_000_000, 20_000_000, options.seed, options.cache)
-        plan = Plan(
-            options.minutes, None, tokens_per_step=65_536, tokens_at_once=32_768, lengths=(2048, 8192)
-        )
+        plan = Plan(options.minutes, None, tokens_per_step=65_536, tokens_at_once=32_768, lengths=(2048, 8192))
     model = Fox(config).to(device)
     log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     facts = train(model, torch.from_numpy(corpus.train.astype(np.int32)).to(device), plan, options.seed)
@@ -832,25 +818,17 @@ def run_evaluation(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--output", type=Path, help="train, and write the checkpoint to this folder")
     task.add_argument("--evaluate", type=Path, help="evaluate the checkpoint in this folder instead")
     parser.add_argument("--minutes", type=float, default=6.5, help="training time without preparation (6.5)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--smoke", action="store_true", help="a few small steps on the CPU, to see that it runs"
-    )
+    parser.add_argument("--smoke", action="store_true", help="a few small steps on the CPU, to see that it runs")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in --output")
-    parser.add_argument(
-        "--cache", type=Path, help="folder for the tokenized text, to use again in the next run"
-    )
+    parser.add_argument("--cache", type=Path, help="folder for the tokenized text, to use again in the next run")
     parser.add_argument("--report", type=Path, help="folder for evaluation.json and held_out.safetensors")
-    parser.add_argument(
-        "--held-out", type=Path, help="held_out.safetensors of an earlier run, for --evaluate"
-    )
+    parser.add_argument("--held-out", type=Path, help="held_out.safetensors of an earlier run, for --evaluate")
     options = parser.parse_args()
     try:
         if options.evaluate is not None:

@@ -74,11 +74,10 @@ def source_tokens(llm: LLM, count: int, seed: int = 0) -> list[int]:
     import pdb
     import statistics
     import tarfile
-    import turtle
     import typing
     import zipfile
 
-    modules = [argparse, tarfile, turtle, typing, zipfile, doctest, difflib, inspect_module, pdb, statistics]
+    modules = [argparse, tarfile, typing, zipfile, doctest, difflib, inspect_module, pdb, statistics]
     modules += [collections, asyncio.base_events]
     tokenizer = llm.get_tokenizer()
     tokens: list[int] = []

@@ -44,9 +44,7 @@ class OneLayer:
         self.heads, self.groups, self.dim, self.page_size = heads, groups, dim, page_size
         self.dtype, self.device = dtype, device
         form = PageFormat(page_size, dim, dtype, groups, shift)
-        self.raw = torch.full(
-            (num_pages * form.page_bytes,), 0xFF, dtype=torch.uint8, device=device
-        )  # NaN bytes
+        self.raw = torch.full((num_pages * form.page_bytes,), 0xFF, dtype=torch.uint8, device=device)  # NaN bytes
         self.pages = form.view(self.raw)
         self.raw_pages = self.raw.view(num_pages, form.page_bytes)
         max_chunks = -(-max_pages // TABLE_CHUNK)
@@ -86,9 +84,7 @@ class OneLayer:
     def _poison(self, ids: np.ndarray) -> None:
         self.raw_pages[torch.from_numpy(ids).long().to(self.device)] = 0xFF
 
-    def step(
-        self, work: list[tuple[int, dict[str, torch.Tensor]]], release: bool = True
-    ) -> list[torch.Tensor]:
+    def step(self, work: list[tuple[int, dict[str, torch.Tensor]]], release: bool = True) -> list[torch.Tensor]:
         """Run rows of (slot, inputs with leading dimension = new tokens); returns each row's output."""
         lens, seqs = [], []
         for slot, inputs in work:
@@ -99,9 +95,9 @@ class OneLayer:
             missing = -(-seqs[-1] // self.page_size) - int(self.pool.num_pages[slot])
             if missing > 0:
                 columns = self.pool.extend(slot, missing)
-                self.table.chunk_of[slot, torch.from_numpy(columns.new_chunk_index).long()] = (
-                    torch.from_numpy(columns.new_chunk).to(self.device)
-                )
+                self.table.chunk_of[slot, torch.from_numpy(columns.new_chunk_index).long()] = torch.from_numpy(
+                    columns.new_chunk
+                ).to(self.device)
                 by_column = self.table.entries.transpose(1, 2)
                 by_column[torch.from_numpy(columns.chunk).long(), torch.from_numpy(columns.offset).long()] = (
                     torch.from_numpy(columns.ids[0]).to(self.device)

@@ -46,9 +46,7 @@ def reference_logits(
     x = w["model.embeddings.weight"][torch.as_tensor(token_ids)]
     for n in range(config.num_hidden_layers):
         layer = {
-            name.removeprefix(f"model.layers.{n}."): t
-            for name, t in w.items()
-            if f"model.layers.{n}." in name
+            name.removeprefix(f"model.layers.{n}."): t for name, t in w.items() if f"model.layers.{n}." in name
         }
         x = x + attention(config, layer, rms_norm(x, layer["attn_norm.weight"], config.norm_eps))
         x = x + mlp(config, layer, rms_norm(x, layer["mlp_norm.weight"], config.norm_eps))
@@ -132,9 +130,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rotary(x: torch.Tensor, base: float) -> torch.Tensor:
     """Rotate the pairs (i, i + d/2) of [T, H, d] at position t by t * base^(-2i/d)."""
     length, _, dim = x.shape
-    angle = torch.outer(torch.arange(length).double(), base ** (-torch.arange(0, dim, 2).double() / dim))[
-        :, None
-    ]
+    angle = torch.outer(torch.arange(length).double(), base ** (-torch.arange(0, dim, 2).double() / dim))[:, None]
     turn = torch.polar(torch.ones_like(angle), angle)
     turned = torch.complex(x[..., : dim // 2], x[..., dim // 2 :]) * turn
     return torch.cat((turned.real, turned.imag), dim=-1)

@@ -97,9 +97,7 @@ def test_no_trust_remote_code_is_needed_and_ours_wins(tmp_path: Path) -> None:
 def test_fields_of_older_transformers_are_no_mistake(tmp_path: Path) -> None:
     register_configs()
     fields = {"transformers_version": "4.44.0", "torch_dtype": "float32", "use_bfloat16": False, "top_k": 50}
-    _write(
-        tmp_path, model_type=FoxConfig.model_type, _name_or_path="somewhere", tokenizer_class=None, **fields
-    )
+    _write(tmp_path, model_type=FoxConfig.model_type, _name_or_path="somewhere", tokenizer_class=None, **fields)
     assert AutoConfig.from_pretrained(tmp_path).num_heads == 32
 
 
@@ -158,9 +156,7 @@ FLA_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     [(FoxConfig, *case) for case in OFFICIAL_MISTAKES]
     + [(FlaForgettingTransformerConfig, *case) for case in FLA_MISTAKES],
 )
-def test_mistakes_name_the_field_and_the_fix(
-    kind: type, fields: dict[str, Any], names: str, allows: str
-) -> None:
+def test_mistakes_name_the_field_and_the_fix(kind: type, fields: dict[str, Any], names: str, allows: str) -> None:
     with pytest.raises(ValueError) as caught:
         kind(**fields)
     message = str(caught.value)

@@ -28,7 +28,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-DEFAULTS = {"enforce_eager": False, "gpu_memory_utilization": 0.5, "max_num_batched_tokens": 8192}
+DEFAULTS = {"enforce_eager": False, "gpu_memory_utilization": 0.25, "max_num_batched_tokens": 8192}
+# Small beside the card, so that several engines in one process find room.
+DEFAULTS |= {"num_gpu_blocks_override": 2000}
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])

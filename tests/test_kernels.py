@@ -75,9 +75,7 @@ def test_mixed_batch_of_ragged_rows() -> None:
     for row, length in enumerate(lengths[:2]):
         outs[row] += layer.step([(slots[row], cut(data[row], 0, length))])
     # First two decode while the last two prefill; then all decode together.
-    work = [
-        (slots[r], cut(data[r], n, n + 1) if r < 2 else cut(data[r], 0, n)) for r, n in enumerate(lengths)
-    ]
+    work = [(slots[r], cut(data[r], n, n + 1) if r < 2 else cut(data[r], 0, n)) for r, n in enumerate(lengths)]
     for row, part in enumerate(layer.step(work)):
         outs[row].append(part)
     done = [n + 1 if r < 2 else n for r, n in enumerate(lengths)]

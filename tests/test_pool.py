@@ -1,4 +1,4 @@
-"""The page pool as a state machine: whatever is called in whatever order, no page is owned twice and none is lost."""
+"""The page pool as a state machine: in whatever order it is called, no page is owned twice and none is lost."""
 
 from __future__ import annotations
 
@@ -69,8 +69,7 @@ class PoolMachine(RuleBasedStateMachine):
         """A worker looks at the live ranges of some slots; the scheduler will hear of it later."""
         slots = data.draw(st.lists(st.sampled_from(sorted(self.open)), min_size=1, unique=True))
         starts = [
-            [data.draw(st.integers(0, max(len(self.pages[slot]) - 1, 0))) for _ in range(STREAMS)]
-            for slot in slots
+            [data.draw(st.integers(0, max(len(self.pages[slot]) - 1, 0))) for _ in range(STREAMS)] for slot in slots
         ]
         slots_array = np.array(slots)
         self.mail.append((rank, slots_array, self.pool.epoch[slots_array].copy(), np.array(starts)))

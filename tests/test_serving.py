@@ -27,6 +27,10 @@ from tests.engines import (
 )
 
 PAGE = 32
+# Longer by hand: FOX_RANDOM_REQUESTS=300 FOX_RANDOM_LENGTH=4000 pytest tests/test_serving.py -k random
+RANDOM_REQUESTS = int(os.environ.get("FOX_RANDOM_REQUESTS", "30"))
+RANDOM_LENGTH = int(os.environ.get("FOX_RANDOM_LENGTH", "1500"))
+MAX_MODEL_LEN = max(2048, RANDOM_LENGTH + 64)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +39,9 @@ def llm(fox_tiny: Path) -> Iterator[LLM]:
     with engine(
         fox_tiny,
         {"page_size": PAGE},
-        max_model_len=2048,
+        max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=256,
-        num_gpu_blocks_override=200,
+        num_gpu_blocks_override=3 * MAX_MODEL_LEN // PAGE + 8,
     ) as started:
         yield started
 
@@ -81,16 +85,11 @@ def test_released_pages_serve_other_requests_at_once(llm: LLM) -> None:
 
 
 def test_random_requests_equal_their_solo_runs(llm: LLM) -> None:
-    """Lengths, arrivals, aborts and preemptions at random, in a budget that is scarce for all of them.
-
-    ``FOX_RANDOM_REQUESTS`` and ``FOX_RANDOM_LENGTH`` make it longer.
-    """
-    count = int(os.environ.get("FOX_RANDOM_REQUESTS", "30"))
-    longest = int(os.environ.get("FOX_RANDOM_LENGTH", "1500"))
+    """Lengths, arrivals, aborts and preemptions at random, in a budget that is scarce for all of them."""
     order = random.Random(0)
     requests = {
-        f"q{i}": (source_tokens(llm, order.randint(1, longest), seed=i), order.randint(1, 60))
-        for i in range(count)
+        f"q{i}": (source_tokens(llm, order.randint(1, RANDOM_LENGTH), seed=i), order.randint(1, 60))
+        for i in range(RANDOM_REQUESTS)
     }
     waiting, aborted = list(requests), set()
     finished: dict[str, list[int]] = {}
@@ -98,7 +97,7 @@ def test_random_requests_equal_their_solo_runs(llm: LLM) -> None:
     sched = scheduler(llm)
     # What is held aside makes the rest scarce: one request must fit, should it forget nothing.
     blocks = sched.kv_cache_manager.block_pool
-    aside = blocks.get_new_blocks(num_blocks(llm) - -(-(longest + 60) // PAGE) - 1)
+    aside = blocks.get_new_blocks(num_blocks(llm) - -(-(RANDOM_LENGTH + 60) // PAGE) - 1)
     while waiting or llm.llm_engine.has_unfinished_requests():
         for _ in range(order.randint(0, 3)):
             if waiting:
@@ -183,6 +182,6 @@ def test_startup_capacity_is_the_dense_one(llm: LLM) -> None:
     """What vLLM logs at start-up: a request that never forgets must be servable."""
     cache = llm.llm_engine.vllm_config.cache_config
     blocks = cache.num_gpu_blocks
-    assert blocks == 200 and cache.block_size == PAGE
-    per_request = -(-2048 // PAGE)
+    assert cache.block_size == PAGE
+    per_request = -(-MAX_MODEL_LEN // PAGE)
     assert cache.kv_cache_max_concurrency == pytest.approx(blocks / per_request)

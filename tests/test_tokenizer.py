@@ -38,9 +38,7 @@ def _bpe() -> Tokenizer:
 
 
 @pytest.fixture(scope="module", params=["tokenizer.json", "vocab.json"])
-def published(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Tokenizer]:
+def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenizer]:
     """A checkpoint folder as the official code publishes it, and the bare BPE in it."""
     folder = tmp_path_factory.mktemp("published")
     tokenizer = _bpe()

@@ -76,9 +76,7 @@ def test_official_tensors_reach_their_modules(pro: ForgettingTransformerForCausa
         assert torch.equal(p[f"{layer}.attn.v_shift.weight"], w[f"{layer}.attn.v_proj.shift_proj.weight"])
         assert torch.equal(p[f"{layer}.attn.forget_gate.bias"], w[f"{layer}.attn.fgate_proj.bias"])
         assert torch.equal(p[f"{layer}.attn.k_norm.weight"], w[f"{layer}.attn.k_norm.weight"].view(4, 32))
-        assert torch.equal(
-            p[f"{layer}.attn.output_norm.weight"], w[f"{layer}.attn.output_norm.weight"].view(4, 32)
-        )
+        assert torch.equal(p[f"{layer}.attn.output_norm.weight"], w[f"{layer}.attn.output_norm.weight"].view(4, 32))
         assert torch.equal(p[f"{layer}.mlp.gate_up_proj.weight"], w[f"{layer}.mlp.gate_proj.weight"])
     assert torch.equal(p["lm_head.weight"][:257], w["lm_head.weight"])
 
@@ -89,9 +87,7 @@ def test_fla_tensors_reach_their_modules(fla: ForgettingTransformerForCausalLM) 
     for kind in ("weight", "bias"):
         parts = [w[f"model.layers.1.attn.{name}_proj.{kind}"] for name in "qkv"]
         assert torch.equal(p[f"model.layers.1.attn.qkv_proj.{kind}"], torch.cat(parts))
-        assert torch.equal(
-            p[f"model.layers.1.attn.forget_gate.{kind}"], w[f"model.layers.1.attn.f_proj.{kind}"]
-        )
+        assert torch.equal(p[f"model.layers.1.attn.forget_gate.{kind}"], w[f"model.layers.1.attn.f_proj.{kind}"])
     both = torch.cat([w[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up")])
     assert torch.equal(p["model.layers.1.mlp.gate_up_proj.weight"], both)
 
@@ -168,9 +164,7 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_weights_that_do_not_fit_are_named_in_one_error(
-    case: str, pro: ForgettingTransformerForCausalLM
-) -> None:
+def test_weights_that_do_not_fit_are_named_in_one_error(case: str, pro: ForgettingTransformerForCausalLM) -> None:
     weights, expected = BAD[case]
     with pytest.raises(ValueError) as caught:
         pro.load_weights(weights.items())

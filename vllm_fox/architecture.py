@@ -229,9 +229,7 @@ def _check_official(config: Any) -> None:
     if config.attention_bias is not False:
         _refuse(config, "attention_bias", "it must be false; q, k, v and o have no biases in this dialect")
     if config.use_output_norm and config.use_output_gate and config.ogate_act != "sigmoid":
-        _refuse(
-            config, "ogate_act", "it must be 'sigmoid' where use_output_norm and use_output_gate are true"
-        )
+        _refuse(config, "ogate_act", "it must be 'sigmoid' where use_output_norm and use_output_gate are true")
     if config.qk_norm_share_param_across_head and not config.qk_norm:
         _refuse(config, "qk_norm_share_param_across_head", "it must be false where qk_norm is false")
     _check_gate_init(config)

@@ -102,6 +102,4 @@ class ForgettingAttentionImpl:
                 out,
             )
         if metadata.decode_rows:
-            decode_attention(
-                pages, table, batch, streams, live, step.q, self.scale, metadata.decode_rows, out
-            )
+            decode_attention(pages, table, batch, streams, live, step.q, self.scale, metadata.decode_rows, out)

@@ -63,9 +63,7 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         self.page_size = vllm_config.cache_config.block_size
         self.max_model_len = vllm_config.model_config.max_model_len
         self.impl = ForgettingAttentionImpl(head_dim**-0.5, k_norm, qk_norm_eps, rope_base)  # type: ignore[assignment]
-        self.register_buffer(
-            "threshold", torch.full((num_kv_heads, self.num_gates), -math.inf), persistent=False
-        )
+        self.register_buffer("threshold", torch.full((num_kv_heads, self.num_gates), -math.inf), persistent=False)
         self.kv_cache = torch.tensor([])
         self._pages: Pages | None = None
         self._table: PageTable | None = None
@@ -181,9 +179,9 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         self.kv_cache = kv_cache
         storage = kv_cache.untyped_storage()
         pool = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)
-        self._pages = PageFormat(
-            self.page_size, self.head_dim, self.dtype, self.num_gates, self.token_shift
-        ).view(pool)
+        self._pages = PageFormat(self.page_size, self.head_dim, self.dtype, self.num_gates, self.token_shift).view(
+            pool
+        )
 
     def bind_page_table(self, table: PageTable) -> None:
         """Take the worker's page table (called by the connector)."""

@@ -88,9 +88,7 @@ class ForgettingSelfAttention(nn.Module):
         self.o_proj = RowParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.o_proj")
         self.output_gate = None
         if arch.output_gate is not None:
-            self.output_gate = ColumnParallelLinear(
-                hidden, hidden, bias=False, prefix=f"{prefix}.output_gate"
-            )
+            self.output_gate = ColumnParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.output_gate")
         self.output_norm = HeadNorm(heads, dim, arch.norm_eps) if arch.output_norm else None
 
         self.forget_gate = HeadLinear(hidden, heads, bias=True) if arch.gate == "full" else None
@@ -230,9 +228,7 @@ class ForgettingTransformerModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         arch = Architecture.from_config(vllm_config.model_config.hf_config)
-        self.embeddings = VocabParallelEmbedding(
-            arch.vocab_size, arch.hidden_size, prefix=f"{prefix}.embeddings"
-        )
+        self.embeddings = VocabParallelEmbedding(arch.vocab_size, arch.hidden_size, prefix=f"{prefix}.embeddings")
         self.layers = nn.ModuleList(
             ForgettingTransformerBlock(vllm_config, arch, prefix=f"{prefix}.layers.{index}")
             for index in range(arch.num_layers)

@@ -28,9 +28,7 @@ _RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
 )
 
 
-def load_checkpoint(
-    model: nn.Module, arch: Architecture, weights: Iterable[tuple[str, torch.Tensor]]
-) -> set[str]:
+def load_checkpoint(model: nn.Module, arch: Architecture, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Fill the model's parameters.
 
     Args:

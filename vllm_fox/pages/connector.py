@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
     """Scheduler role: talks to the manager. Worker role: owns the device tables."""
 
-    def __init__(
-        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._manager: StreamPageManager | None = None
         self._tables: DeviceTables | None = None
@@ -77,9 +75,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing is loaded."""
 
-    def save_kv_layer(
-        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
-    ) -> None:
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing is saved."""
 
     def wait_for_save(self) -> None:
@@ -107,14 +103,10 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         """Waiting a step for pages that are about to come back beats preempting a request."""
         return self._manager is not None and self._manager.expects_release
 
-    def get_num_new_matched_tokens(
-        self, request: Request, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return 0, False
 
-    def update_state_after_alloc(
-        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """The manager has noted the allocation already."""
 
     def request_finished_all_groups(

@@ -1,8 +1,9 @@
 """vLLM's view of the page pool: a KV-cache manager that counts slabs and hands out pages.
 
-vLLM's scheduler asks for blocks and reads its gauges from the BlockPool. A block here is only a unit of account, one
-page for every stream ("slab"): the manager holds as many blocks as its pages in use fill, and returns a block as
-soon as one fewer is enough. Page ids are its own, so a block's number means nothing and fragmentation cannot arise.
+vLLM's scheduler asks for blocks and reads its gauges from the BlockPool. A block here is only a unit of account,
+one page for every stream ("slab"): the manager holds as many blocks as its pages in use fill, and returns a block as
+soon as one fewer is enough. Page ids are its own, so a block's number means nothing, and pages scattered by release
+cannot keep blocks from coming back.
 """
 
 from __future__ import annotations
@@ -160,8 +161,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         if not self.kv_cache_spec.release or not report.slots.size:
             return
         freed = sum(
-            self.pool.release(rank, report.slots, report.epochs, starts)
-            for rank, starts in report.starts.items()
+            self.pool.release(rank, report.slots, report.epochs, starts) for rank, starts in report.starts.items()
         )
         if freed:
             slots = report.slots[self.pool.epoch[report.slots] == report.epochs]

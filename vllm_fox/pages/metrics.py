@@ -9,41 +9,37 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from .pool import PagePool
 
-_ZERO = {"allocated": 0, "released": 0, "live": 0}
-
 
 class PageStats(KVConnectorStats):
     """``allocated`` and ``released`` are counts since the last stats, ``live`` is a level (pages, all ranks)."""
-
-    def __init__(self, data: dict[str, Any] | None = None) -> None:
-        super().__init__(data={**_ZERO, **(data or {})})
 
     @classmethod
     def of(cls, pool: PagePool) -> PageStats:
         """Totals since start-up."""
         return cls(
-            {"allocated": pool.allocated_total, "released": pool.released_total, "live": pool.used_total}
+            data={"allocated": pool.allocated_total, "released": pool.released_total, "live": pool.used_total}
         )
 
     def since(self, earlier: PageStats) -> PageStats | None:
         """What changed; None if nothing did."""
         if self.data == earlier.data:
             return None
-        change = {key: self.data[key] - earlier.data[key] for key in ("allocated", "released")}
-        return PageStats({**change, "live": self.data["live"]})
+        change = {key: self.data[key] - earlier.data.get(key, 0) for key in ("allocated", "released")}
+        return PageStats(data={**change, "live": self.data["live"]})
 
     def reset(self) -> None:
-        self.data = dict(_ZERO)
+        self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> PageStats:
-        added = {key: self.data[key] + other.data[key] for key in ("allocated", "released")}
-        return PageStats({**added, "live": other.data["live"]})
+        added = {key: self.data.get(key, 0) + other.data.get(key, 0) for key in ("allocated", "released")}
+        return PageStats(data={**added, "live": other.data.get("live", self.data.get("live", 0))})
 
     def reduce(self) -> dict[str, int | float]:
         return {f"KV pages {key}": value for key, value in self.data.items()}
 
     def is_empty(self) -> bool:
-        return self.data == _ZERO
+        # Not the same as all zero: a level that falls to zero is news.
+        return not self.data
 
 
 class PageMetrics(KVConnectorPromMetrics):
