@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM
+from vllm.config import CompilationMode
 
-from tests.checkpoints import FIXED_GATE, VARIANTS, VOCAB_SIZE, make_checkpoint
+from tests.checkpoints import VARIANTS, VOCAB_SIZE, make_checkpoint
 from tests.engines import assert_all_free, engine, generate, greedy, manager
 from tests.reference_model import reference_logits
 
@@ -24,8 +25,7 @@ SMALL: dict[str, Any] = {
 
 # Nothing can die: no gate at all, or all heads share one KV head and one of them never forgets.
 NEVER = {"no_gate", "fla_gqa_gate"}
-# Forgets, but with fixed gates the fastest head needs longer than 240 tokens to reach the threshold.
-TOO_SLOW: set[str] = set()
+Served = list[tuple[list[int], list[int], list[dict[int, float]]]]
 
 
 def prompts() -> list[list[int]]:
@@ -33,10 +33,10 @@ def prompts() -> list[list[int]]:
     return [torch.randint(1, VOCAB_SIZE, (length,), generator=rng).tolist() for length in LENGTHS]
 
 
-def serve(llm: LLM) -> list[tuple[list[int], list[int], list[dict[int, float]]]]:
-    """Of each prompt: its tokens, the answer, and for positions 1.. the logprobs that the engine gave."""
+def serve(llm: LLM) -> Served:
+    """Of each prompt: its tokens, the answer, and the logprobs that the engine gave for every position but 0."""
     outs = generate(llm, prompts(), greedy(ANSWER, prompt_logprobs=4, logprobs=4))
-    served = []
+    served: Served = []
     for prompt, out in zip(prompts(), outs, strict=True):
         answer = list(out.outputs[0].token_ids)
         given = [*out.prompt_logprobs[1:], *out.outputs[0].logprobs]
@@ -45,7 +45,7 @@ def serve(llm: LLM) -> list[tuple[list[int], list[int], list[dict[int, float]]]]
     return served
 
 
-def differences(folder: Path, served: list[tuple[list[int], list[int], list[dict[int, float]]]]) -> list[float]:
+def differences(folder: Path, served: Served) -> list[float]:
     """Served minus true logprob, of every token of which the engine gave one, at every position."""
     found = []
     for prompt, answer, given in served:
@@ -54,7 +54,7 @@ def differences(folder: Path, served: list[tuple[list[int], list[int], list[dict
     return found
 
 
-def assert_greedy(folder: Path, served: list[tuple[list[int], list[int], list[dict[int, float]]]]) -> None:
+def assert_greedy(folder: Path, served: Served) -> None:
     for prompt, answer, _ in served:
         logits = reference_logits(folder, prompt + answer)
         assert answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
@@ -72,3 +72,31 @@ def test_logprobs_and_greedy_tokens_are_the_reference_ones(name: str, tmp_path: 
     assert worst < 1e-3
     assert_greedy(folder, served)
     assert (released == 0) == (name in NEVER)
+
+
+@pytest.mark.parametrize("dtype, most", [("bfloat16", 0.02), ("float16", 0.005)])
+def test_likelihood_in_short_dtypes(dtype: str, most: float, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, **VARIANTS["pro_rope"])
+    with engine(folder, {"page_size": PAGE}, dtype=dtype, **SMALL) as llm:
+        served = serve(llm)
+        assert manager(llm).pool.released_total > 0
+        assert_all_free(llm)
+    for prompt, _, given in served:
+        expected = reference_logits(folder, prompt).log_softmax(-1)
+        errors = [given[t][token] - float(expected[t, token]) for t, token in enumerate(prompt[1:])]
+        print(
+            f"{dtype}: mean NLL is off by {-sum(errors) / len(errors):.1e}, one token by {max(map(abs, errors)):.1e}"
+        )
+        assert abs(sum(errors) / len(errors)) < most
+
+
+def test_compiled(tmp_path: Path) -> None:
+    """Without --enforce-eager, as users start it: the model is compiled around the attention operator."""
+    folder = make_checkpoint(tmp_path, **VARIANTS["pro_rope"])
+    with engine(folder, {"page_size": PAGE}, enforce_eager=False, **SMALL) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+        served = serve(llm)
+        assert manager(llm).pool.released_total > 0
+        assert_all_free(llm)
+    assert max(map(abs, differences(folder, served))) < 1e-3
+    assert_greedy(folder, served)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,9 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         log_pruning_tolerance: the checkpoint's log eps, or None.
     """
 
+    impl: ForgettingAttentionImpl  # type: ignore[assignment]  # its forward takes pages, not a layer's cache
+    threshold: torch.Tensor
+
     def __init__(
         self,
         *,
@@ -56,13 +60,14 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.num_gates = num_heads // num_kv_heads
         self.token_shift = k_shift or v_shift
+        assert isinstance(vllm_config.model_config.dtype, torch.dtype)
         self.dtype = vllm_config.model_config.dtype
         settings = FoxSettings.from_vllm_config(vllm_config)
         self.release = settings.release
         self.tolerance = settings.tolerance(log_pruning_tolerance)
         self.page_size = vllm_config.cache_config.block_size
         self.max_model_len = vllm_config.model_config.max_model_len
-        self.impl = ForgettingAttentionImpl(head_dim**-0.5, k_norm, qk_norm_eps, rope_base)  # type: ignore[assignment]
+        self.impl = ForgettingAttentionImpl(head_dim**-0.5, k_norm, qk_norm_eps, rope_base)
         self.register_buffer("threshold", torch.full((num_kv_heads, self.num_gates), -math.inf), persistent=False)
         self.kv_cache = torch.tensor([])
         self._pages: Pages | None = None
@@ -124,7 +129,7 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         out: torch.Tensor,
     ) -> None:
         """The operator's body: everything between the projections and the output gate."""
-        metadata = get_forward_context().attn_metadata
+        metadata: Any = get_forward_context().attn_metadata
         if isinstance(metadata, dict):
             metadata = metadata[self.layer_name]
         if metadata is None or self._table is None:  # memory profiling: the page table is not there yet
@@ -146,7 +151,7 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
             shift_v=rows(shift_v, heads),
         )
         streams = torch.arange(self._index * heads, (self._index + 1) * heads, device=q.device)
-        self.impl.forward(  # type: ignore[call-arg]
+        self.impl.forward(
             step,
             metadata,
             self._pages,

@@ -71,8 +71,9 @@ class PageMetrics(KVConnectorPromMetrics):
                 labelnames=labelnames,
             )
         )
+        gauge: Any = self._gauge_cls
         self._live = per_engine(
-            self._gauge_cls(
+            gauge(
                 name="vllm:fox_kv_pages_live",
                 documentation="KV pages that requests hold now.",
                 labelnames=labelnames,
