@@ -129,7 +129,7 @@ def assert_all_free(llm: LLM) -> None:
     assert not pool.live_pages.any() and not pool.num_pages.any()
     assert len(pool._free_slots) == len(pool.epoch) - 1
     assert len(pool._free_chunks) == len(pool._entries) - 1
-    assert not pages._slot_of and not pages._prompt_pages
+    assert not pages._slot_of and not pages._prompt_pages and not pages._room
     for rank in range(pool.ranks):
         ids = torch.from_numpy(pool.free_ids(rank).copy()).sort().values
         assert torch.equal(ids, torch.arange(pool.streams, pool.streams + pool.capacity, dtype=torch.int32))

@@ -53,6 +53,8 @@ class StreamPageManager(SingleTypeKVCacheManager):
         self._chunk_pages = cdiv(spec.max_step_tokens, self.block_size) + 1
         self._held_blocks: list[KVCacheBlock] = []
         self._slot_of: dict[str, int] = {}
+        # Tokens that a request's pages hold: most calls of a decode step end at this look-up.
+        self._room: dict[str, int] = {}
         # Pages a stream that a request was admitted for, until its prompt has them all.
         self._prompt_pages: dict[str, int] = {}
         self._opened: list[int] = []
@@ -75,14 +77,15 @@ class StreamPageManager(SingleTypeKVCacheManager):
         prefill_end: int = 0,
     ) -> int:
         """Blocks needed for ``num_tokens``; with ``apply_admission_cap``, blocks that must be free to admit."""
-        slot = self._slot_of.get(request_id, 0)
         pages = cdiv(num_tokens, self.block_size)
         if apply_admission_cap:
             self._prompt_pages[request_id] = pages
             return self._pages_to_admit(request_id, pages)
-        missing = pages - int(self.pool.num_pages[slot]) if slot else pages
-        if missing <= 0:
+        room = self._room.get(request_id, 0)
+        if num_tokens <= room:
             return 0
+        slot = self._slot_of.get(request_id, 0)
+        missing = pages - room // self.block_size
         if not (slot or self.pool.has_free_slot) or not self.pool.chunks_available(slot, missing):
             # No slot or no page-table chunk is free: more than the pool can have, so that the request waits.
             return self.block_pool.num_gpu_blocks
@@ -91,16 +94,18 @@ class StreamPageManager(SingleTypeKVCacheManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        slot = self._slot_of.get(request_id, 0)
-        missing = cdiv(num_tokens, self.block_size) - (int(self.pool.num_pages[slot]) if slot else 0)
-        if slot and missing <= 0:
+        room = self._room.get(request_id, 0)
+        if num_tokens <= room:
             return []
+        slot = self._slot_of.get(request_id, 0)
+        missing = cdiv(num_tokens, self.block_size) - room // self.block_size
         new_row: list[KVCacheBlock] = []
         if not slot:
             slot = self._slot_of[request_id] = self.pool.open()
             self._opened.append(slot)
             new_row = self.req_to_blocks[request_id] = [KVCacheBlock(block_id=slot)]
         self._columns.append(self.pool.extend(slot, missing))
+        self._room[request_id] = room + missing * self.block_size
         self._unreported.append((self._step, slot, missing))
         if self.pool.num_pages[slot] >= self._prompt_pages.get(request_id, 0):
             self._prompt_pages.pop(request_id, None)
@@ -111,6 +116,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         """Takes back the request's pages at once: later steps run after those in flight, on the same stream."""
         self.req_to_blocks.pop(request_id, None)
         self._prompt_pages.pop(request_id, None)
+        self._room.pop(request_id, None)
         slot = self._slot_of.pop(request_id, 0)
         if slot:
             if slot in self._opened:

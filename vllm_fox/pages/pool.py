@@ -199,16 +199,22 @@ class PagePool:
     def _free_range(
         self, rank: int, slot: np.ndarray, stream: np.ndarray, low: np.ndarray, high: np.ndarray
     ) -> int:
-        """Push the ids of pages ``low:high`` of each (slot, stream) back on the rank's stack."""
+        """Push the ids of pages ``low:high`` of each (slot, stream) back on the rank's stack.
+
+        A decode step moves most ranges by a single page: then there is nothing to spread out.
+        """
         counts = (high - low).astype(np.int64)
         total = int(counts.sum())
         if not total:
             return 0
-        which = np.repeat(np.arange(len(counts)), counts)
-        page = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts) + low[which]
-        chunk = self._chunk_of[slot[which], page // TABLE_CHUNK]
+        page = low
+        if total != len(counts) or counts.min() != 1:
+            which = np.repeat(np.arange(len(counts)), counts)
+            page = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts) + low[which]
+            slot, stream = slot[which], stream[which]
+        chunk = self._chunk_of[slot, page // TABLE_CHUNK]
         top = int(self._num_free[rank])
-        self._free[rank, top : top + total] = self._entries[chunk, rank, stream[which], page % TABLE_CHUNK]
+        self._free[rank, top : top + total] = self._entries[chunk, rank, stream, page % TABLE_CHUNK]
         self._num_free[rank] = top + total
         return total
 
