@@ -16,6 +16,15 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from vllm_fox.pages.manager import StreamPageManager
 
+GPU_DEFAULTS = {
+    "enforce_eager": False,
+    "max_num_batched_tokens": 8192,
+    # Small beside the card, so that several engines in one process find room.
+    "gpu_memory_utilization": 0.25,
+    "num_gpu_blocks_override": 2000,
+}
+"""vLLM's default flags on a GPU, as far as they matter here."""
+
 
 @contextlib.contextmanager
 def engine(model: str | Path, fox: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
 from tests.engines import (
+    GPU_DEFAULTS,
     add,
     assert_all_free,
     engine,
@@ -28,14 +29,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-DEFAULTS = {"enforce_eager": False, "gpu_memory_utilization": 0.25, "max_num_batched_tokens": 8192}
-# Small beside the card, so that several engines in one process find room.
-DEFAULTS |= {"num_gpu_blocks_override": 2000}
-
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def llm(request: pytest.FixtureRequest, fox_18m: Path) -> Iterator[LLM]:
-    with engine(fox_18m, dtype=request.param, max_model_len=16384, **DEFAULTS) as started:
+    with engine(fox_18m, dtype=request.param, max_model_len=16384, **GPU_DEFAULTS) as started:
         yield started
 
 
@@ -90,13 +87,3 @@ def test_batched_requests_equal_their_solo_runs(llm: LLM) -> None:
         (alone,) = generate(llm, [prompt], greedy(48))
         assert list(alone.outputs[0].token_ids) == list(out.outputs[0].token_ids)
     assert_all_free(llm)
-
-
-def test_shipped_checkpoint_answers(fox_tiny: Path) -> None:
-    with engine(fox_tiny, dtype="auto", max_model_len=4096, **DEFAULTS) as llm:
-        prompts = [source_tokens(llm, 2048, seed=seed) for seed in range(3)]
-        for out in generate(llm, prompts, SamplingParams(temperature=0, max_tokens=96, ignore_eos=True)):
-            print("-----", out.outputs[0].text, sep="\n")
-            assert len(out.outputs[0].token_ids) == 96
-        assert manager(llm).pool.released_total > 0
-        assert_all_free(llm)

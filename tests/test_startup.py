@@ -80,7 +80,7 @@ def test_unsupported_features(tiny: Path, options: dict[str, Any], what: str) ->
 def test_block_size_is_ours(tiny: Path) -> None:
     """``--block-size`` is answered with the option to use; the same number by both names is no mistake."""
     message = refused(tiny, block_size=32)
-    assert '--block-size 32 is not used' in message and '"page_size": 32' in message
+    assert "--block-size 32 is not used" in message and '"page_size": 32' in message
     assert configure(tiny, {"page_size": 32}, block_size=32).cache_config.block_size == 32
 
 

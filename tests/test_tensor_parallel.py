@@ -105,9 +105,7 @@ def one_kv_head(folder: Path, shipped: Path) -> Path:
     return make_checkpoint(folder / "model", **VARIANTS["fla_gqa_gate"])
 
 
-@pytest.mark.parametrize(
-    "checkpoint, forgetting", [(official, [0, 1]), (two_kv_heads, [0]), (one_kv_head, [0])]
-)
+@pytest.mark.parametrize("checkpoint, forgetting", [(official, [0, 1]), (two_kv_heads, [0]), (one_kv_head, [0])])
 def test_two_ranks_answer_as_one(
     checkpoint: Callable[[Path, Path], Path], forgetting: list[int], tmp_path: Path, fox_tiny: Path
 ) -> None:
