@@ -1,4 +1,4 @@
-"""The shipped checkpoint on a CUDA GPU with default flags; a module of its own, since an engine owns its process."""
+"""The shipped checkpoint on a CUDA GPU with default flags; alone in its module, as an engine is in its process."""
 
 from __future__ import annotations
 

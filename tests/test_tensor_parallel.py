@@ -1,17 +1,17 @@
 """Two tensor-parallel ranks answer as one does, and each gives its own heads' pages back.
 
-The ranks are processes of their own (vLLM's multiprocessing executor). The engine that leads them runs in a process
-of its own too, so that a hanging one can be ended together with its ranks: ``python -m tests.test_tensor_parallel``.
+The ranks are processes of their own (vLLM's multiprocessing executor). So is the engine that leads them
+(``python -m tests.test_tensor_parallel``), so that a hanging one can be ended together with its ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tests.reference_model import reference_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, ANSWER, LENGTHS = 16, 24, (300, 700, 1500)
-LIMIT_S = 240
+LIMIT_S = 300
 
 
 def serve(model: str, ranks: int) -> dict[str, Any]:
@@ -60,10 +60,11 @@ def serve(model: str, ranks: int) -> dict[str, Any]:
         return {"prompts": prompts, "answers": answers, "used": used, "dense": held}
 
 
-def serve_in_two_processes(model: Path, folder: Path) -> dict[str, Any]:
-    """:func:`serve` with two ranks, ended with all its processes after ``LIMIT_S`` seconds."""
+def serve_in_two_processes(models: dict[str, Path], folder: Path) -> dict[str, dict[str, Any]]:
+    """:func:`serve` each model with two ranks; after ``LIMIT_S`` seconds all its processes are ended."""
     result = folder / "result.json"
-    command = [sys.executable, "-m", "tests.test_tensor_parallel", str(model), str(result)]
+    command = [sys.executable, "-m", "tests.test_tensor_parallel", str(result)]
+    command += [f"{name}={model}" for name, model in models.items()]
     cores = sorted(os.sched_getaffinity(0))
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     with (folder / "log").open("w") as log:
@@ -75,46 +76,47 @@ def serve_in_two_processes(model: Path, folder: Path) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            with_group_ended(process)
+            # Whatever happened, none of its processes stays behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     text = (folder / "log").read_text()[-6000:]
     assert code == 0, f"no answer after {LIMIT_S} s\n{text}" if code is None else f"exit code {code}\n{text}"
     return json.loads(result.read_text())
 
 
-def with_group_ended(process: subprocess.Popen[bytes]) -> None:
-    """Whatever happened, none of its processes stays behind."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, fox_tiny: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        # Four heads a rank; token shift, QK-norm, output norm and gate.
+        "official": fox_tiny,
+        # Grouped queries with biases: one KV head a rank.
+        "two_kv_heads": make_checkpoint(folder / "two", **VARIANTS["fla_gqa_bias_qk_norm"]),
+        # The only KV head is on both ranks, each with its own query heads' gates.
+        "one_kv_head": make_checkpoint(folder / "one", **VARIANTS["fla_gqa_gate"]),
+    }
 
 
-def official(folder: Path, shipped: Path) -> Path:
-    """The shipped checkpoint: four heads a rank, token shift, QK-norm, output norm and gate."""
-    return shipped
+@pytest.fixture(scope="module")
+def by_two(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What two ranks answered, for each model."""
+    return serve_in_two_processes(models, tmp_path_factory.mktemp("two_ranks"))
 
 
-def two_kv_heads(folder: Path, shipped: Path) -> Path:
-    """Grouped queries with biases: one KV head a rank; the second rank's group never forgets."""
-    return make_checkpoint(folder / "model", **VARIANTS["fla_gqa_bias_qk_norm"])
-
-
-def one_kv_head(folder: Path, shipped: Path) -> Path:
-    """The only KV head is on both ranks, each with its own query heads' gates; the second rank's never forget."""
-    return make_checkpoint(folder / "model", **VARIANTS["fla_gqa_gate"])
-
-
-@pytest.mark.parametrize("checkpoint, forgetting", [(official, [0, 1]), (two_kv_heads, [0]), (one_kv_head, [0])])
+@pytest.mark.parametrize(
+    "name, forgetting",
+    # In the grouped checkpoints the second rank's query heads hardly forget, so that its pages stay.
+    [("official", [0, 1]), ("two_kv_heads", [0]), ("one_kv_head", [0])],
+)
 def test_two_ranks_answer_as_one(
-    checkpoint: Callable[[Path, Path], Path], forgetting: list[int], tmp_path: Path, fox_tiny: Path
+    name: str, forgetting: list[int], models: dict[str, Path], by_two: dict[str, dict[str, Any]]
 ) -> None:
-    model = checkpoint(tmp_path, fox_tiny)
-    two = serve_in_two_processes(model, tmp_path)
+    model, two = models[name], by_two[name]
     one = serve(str(model), 1)
     assert two["prompts"] == one["prompts"]
     assert two["answers"] == one["answers"]
-    print(f"{checkpoint.__name__}: pages in use {one['used']} of {one['dense']}, {two['used']} of {two['dense']}")
+    print(f"{name}: pages in use {one['used']} of {one['dense']}, {two['used']} of {two['dense']}")
     assert len(two["used"]) == 2
     for rank, used in enumerate(two["used"]):
         if rank in forgetting:
@@ -128,5 +130,6 @@ def test_two_ranks_answer_as_one(
 
 
 if __name__ == "__main__":
-    model_path, result_path = sys.argv[1:]
-    Path(result_path).write_text(json.dumps(serve(model_path, 2)))
+    result_path, *named = sys.argv[1:]
+    served = {name: serve(path, 2) for name, _, path in (pair.partition("=") for pair in named)}
+    Path(result_path).write_text(json.dumps(served))

@@ -1,8 +1,8 @@
 """vLLM's view of the page pool: a KV-cache manager that counts slabs and hands out pages.
 
 vLLM's scheduler asks for blocks and reads its gauges from the BlockPool. A block here is only a unit of account,
-one page for every stream ("slab"): the manager holds as many blocks as its pages in use fill, and returns one as soon
-as one fewer is enough. Page ids are its own, so a block's number means nothing, and pages scattered by release
+one page for every stream ("slab"): the manager holds as many blocks as its pages in use fill, and returns one as
+soon as one fewer is enough. Page ids are its own, so a block's number means nothing, and pages scattered by release
 cannot keep blocks from coming back.
 """
 
