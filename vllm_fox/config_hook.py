@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import vllm
 from vllm.config import CompilationConfig, KVTransferConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .compat import check_vllm_version
 from .settings import FoxSettings
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
 
@@ -22,10 +20,6 @@ ATTENTION_OP = "vllm_fox::forgetting_attention"
 
 class FoxConfigHook(VerifyAndUpdateConfig):
     """vLLM calls this for every ForgettingTransformerForCausalLM, before anything is loaded."""
-
-    @staticmethod
-    def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        check_vllm_version(vllm.__version__)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

@@ -9,8 +9,19 @@ CONNECTOR = "FoxPageConnector"
 def register_plugin() -> None:
     """Register configs, tokenizer, model, backend, connector and config hook; safe to call again.
 
-    A wrong vLLM does not stop vLLM from serving other models: the error comes when a FoX model is loaded.
+    Under a vLLM of another release line nothing is registered and an error is logged: other models go on as before.
     """
+    import vllm
+    from vllm.logger import init_logger
+
+    from .compat import check_vllm_version
+
+    try:
+        check_vllm_version(vllm.__version__)
+    except RuntimeError as error:
+        init_logger(__name__).error("%s Forgetting Transformers cannot be served until then.", error)
+        return
+
     from vllm import ModelRegistry
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

@@ -2,37 +2,18 @@ r"""Bounds on attention logits that hold for every query and key a model can mak
 
 Adaptive computation pruning (ACP, arXiv 2504.06949) may skip key j for query i once the log forget gates
 between them sum to less than ``-2U - log L + log eps``, where ``U >= |q_i . k_j| / sqrt(d)`` for all i, j.
-A server prunes, and gives memory back, before it has seen the queries to come, so U must hold for those too:
-it has to follow from the weights alone. Notation: one head, hidden size n, head size d, s(M) the largest
-singular value of M, and the layer's input after its RMS norm
+A server prunes, and gives memory back, before it has seen the queries to come, so U must hold for those too: it
+has to follow from the weights alone. docs/acp.md states and proves the bounds; with n the hidden size, d the head
+size, s(M) the largest singular value of M and D = diag(attn_norm.weight),
 
-    x = D x_hat,    D = diag(attn_norm.weight),    ||x_hat||_2 <= sqrt(n),
+    with QK-norm                       U = max|w_q| max|w_k| sqrt(d)
+    without it, biases or RoPE         U = (s(W_q D) sqrt(n) + ||b_q||) (s(W_k D) sqrt(n) + ||b_k||) / sqrt(d)
+    without it, neither                U = n s(D W_q^T W_k D) / sqrt(d)
 
-because ``x_hat = z / sqrt(mean(z^2) + norm_eps)`` has ``||x_hat||^2 = n mean(z^2) / (mean(z^2) + norm_eps)``.
-
-**With QK-norm** (:func:`qk_norm_bound`), U = max|w_q| max|w_k| sqrt(d).
-
-    q = w_q * q_hat with ||q_hat||_2 <= sqrt(d) by the same argument, so ||q||_2 <= max|w_q| sqrt(d); so is k.
-    Token shift comes before the norm; rotation (RoPE) keeps 2-norms. By Cauchy-Schwarz
-    |q . k| / sqrt(d) <= max|w_q| sqrt(d) max|w_k| sqrt(d) / sqrt(d).
-
-**Without QK-norm** (:func:`projection_bound`):
-
-1. With biases or RoPE, U = (s(W_q D) sqrt(n) + ||b_q||) (s(W_k D) sqrt(n) + ||b_k||) / sqrt(d).
-
-    ||q||_2 = ||W_q D x_hat + b_q||_2 <= s(W_q D) sqrt(n) + ||b_q||_2, rotated or not; the same for a k that
-    is not shifted. Token shift makes k' = a k_prev + (1 - a) k with 0 <= a <= 1, where k_prev is such a key
-    or 0: a convex combination of points of a ball around 0, so in the ball. Cauchy-Schwarz again.
-
-2. With neither, U = n s(D W_q^T W_k D) / sqrt(d), which is never larger.
-
-    q . k = x_hat_i^T (D W_q^T W_k D) x_hat_j, at most s(D W_q^T W_k D) ||x_hat_i|| ||x_hat_j|| in absolute
-    value. With token shift q . k' is a convex combination of q . k_prev and q . k, so no larger than both.
-
-The statements are about exact arithmetic. Rounding to a dtype shorter than float32 is allowed for in two
-places. The attention layer allows for what happens to q and k themselves (shift, norm, rotation). Bounds that
-go back to the projection's input also carry ``(1 + eps)^3``, eps being the dtype's machine epsilon: for q and
-for k, two roundings in the input norm's output and one in the projection's, each by at most eps / 2.
+The statements are about exact arithmetic. The attention layer allows for the rounding of q and k themselves (shift,
+norm, rotation). Bounds that go back to the projection's input also carry ``(1 + eps)^3``, eps being the dtype's
+machine epsilon: for q and for k, two roundings in the input norm's output and one in the projection's, each by at
+most eps / 2.
 """
 
 from __future__ import annotations
