@@ -65,6 +65,18 @@ def test_grouped_queries_norm_and_rotation() -> None:
     assert layer.table.first_live[slot, 1] > 0
 
 
+def test_one_remembering_head_keeps_its_groups_pages() -> None:
+    """Of two query heads that share a KV head one forgets everything at once, the other nothing."""
+    inputs = random_inputs(300, heads=1, groups=2, gates="never")
+    inputs["log_f"][:, :, 0] = -5.0
+    layer = OneLayer(heads=1, groups=2, threshold=-60.0)
+    slot = layer.open()
+    out = layer.step([(slot, cut(inputs, 0, 130))]) + layer.step([(slot, cut(inputs, 130, 299))])
+    out += layer.step([(slot, cut(inputs, 299, 300))])
+    close(torch.cat(out), formula(inputs), 1e-5)
+    assert layer.pool.released_total == 0
+
+
 def test_mixed_batch_of_ragged_rows() -> None:
     """Prefill and decode rows of very different lengths in one step do not disturb each other."""
     lengths = [1, 17, 64, 250]
