@@ -124,6 +124,30 @@ def test_random_requests_equal_their_solo_runs(llm: LLM) -> None:
         assert finished[name] == list(alone.outputs[0].token_ids), name
 
 
+def test_answers_that_outgrow_memory_preempt_without_storms(llm: LLM) -> None:
+    """Many requests with short prompts and long answers: some must give way, none again and again."""
+    requests = {f"g{i}": (source_tokens(llm, 100 + 10 * i, seed=i), 300) for i in range(10)}
+    sched = scheduler(llm)
+    blocks = sched.kv_cache_manager.block_pool
+    aside = blocks.get_new_blocks(num_blocks(llm) - 34)
+    for name, request in requests.items():
+        add(llm, name, *request)
+    finished: dict[str, list[int]] = {}
+    preempted: dict[str, int] = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for out in llm.llm_engine.step():
+            if out.finished:
+                finished[out.request_id] = list(out.outputs[0].token_ids)
+        for request in sched.requests.values():
+            preempted[request.request_id] = request.num_preemptions
+    blocks.free_blocks(aside)
+    print(f"{sum(preempted.values())} preemptions, at most {max(preempted.values())} of a request")
+    assert sum(preempted.values()) > 0 and max(preempted.values()) <= 3
+    for name in ("g0", "g8", "g9"):
+        (alone,) = generate(llm, [requests[name][0]], greedy(300))
+        assert finished[name] == list(alone.outputs[0].token_ids), name
+
+
 def test_forced_preemption_and_resumption(llm: LLM) -> None:
     """Preempted in the middle of its answer, a request resumes with the same text."""
     prompt = source_tokens(llm, 900, seed=9)
