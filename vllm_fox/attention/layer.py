@@ -150,13 +150,12 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
             shift_k=rows(shift_k, heads),
             shift_v=rows(shift_v, heads),
         )
-        streams = torch.arange(self._index * heads, (self._index + 1) * heads, device=q.device)
         self.impl.forward(
             step,
             metadata,
             self._pages,
             self._table,
-            streams,
+            self._streams,
             self.threshold,
             out[:tokens].view(tokens, heads, groups, self.head_dim),
         )
@@ -191,6 +190,8 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
     def bind_page_table(self, table: PageTable) -> None:
         """Take the worker's page table (called by the connector)."""
         self._table = table
+        first, device = self._index * self.num_kv_heads, table.entries.device
+        self._streams = torch.arange(first, first + self.num_kv_heads, device=device)
 
 
 def forgetting_attention(

@@ -16,7 +16,6 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.request import Request
 
 from .admission import LiveShare
 from .messages import PageReport, TableUpdate
@@ -77,13 +76,13 @@ class StreamPageManager(SingleTypeKVCacheManager):
         prefill_end: int = 0,
     ) -> int:
         """Blocks needed for ``num_tokens``; with ``apply_admission_cap``, blocks that must be free to admit."""
+        room = self._room.get(request_id, 0)
+        if num_tokens <= room and not apply_admission_cap:
+            return 0
         pages = cdiv(num_tokens, self.block_size)
         if apply_admission_cap:
             self._prompt_pages[request_id] = pages
             return self._pages_to_admit(request_id, pages)
-        room = self._room.get(request_id, 0)
-        if num_tokens <= room:
-            return 0
         slot = self._slot_of.get(request_id, 0)
         missing = pages - room // self.block_size
         if not (slot or self.pool.has_free_slot) or not self.pool.chunks_available(slot, missing):
@@ -127,28 +126,11 @@ class StreamPageManager(SingleTypeKVCacheManager):
             self._settle()
         return []
 
-    def free(self, request_id: str) -> None:
-        self.pop_blocks_for_free(request_id)
-
-    def remove_skipped_blocks(
-        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
-    ) -> None:
-        """Nothing here: pages die by the workers' reports, not by position."""
-
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
-        """Nothing here: prefix caching is switched off at start-up."""
-
     @classmethod
     def find_longest_cache_hit(
         cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        # Prefix caching is switched off at start-up.
         return tuple([] for _ in kv_cache_group_ids), 0
 
     # What our connector calls.
