@@ -71,16 +71,20 @@ def test_pages_come_back_while_the_request_runs(llm: LLM) -> None:
 
 
 def test_released_pages_serve_other_requests_at_once(llm: LLM) -> None:
-    """More requests run together than their pages would allow if none came back, and none is preempted."""
+    """Memory for one request that forgets nothing: admission learns what requests hold, and lets several in."""
+    blocks = scheduler(llm).kv_cache_manager.block_pool
+    aside = blocks.get_new_blocks(num_blocks(llm) - 90)
     for i in range(6):
-        add(llm, f"r{i}", source_tokens(llm, 1800, seed=i), 24)
+        add(llm, f"r{i}", source_tokens(llm, 1800, seed=i), 48)
     together = preempted = 0
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
         running = scheduler(llm).running
         together = max(together, len(running))
         preempted += sum(request.num_preemptions for request in running)
-    assert 1800 // PAGE * together > num_blocks(llm)
+    blocks.free_blocks(aside)
+    print(f"{together} at once")
+    assert together >= 4
     assert preempted == 0
 
 
