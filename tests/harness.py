@@ -5,20 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_fox.attention.implementation import ForgettingAttentionImpl, StepInputs
+from vllm_fox.attention.implementation import ForgettingAttentionImpl, StepInputs, WorkerState
 from vllm_fox.kernels.cache_write import rotate
 from vllm_fox.kernels.paged import TABLE_CHUNK, Batch, PageFormat, PageTable
 from vllm_fox.pages.pool import PagePool
 
-
-class Metadata:
-    """The fields of FoxMetadata that the implementation reads."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        lens = batch.query_lens_host
-        self.decode_rows = [r for r in range(len(lens)) if lens[r] == 1]
-        self.prefill_rows = [r for r in range(len(lens)) if lens[r] > 1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class OneLayer:
@@ -39,11 +31,13 @@ class OneLayer:
         num_slots: int = 4,
         num_pages: int = 512,
         max_pages: int = 128,
-        device: str = "cpu",
+        device: str = DEVICE,
+        kv_dtype: torch.dtype | None = None,
+        logit_bound: float = float("inf"),
     ) -> None:
         self.heads, self.groups, self.dim, self.page_size = heads, groups, dim, page_size
         self.dtype, self.device = dtype, device
-        form = PageFormat(page_size, dim, dtype, groups, shift)
+        form = PageFormat(page_size, dim, dtype, groups, shift, kv_dtype or dtype)
         self.raw = torch.full((num_pages * form.page_bytes,), 0xFF, dtype=torch.uint8, device=device)  # NaN bytes
         self.pages = form.view(self.raw)
         self.raw_pages = self.raw.view(num_pages, form.page_bytes)
@@ -66,8 +60,10 @@ class OneLayer:
             zeros(num_slots * max_chunks + 1, heads, TABLE_CHUNK),
             zeros(num_slots + 1, heads),
         )
-        self.impl = ForgettingAttentionImpl(dim**-0.5, k_norm, 1e-5, rope_base)
-        self.threshold = torch.as_tensor(threshold, dtype=torch.float32, device=device).expand(heads, groups)
+        norm = None if k_norm is None else k_norm.to(device)
+        self.impl = ForgettingAttentionImpl(0, dim**-0.5, norm, 1e-5, rope_base)
+        limit = torch.as_tensor(threshold, dtype=torch.float32, device=device).expand(heads, groups)
+        self.state = WorkerState(self.table, [limit], logit_bound, dim, num_slots)
         self.lengths: dict[int, int] = {}
 
     def open(self) -> int:
@@ -84,8 +80,8 @@ class OneLayer:
     def _poison(self, ids: np.ndarray) -> None:
         self.raw_pages[torch.from_numpy(ids).long().to(self.device)] = 0xFF
 
-    def step(self, work: list[tuple[int, dict[str, torch.Tensor]]], release: bool = True) -> list[torch.Tensor]:
-        """Run rows of (slot, inputs with leading dimension = new tokens); returns each row's output."""
+    def prepare(self, work: list[tuple[int, dict[str, torch.Tensor]]]) -> tuple[StepInputs, Batch]:
+        """Pages and inputs for rows of (slot, inputs with leading dimension = new tokens)."""
         lens, seqs = [], []
         for slot, inputs in work:
             new = inputs["k"].shape[0]
@@ -102,14 +98,14 @@ class OneLayer:
                 by_column[torch.from_numpy(columns.chunk).long(), torch.from_numpy(columns.offset).long()] = (
                     torch.from_numpy(columns.ids[0]).to(self.device)
                 )
-        slots = [slot for slot, _ in work]
         device = self.device
-        batch = Batch(
-            query_start=torch.tensor([0, *np.cumsum(lens)], device=device),
-            seq_lens=torch.tensor(seqs, device=device),
-            slots=torch.tensor(slots, device=device),
+        batch = Batch.of(
+            query_start=torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(seqs, dtype=torch.int32, device=device),
+            slots=torch.tensor([slot for slot, _ in work], dtype=torch.int32, device=device),
             query_lens_host=lens,
             seq_lens_host=seqs,
+            page_size=self.page_size,
         )
 
         def joined(name: str) -> torch.Tensor | None:
@@ -119,10 +115,15 @@ class OneLayer:
             whole = torch.cat(parts).to(device)
             return whole.to(self.dtype) if name in "qkv" else whole.float()
 
-        inputs = StepInputs(**{name: joined(name) for name in ("q", "k", "v", "log_f", "shift_k", "shift_v")})
+        shift = [None if (a := joined(name)) is None else torch.logit(a) for name in ("shift_k", "shift_v")]
+        return StepInputs(joined("q"), joined("k"), joined("v"), gate_logits(joined("log_f")), *shift), batch
+
+    def step(self, work: list[tuple[int, dict[str, torch.Tensor]]], release: bool = True) -> list[torch.Tensor]:
+        """Run rows of (slot, inputs with leading dimension = new tokens); returns each row's output."""
+        inputs, batch = self.prepare(work)
+        slots = [slot for slot, _ in work]
         out = torch.full_like(inputs.q, float("nan"))
-        streams = torch.arange(self.heads, device=device)
-        self.impl.forward(inputs, Metadata(batch), self.pages, self.table, streams, self.threshold, out)
+        self.impl.forward(inputs, batch, self.pages, self.state, out)
         if release:
             starts = self.table.first_live[torch.tensor(slots)].cpu().numpy()
             held = {slot: set(self.pool.held_ids(slot, 0).tolist()) for slot in slots}
@@ -130,7 +131,12 @@ class OneLayer:
             for slot in slots:
                 dead = held[slot] - set(self.pool.held_ids(slot, 0).tolist())
                 self._poison(np.array(sorted(dead), dtype=np.int32))
-        return [part.cpu() for part in out.split(lens)]
+        return [part.cpu() for part in out.split(batch.query_lens_host)]
+
+
+def gate_logits(log_f: torch.Tensor) -> torch.Tensor:
+    """The logits whose logsigmoid is ``log_f``; +inf where it is 0."""
+    return log_f - torch.log(-torch.expm1(log_f))
 
 
 def formula(

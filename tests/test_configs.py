@@ -108,7 +108,7 @@ OFFICIAL_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"num_hidden_layers": "12"}, "num_hidden_layers", "'12'"),
     ({"max_position_embeddings": None}, "max_position_embeddings", "positive integer"),
     ({"num_heads": 7}, "num_heads is 7", "divide hidden_size (2048)"),
-    ({"num_heads": 128}, "num_heads is 128", "heads of 32, 64, 128 are supported"),
+    ({"num_heads": 128}, "num_heads is 128", "heads of 32, 64, 128, 256 are supported"),
     ({"num_kv_heads": 8}, "num_kv_heads is 8", "null or num_heads (32)"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'", "'swish', 'silu', 'sigmoid'"),
     ({"window_size": 512}, "window_size is 512", "null"),

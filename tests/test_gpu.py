@@ -14,6 +14,7 @@ from tests.engines import (
     GPU_DEFAULTS,
     add,
     assert_all_free,
+    compiled_kernels,
     engine,
     generate,
     greedy,
@@ -33,7 +34,10 @@ pytestmark = [
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def llm(request: pytest.FixtureRequest, fox_18m: Path) -> Iterator[LLM]:
     with engine(fox_18m, dtype=request.param, max_model_len=16384, **GPU_DEFAULTS) as started:
+        before = compiled_kernels()
         yield started
+        # Everything was compiled before the first request.
+        assert before == compiled_kernels() and min(before.values()) > 0
 
 
 def test_default_flags_give_the_v2_runner_and_graphs(llm: LLM) -> None:
@@ -41,7 +45,7 @@ def test_default_flags_give_the_v2_runner_and_graphs(llm: LLM) -> None:
     print(config.compilation_config.mode, config.compilation_config.cudagraph_mode)
     assert config.use_v2_model_runner
     assert config.scheduler_config.async_scheduling
-    assert config.compilation_config.cudagraph_mode.name == "PIECEWISE"
+    assert config.compilation_config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
 
 
 def test_log_likelihood_and_argmax_are_the_official_ones(llm: LLM, fox_18m: Path) -> None:

@@ -70,11 +70,13 @@ def test_official_tensors_reach_their_modules(pro: ForgettingTransformerForCausa
     p = dict(pro.named_parameters())
     for n in range(2):
         layer = f"model.layers.{n}"
-        qkv = [w[f"{layer}.attn.{name}.weight"] for name in ("q_proj", "k_proj.linear", "v_proj.linear")]
-        assert torch.equal(p[f"{layer}.attn.qkv_proj.weight"], torch.cat(qkv))
-        assert torch.equal(p[f"{layer}.attn.k_shift.weight"], w[f"{layer}.attn.k_proj.shift_proj.weight"])
-        assert torch.equal(p[f"{layer}.attn.v_shift.weight"], w[f"{layer}.attn.v_proj.shift_proj.weight"])
-        assert torch.equal(p[f"{layer}.attn.forget_gate.bias"], w[f"{layer}.attn.fgate_proj.bias"])
+        in_proj = pro.model.layers[n].attn.in_proj
+        sources = {"q": "q_proj", "k": "k_proj.linear", "v": "v_proj.linear", "output_gate": "ogate_proj"}
+        sources |= {"forget_gate": "fgate_proj", "k_shift": "k_proj.shift_proj", "v_shift": "v_proj.shift_proj"}
+        for part, source in sources.items():
+            assert torch.equal(in_proj.part(in_proj.weight, part), w[f"{layer}.attn.{source}.weight"])
+        assert torch.equal(in_proj.part(in_proj.bias, "forget_gate"), w[f"{layer}.attn.fgate_proj.bias"])
+        assert not in_proj.part(in_proj.bias, "q").any()
         assert torch.equal(p[f"{layer}.attn.k_norm.weight"], w[f"{layer}.attn.k_norm.weight"].view(4, 32))
         assert torch.equal(p[f"{layer}.attn.output_norm.weight"], w[f"{layer}.attn.output_norm.weight"].view(4, 32))
         assert torch.equal(p[f"{layer}.mlp.gate_up_proj.weight"], w[f"{layer}.mlp.gate_proj.weight"])
@@ -83,11 +85,12 @@ def test_official_tensors_reach_their_modules(pro: ForgettingTransformerForCausa
 
 def test_fla_tensors_reach_their_modules(fla: ForgettingTransformerForCausalLM) -> None:
     w = make_weights(make_config(**VARIANTS["fla_gqa_bias"]))
-    p = dict(fla.named_parameters())
+    p, in_proj = dict(fla.named_parameters()), fla.model.layers[1].attn.in_proj
     for kind in ("weight", "bias"):
-        parts = [w[f"model.layers.1.attn.{name}_proj.{kind}"] for name in "qkv"]
-        assert torch.equal(p[f"model.layers.1.attn.qkv_proj.{kind}"], torch.cat(parts))
-        assert torch.equal(p[f"model.layers.1.attn.forget_gate.{kind}"], w[f"model.layers.1.attn.f_proj.{kind}"])
+        for part, source in {"q": "q_proj", "k": "k_proj", "v": "v_proj", "forget_gate": "f_proj"}.items():
+            assert torch.equal(
+                in_proj.part(getattr(in_proj, kind), part), w[f"model.layers.1.attn.{source}.{kind}"]
+            )
     both = torch.cat([w[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up")])
     assert torch.equal(p["model.layers.1.mlp.gate_up_proj.weight"], both)
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-HEAD_DIMS = (32, 64, 128)
+HEAD_DIMS = (32, 64, 128, 256)
 """Head sizes that the attention kernels are written for."""
 
 QK_NORM_EPS = 1e-5

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm.config import CompilationConfig, KVTransferConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from .settings import FoxSettings
 
@@ -43,8 +44,8 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         (vllm_config.kv_transfer_config, "a KV connector (--kv-transfer-config)"),
         (vllm_config.quant_config, "quantised weights (--quantization)"),
         (
-            cache.cache_dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")),
-            f"a KV cache of another type than the model (--kv-cache-dtype {cache.cache_dtype})",
+            cache.cache_dtype not in _kv_cache_dtypes(vllm_config),
+            f"--kv-cache-dtype {cache.cache_dtype} (but {', '.join(_kv_cache_dtypes(vllm_config))})",
         ),
         (getattr(cache, "kv_offloading_size", None), "KV offloading (--kv-offloading-size)"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism (--pipeline-parallel-size)"),
@@ -59,6 +60,14 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise ValueError(
             f"--tensor-parallel-size {ranks} does not divide the model's {heads} KV heads: choose a divisor."
         )
+
+
+def _kv_cache_dtypes(vllm_config: VllmConfig) -> list[str]:
+    """The values of --kv-cache-dtype that work: the model's own type, and float8 e4m3 where the GPU has it."""
+    own = ["auto", str(vllm_config.model_config.dtype).removeprefix("torch.")]
+    if current_platform.is_cuda() and not current_platform.has_device_capability(89):
+        return own
+    return [*own, "fp8", "fp8_e4m3"]
 
 
 def _set_page_size(vllm_config: VllmConfig, settings: FoxSettings) -> None:

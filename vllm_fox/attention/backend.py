@@ -56,19 +56,16 @@ class FoxMetadata(AttentionMetadata):
 
     Attributes:
         batch: its rows.
-        decode_rows, prefill_rows: rows with one query, and with several.
     """
 
     batch: Batch
-    decode_rows: list[int]
-    prefill_rows: list[int]
 
 
 class FoxMetadataBuilder(AttentionMetadataBuilder[FoxMetadata]):
     """Turns vLLM's description of a batch into ours. vLLM's block table holds one entry a row, the slot."""
 
-    # The leaf functions read live ranges on the host, so they run between CUDA graphs (piecewise).
-    _cudagraph_support = AttentionCGSupport.NEVER
+    # Decode looks at nothing on the host. Prefill's grids follow the batch, so it runs between graphs.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self,
@@ -91,18 +88,17 @@ class FoxMetadataBuilder(AttentionMetadataBuilder[FoxMetadata]):
         rows = len(query_lens)
         while rows and query_lens[rows - 1] == 0:
             rows -= 1
-        seq_lens = common.seq_lens_cpu_upper_bound
-        if seq_lens is None:
-            seq_lens = common.seq_lens.cpu()
-        batch = Batch(
-            query_start=common.query_start_loc[: rows + 1].long(),
-            seq_lens=common.seq_lens[:rows].long(),
-            slots=common.block_table_tensor[:rows, 0].long(),
+        seq_lens_host: list[int] = []
+        if common.max_query_len > 1:
+            host = common.seq_lens_cpu_upper_bound
+            seq_lens_host = (common.seq_lens.cpu() if host is None else host)[:rows].tolist()
+        # Views, not copies: a CUDA graph reads vLLM's own buffers again at every replay.
+        batch = Batch.of(
+            query_start=common.query_start_loc[: rows + 1],
+            seq_lens=common.seq_lens[:rows],
+            slots=common.block_table_tensor[:rows, 0],
             query_lens_host=query_lens[:rows],
-            seq_lens_host=seq_lens[:rows].tolist(),
+            seq_lens_host=seq_lens_host,
+            page_size=self.kv_cache_spec.block_size,
         )
-        return FoxMetadata(
-            batch=batch,
-            decode_rows=[r for r in range(rows) if query_lens[r] == 1],
-            prefill_rows=[r for r in range(rows) if query_lens[r] > 1],
-        )
+        return FoxMetadata(batch)

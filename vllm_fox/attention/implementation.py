@@ -3,36 +3,71 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_fox.kernels.attention import decode_attention, prefill_attention
 from vllm_fox.kernels.cache_write import cache_write
+from vllm_fox.kernels.decode_attention import decode_attention, make_plan
 from vllm_fox.kernels.live_range import live_range
-from vllm_fox.kernels.paged import Pages, PageTable
-
-if TYPE_CHECKING:
-    from .backend import FoxMetadata
+from vllm_fox.kernels.paged import PLAIN_EXP_BOUND, Batch, Pages, PageTable
+from vllm_fox.kernels.prefill_attention import prefill_attention
 
 
 @dataclass
 class StepInputs:
-    """What the model hands to a layer's attention (T tokens, H KV heads, G query heads a KV head).
+    """What the model hands to a layer's attention (T tokens, H KV heads, G query heads a KV head). Tensors may be
+    parts of a wider one: any stride over tokens, dense within a token.
 
     Attributes:
         q: [T, H, G, d], normed and rotated.
         k, v: [T, H, d] as projected.
-        log_f: [T, H, G] float32.
-        shift_k, shift_v: [T, H] float32, or None.
+        gate: [T, H, G] logits of the forget gate.
+        shift_k, shift_v: [T, H] logits of the token shift, or None.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    log_f: torch.Tensor
+    gate: torch.Tensor
     shift_k: torch.Tensor | None
     shift_v: torch.Tensor | None
+
+
+class WorkerState:
+    """What the layers of one worker share from step to step.
+
+    Args:
+        table: the worker's page table.
+        thresholds: pruning thresholds of its layers, each [H, G] float32, in order.
+        logit_bound: upper bound of ``|q . k| / sqrt(d)`` over all its layers and heads; inf if none is known.
+        head_dim: d.
+        max_rows: most rows that a step can have.
+    """
+
+    def __init__(
+        self, table: PageTable, thresholds: list[torch.Tensor], logit_bound: float, head_dim: int, max_rows: int
+    ) -> None:
+        self.table = table
+        self.bounded = logit_bound <= PLAIN_EXP_BOUND
+        self.thresholds = torch.stack(thresholds)
+        self.num_layers, heads, groups = self.thresholds.shape
+        self.plan = make_plan(
+            device=table.entries.device,
+            layers=self.num_layers,
+            heads=heads,
+            groups=groups,
+            head_dim=head_dim,
+            max_rows=max_rows,
+        )
+
+    def begin_step(self, batch: Batch, page_size: int) -> None:
+        """Before the first layer."""
+        if self.plan is not None and batch.has_decode:
+            self.plan.update(self.table, batch, page_size)
+
+    def end_step(self, batch: Batch, pages: Pages) -> None:
+        """After the last layer: what no later query needs. A step itself reads what the one before it left."""
+        live_range(pages, self.table, batch, self.thresholds.flatten(0, 1))
 
 
 @dataclass
@@ -40,12 +75,14 @@ class ForgettingAttentionImpl:
     """Constants of a layer (see :class:`~vllm_fox.attention.layer.ForgettingAttention`).
 
     Attributes:
+        layer: index of the layer on this worker.
         scale: of the logits.
         k_norm: [H, d] or None.
         norm_eps: of that norm.
         rope_base: theta or None.
     """
 
+    layer: int
     scale: float
     k_norm: torch.Tensor | None
     norm_eps: float
@@ -55,51 +92,33 @@ class ForgettingAttentionImpl:
     supports_pcp = False
     supports_dcp = False
 
-    def forward(
-        self,
-        step: StepInputs,
-        metadata: FoxMetadata,
-        pages: Pages,
-        table: PageTable,
-        streams: torch.Tensor,
-        threshold: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Write the new tokens, find the live ranges, attend.
+    def forward(self, step: StepInputs, batch: Batch, pages: Pages, state: WorkerState, out: torch.Tensor) -> None:
+        """Write the new tokens, then attend.
 
         Args:
-            streams: [H] the layer's streams in the page table.
-            threshold: [H, G] pruning threshold.
             out: [T, H, G, d], written.
         """
-        batch = metadata.batch
+        table, layer = state.table, self.layer
+        if layer == 0:
+            state.begin_step(batch, pages.page_size)
         cache_write(
             pages,
             table,
             batch,
-            streams,
+            layer,
             step.k,
             step.v,
-            step.log_f,
+            step.gate,
             step.shift_k,
             step.shift_v,
             self.k_norm,
             self.norm_eps,
             self.rope_base,
         )
-        live = live_range(pages, table, batch, streams, threshold)
-        if metadata.prefill_rows:
-            prefill_attention(
-                pages,
-                table,
-                batch,
-                streams,
-                live,
-                threshold,
-                step.q,
-                self.scale,
-                metadata.prefill_rows,
-                out,
-            )
-        if metadata.decode_rows:
-            decode_attention(pages, table, batch, streams, live, step.q, self.scale, metadata.decode_rows, out)
+        if batch.work is not None:
+            threshold = state.thresholds[layer]
+            prefill_attention(pages, table, batch, layer, threshold, step.q, self.scale, state.bounded, out)
+        if batch.has_decode:
+            decode_attention(pages, table, batch, layer, step.q, self.scale, out, plan=state.plan)
+        if layer == state.num_layers - 1:
+            state.end_step(batch, pages)

@@ -14,12 +14,13 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_fox.kernels.paged import PageFormat, Pages, PageTable
+from vllm_fox.kernels.paged import FP8, PageFormat, Pages, PageTable
 from vllm_fox.pages.spec import make_spec
 from vllm_fox.settings import FoxSettings
 
 from .backend import FoxAttentionBackend, FoxMetadata
-from .implementation import ForgettingAttentionImpl, StepInputs
+from .implementation import ForgettingAttentionImpl, StepInputs, WorkerState
+from .warm_up import warm_up
 
 
 class ForgettingAttention(nn.Module, AttentionLayerBase):
@@ -59,7 +60,7 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         self.layer_name = prefix
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.num_gates = num_heads // num_kv_heads
-        self.token_shift = k_shift or v_shift
+        self.shift = (k_shift, v_shift)
         assert isinstance(vllm_config.model_config.dtype, torch.dtype)
         self.dtype = vllm_config.model_config.dtype
         settings = FoxSettings.from_vllm_config(vllm_config)
@@ -67,16 +68,19 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         self.tolerance = settings.tolerance(log_pruning_tolerance)
         self.page_size = vllm_config.cache_config.block_size
         self.max_model_len = vllm_config.model_config.max_model_len
-        self.impl = ForgettingAttentionImpl(head_dim**-0.5, k_norm, qk_norm_eps, rope_base)
+        self.kv_dtype = FP8 if vllm_config.cache_config.cache_dtype.startswith("fp8") else self.dtype
+        # Largest |q . k| / sqrt(d) that there can be; known once weights are loaded.
+        self.logit_bound = math.inf
         self.register_buffer("threshold", torch.full((num_kv_heads, self.num_gates), -math.inf), persistent=False)
         self.kv_cache = torch.tensor([])
         self._pages: Pages | None = None
-        self._table: PageTable | None = None
+        self._state: WorkerState | None = None
 
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"Duplicate layer name: {prefix}")
-        self._index = sum(isinstance(layer, ForgettingAttention) for layer in layers.values())
+        index = sum(isinstance(layer, ForgettingAttention) for layer in layers.values())
+        self.impl = ForgettingAttentionImpl(index, head_dim**-0.5, k_norm, qk_norm_eps, rope_base)
         layers[prefix] = self
 
     def set_logit_bound(self, bound: torch.Tensor) -> None:
@@ -87,11 +91,13 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         Args:
             bound: [num_heads] float32, U >= max |q . k| / sqrt(d) for every query and key there can be.
         """
+        # q and k are rounded to the page's dtype after the bound was proved for exact ones.
+        rounding = (1.0 + torch.finfo(self.dtype).eps) * (1.0 + torch.finfo(self.kv_dtype).eps)
+        bound = rounding * bound.double()
+        self.logit_bound = bound.max().item()
         if self.tolerance is None:
             return
-        # q and k are rounded to the model's dtype after the bound was proved for exact ones.
-        rounding = (1.0 + torch.finfo(self.dtype).eps) ** 2
-        limit = -2.0 * rounding * bound.double() - math.log(self.max_model_len) + self.tolerance
+        limit = -2.0 * bound - math.log(self.max_model_len) + self.tolerance
         self.threshold.copy_(limit.view(self.num_kv_heads, self.num_gates))
 
     def forward(
@@ -99,7 +105,7 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        log_f: torch.Tensor,
+        gate: torch.Tensor,
         shift_k: torch.Tensor | None,
         shift_v: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -108,14 +114,14 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         Args:
             q: [T, Hq * d], normed and rotated.
             k, v: [T, H * d] as projected.
-            log_f: [T, Hq] float32, at most 0.
-            shift_k, shift_v: [T, H] float32 in [0, 1], or None.
+            gate: [T, Hq] logits of the forget gate.
+            shift_k, shift_v: [T, H] logits of the token shift, or None.
 
         Returns:
             [T, Hq * d].
         """
-        out = torch.empty_like(q)
-        torch.ops.vllm_fox.forgetting_attention(q, k, v, log_f, shift_k, shift_v, out, self.layer_name)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        torch.ops.vllm_fox.forgetting_attention(q, k, v, gate, shift_k, shift_v, out, self.layer_name)
         return out
 
     def attend(
@@ -123,7 +129,7 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        log_f: torch.Tensor,
+        gate: torch.Tensor,
         shift_k: torch.Tensor | None,
         shift_v: torch.Tensor | None,
         out: torch.Tensor,
@@ -132,33 +138,24 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         metadata: Any = get_forward_context().attn_metadata
         if isinstance(metadata, dict):
             metadata = metadata[self.layer_name]
-        if metadata is None or self._table is None:  # memory profiling: the page table is not there yet
+        if metadata is None or self._state is None:  # memory profiling: the page table is not there yet
             out.zero_()
             return
         assert isinstance(metadata, FoxMetadata) and self._pages is not None
-        tokens, heads, groups = metadata.batch.num_tokens, self.num_kv_heads, self.num_gates
-        out[tokens:] = 0
-
-        def rows(x: torch.Tensor | None, *shape: int) -> torch.Tensor | None:
-            return None if x is None else x[:tokens].view(tokens, *shape)
-
+        batch = metadata.batch
+        tokens, heads, groups = batch.num_tokens, self.num_kv_heads, self.num_gates
+        if tokens < len(out):
+            out[tokens:] = 0
+        out = out[:tokens].view(tokens, heads, groups, self.head_dim)
         step = StepInputs(
             q=q[:tokens].view(tokens, heads, groups, self.head_dim),
             k=k[:tokens].view(tokens, heads, self.head_dim),
             v=v[:tokens].view(tokens, heads, self.head_dim),
-            log_f=log_f[:tokens].view(tokens, heads, groups),
-            shift_k=rows(shift_k, heads),
-            shift_v=rows(shift_v, heads),
+            gate=gate[:tokens].view(tokens, heads, groups),
+            shift_k=None if shift_k is None else shift_k[:tokens],
+            shift_v=None if shift_v is None else shift_v[:tokens],
         )
-        self.impl.forward(
-            step,
-            metadata,
-            self._pages,
-            self._table,
-            self._streams,
-            self.threshold,
-            out[:tokens].view(tokens, heads, groups, self.head_dim),
-        )
+        self.impl.forward(step, batch, self._pages, self._state, out)
 
     # What vLLM calls.
 
@@ -173,7 +170,8 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
             num_gates=self.num_gates,
             head_dim=self.head_dim,
             dtype=self.dtype,
-            token_shift=self.token_shift,
+            kv_dtype=self.kv_dtype,
+            token_shift=any(self.shift),
             num_layers=sum(isinstance(layer, ForgettingAttention) for layer in layers),
             release=self.release,
         )
@@ -183,22 +181,37 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         self.kv_cache = kv_cache
         storage = kv_cache.untyped_storage()
         pool = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)
-        self._pages = PageFormat(self.page_size, self.head_dim, self.dtype, self.num_gates, self.token_shift).view(
-            pool
-        )
+        form = PageFormat(self.page_size, self.head_dim, self.dtype, self.num_gates, any(self.shift), self.kv_dtype)
+        self._pages = form.view(pool)
 
-    def bind_page_table(self, table: PageTable) -> None:
-        """Take the worker's page table (called by the connector)."""
-        self._table = table
-        first, device = self._index * self.num_kv_heads, table.entries.device
-        self._streams = torch.arange(first, first + self.num_kv_heads, device=device)
+    @staticmethod
+    def bind_page_table(layers: list[ForgettingAttention], table: PageTable, max_rows: int) -> None:
+        """Give a worker's layers its page table, and compile what a step may need (called by the connector).
+
+        Args:
+            layers: all of the worker's, in any order.
+            max_rows: most requests of a step.
+        """
+        layers = sorted(layers, key=lambda layer: layer.impl.layer)
+        state = WorkerState(
+            table,
+            [layer.threshold for layer in layers],
+            max(layer.logit_bound for layer in layers),
+            layers[0].head_dim,
+            max_rows,
+        )
+        for layer in layers:
+            layer._state = state
+        first = layers[0]
+        assert first._pages is not None
+        warm_up(first.impl, first._pages, state, first.dtype, first.shift)
 
 
 def forgetting_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_f: torch.Tensor,
+    gate: torch.Tensor,
     shift_k: torch.Tensor | None,
     shift_v: torch.Tensor | None,
     out: torch.Tensor,
@@ -206,14 +219,14 @@ def forgetting_attention(
 ) -> None:
     """The operator ``vllm_fox::forgetting_attention``; finds its layer by name."""
     layer = get_forward_context().no_compile_layers[layer_name]
-    layer.attend(q, k, v, log_f, shift_k, shift_v, out)
+    layer.attend(q, k, v, gate, shift_k, shift_v, out)
 
 
 def _fake(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_f: torch.Tensor,
+    gate: torch.Tensor,
     shift_k: torch.Tensor | None,
     shift_v: torch.Tensor | None,
     out: torch.Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -11,12 +12,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import maybe_prefix
@@ -27,7 +23,7 @@ from vllm_fox.attention.layer import ForgettingAttention
 from vllm_fox.kernels.cache_write import rotate
 
 from .bounds import projection_bound, qk_norm_bound
-from .heads import HeadLinear, HeadNorm, HeadShare
+from .heads import HeadNorm, HeadProjection, HeadShare
 from .weights import load_checkpoint
 
 
@@ -82,19 +78,19 @@ class ForgettingSelfAttention(nn.Module):
         hidden, dim = arch.hidden_size, arch.head_dim
         heads, kv_heads = HeadShare.of_rank(arch.num_heads), HeadShare.of_rank(arch.num_kv_heads)
         self.arch, self.heads, self.kv_heads = arch, heads, kv_heads
-        self.qkv_proj = QKVParallelLinear(
-            hidden, dim, arch.num_heads, arch.num_kv_heads, bias=arch.qkv_bias, prefix=f"{prefix}.qkv_proj"
-        )
+        parts = {
+            "q": (heads, dim, arch.qkv_bias),
+            "k": (kv_heads, dim, arch.qkv_bias),
+            "v": (kv_heads, dim, arch.qkv_bias),
+            "output_gate": (heads, dim, False) if arch.output_gate is not None else None,
+            "forget_gate": (heads, 1, True) if arch.gate == "full" else None,
+            "k_shift": (kv_heads, 1, False) if arch.k_shift else None,
+            "v_shift": (kv_heads, 1, False) if arch.v_shift else None,
+        }
+        self.in_proj = HeadProjection(hidden, {name: part for name, part in parts.items() if part is not None})
         self.o_proj = RowParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.o_proj")
-        self.output_gate = None
-        if arch.output_gate is not None:
-            self.output_gate = ColumnParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.output_gate")
         self.output_norm = HeadNorm(heads, dim, arch.norm_eps) if arch.output_norm else None
-
-        self.forget_gate = HeadLinear(hidden, heads, bias=True) if arch.gate == "full" else None
         self.forget_bias = heads.parameter() if arch.gate in ("bias_only", "fixed") else None
-        self.k_shift = HeadLinear(hidden, kv_heads, bias=False) if arch.k_shift else None
-        self.v_shift = HeadLinear(hidden, kv_heads, bias=False) if arch.v_shift else None
         normed = arch.qk_norm != "none"
         self.q_norm = HeadNorm(heads, dim, arch.qk_norm_eps) if normed else None
         self.k_norm = HeadNorm(kv_heads, dim, arch.qk_norm_eps) if normed else None
@@ -123,39 +119,33 @@ class ForgettingSelfAttention(nn.Module):
         Returns:
             [T, hidden].
         """
-        dim, kv_size = self.arch.head_dim, self.kv_heads.count * self.arch.head_dim
-        qkv, _ = self.qkv_proj(x)
-        q, k, v = qkv.split([self.heads.count * dim, kv_size, kv_size], dim=-1)
+        parts = self.in_proj(x)
+        q = parts["q"]
         if self.q_norm is not None:
             q = self.q_norm(q).to(x.dtype).flatten(1)
         if self.arch.rope_base is not None:
-            q = rotate(q.reshape(-1, self.heads.count, dim), positions, self.arch.rope_base).flatten(1)
-        out = self.attn(
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            self._log_forget(x),
-            None if self.k_shift is None else self.k_shift(x).sigmoid(),
-            None if self.v_shift is None else self.v_shift(x).sigmoid(),
-        )
-        out, _ = self.o_proj(self._gate_output(out, x))
+            heads, dim = self.heads.count, self.arch.head_dim
+            q = rotate(q.reshape(-1, heads, dim), positions, self.arch.rope_base).flatten(1)
+        gate = self._gate_logits(parts)
+        out = self.attn(q, parts["k"], parts["v"], gate, parts.get("k_shift"), parts.get("v_shift"))
+        out, _ = self.o_proj(self._gate_output(out, parts.get("output_gate")))
         return out
 
-    def _log_forget(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden] to float32 [T, heads]: log f, at most 0."""
-        if self.forget_gate is not None:
-            return nn.functional.logsigmoid(self.forget_gate(x))
+    def _gate_logits(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[T, heads] x with log f = logsigmoid(x)."""
+        if "forget_gate" in parts:
+            return parts["forget_gate"]
+        tokens = parts["q"].shape[0]
         if self.forget_bias is not None:
-            return nn.functional.logsigmoid(self.forget_bias.float()).repeat(x.shape[0], 1)
-        return torch.zeros(x.shape[0], self.heads.count, dtype=torch.float32, device=x.device)
+            return self.forget_bias.expand(tokens, -1)
+        return parts["q"].new_full((tokens, self.heads.count), math.inf)
 
-    def _gate_output(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Output norm and gate in float32, rounded once: [T, heads * d] and [T, hidden] to [T, heads * d]."""
-        if self.output_norm is None and self.output_gate is None:
+    def _gate_output(self, out: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """Output norm and gate in float32, rounded once: two [T, heads * d] to one."""
+        if self.output_norm is None and gate is None:
             return out
         wide = out.float() if self.output_norm is None else self.output_norm(out).flatten(1)
-        if self.output_gate is not None:
-            gate, _ = self.output_gate(x)
+        if gate is not None:
             gate = gate.float()
             wide = wide * (gate.sigmoid() if self.arch.output_gate == "sigmoid" else nn.functional.silu(gate))
         return wide.to(out.dtype)
@@ -169,14 +159,12 @@ class ForgettingSelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             self.attn.set_logit_bound(qk_norm_bound(self.q_norm.weight, self.k_norm.weight))
             return
-        dim, kv_size = self.arch.head_dim, self.kv_heads.count * self.arch.head_dim
-        sizes = [self.heads.count * dim, kv_size, kv_size]
-        weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
-        assert isinstance(weight, torch.Tensor)
-        w_q, w_k, _ = weight.split(sizes)
+        dim, weight, bias = self.arch.head_dim, self.in_proj.weight, self.in_proj.bias
+        w_q, w_k = (self.in_proj.part(weight, name) for name in "qk")
         b_q = b_k = None
-        if bias is not None:
-            b_q, b_k, _ = (part.view(-1, dim) for part in bias.split(sizes))
+        if self.arch.qkv_bias:
+            assert bias is not None
+            b_q, b_k = (self.in_proj.part(bias, name).view(-1, dim) for name in "qk")
         hidden = self.arch.hidden_size
         self.attn.set_logit_bound(
             projection_bound(

@@ -55,23 +55,46 @@ class HeadShare:
             param.data.copy_(self.take(loaded).view(param.shape))
 
 
-class HeadLinear(nn.Module):
-    """A projection to one number a head (gates), replicated input, bias optional.
+class HeadProjection(nn.Module):
+    """Several projections of one input, each split by head, in one matrix product.
+
+    Decoding reads weights and waits for kernels; one large product instead of many small ones saves both.
 
     Args:
         hidden_size: n.
-        heads: the rank's share.
-        bias: whether it has one.
+        parts: name -> (the rank's share of heads, width of a head, whether it has a bias), in order.
     """
 
-    def __init__(self, hidden_size: int, heads: HeadShare, bias: bool) -> None:
-        super().__init__()
-        self.weight = heads.parameter(hidden_size)
-        self.bias = heads.parameter() if bias else None
+    ALIGNMENT = 16
+    """Rows are padded to a multiple of this: kernels then know that every token's outputs are aligned."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, n] to float32 [T, count]."""
-        return nn.functional.linear(x, self.weight, self.bias).float()
+    def __init__(self, hidden_size: int, parts: dict[str, tuple[HeadShare, int, bool]]) -> None:
+        super().__init__()
+        self.shares = {name: share for name, (share, _, _) in parts.items()}
+        self.sizes = {name: share.count * width for name, (share, width, _) in parts.items()}
+        rows = sum(self.sizes.values())
+        self.padding = -rows % self.ALIGNMENT
+        self.weight = self._parameter(rows + self.padding, hidden_size)
+        biased = any(bias for _, _, bias in parts.values())
+        self.bias = self._parameter(rows + self.padding) if biased else None
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        value = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        set_weight_attrs(value, {"weight_loader": self._load})
+        return value
+
+    def _load(self, param: nn.Parameter, loaded: torch.Tensor, part: str) -> None:
+        self.part(param.data, part).copy_(self.shares[part].take(loaded))
+
+    def part(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The rows of ``weight`` or ``bias`` that belong to one projection."""
+        pieces = tensor.split([*self.sizes.values(), self.padding])
+        return pieces[list(self.sizes).index(name)]
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """[T, n] to a [T, share's heads * width] for every part: slices of one tensor."""
+        pieces = nn.functional.linear(x, self.weight, self.bias).split([*self.sizes.values(), self.padding], -1)
+        return dict(zip(self.sizes, pieces))
 
 
 class HeadNorm(nn.Module):
@@ -90,5 +113,5 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, count * d] to float32 [T, count, d]."""
-        wide = x.view(x.shape[0], *self.weight.shape).float()
+        wide = x.reshape(x.shape[0], *self.weight.shape).float()
         return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()

@@ -16,13 +16,14 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Name in the checkpoint (either dialect) to name in the model, and the part of a fused parameter it fills.
 _RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
-    (r"\.attn\.([kv])_proj\.shift_proj\.weight$", r".attn.\1_shift.weight", None),
-    (r"\.attn\.q_proj\.", ".attn.qkv_proj.", "q"),
-    (r"\.attn\.k_proj\.(linear\.)?", ".attn.qkv_proj.", "k"),
-    (r"\.attn\.v_proj\.(linear\.)?", ".attn.qkv_proj.", "v"),
-    (r"\.attn\.(fgate|f)_proj\.", ".attn.forget_gate.", None),
+    (r"\.attn\.k_proj\.shift_proj\.", ".attn.in_proj.", "k_shift"),
+    (r"\.attn\.v_proj\.shift_proj\.", ".attn.in_proj.", "v_shift"),
+    (r"\.attn\.q_proj\.", ".attn.in_proj.", "q"),
+    (r"\.attn\.k_proj\.(linear\.)?", ".attn.in_proj.", "k"),
+    (r"\.attn\.v_proj\.(linear\.)?", ".attn.in_proj.", "v"),
+    (r"\.attn\.(fgate|f)_proj\.", ".attn.in_proj.", "forget_gate"),
     (r"\.attn\.fgate_bias$", ".attn.forget_bias", None),
-    (r"\.attn\.(ogate|g)_proj\.", ".attn.output_gate.", None),
+    (r"\.attn\.(ogate|g)_proj\.", ".attn.in_proj.", "output_gate"),
     (r"\.mlp\.gate_proj\.", ".mlp.gate_up_proj.", 0),
     (r"\.mlp\.up_proj\.", ".mlp.gate_up_proj.", 1),
 )

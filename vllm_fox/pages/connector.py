@@ -56,8 +56,11 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         geometry = PageGeometry.of(spec, self._kv_cache_config.num_blocks)
         device = next(iter(kv_caches.values())).device
         self._tables = DeviceTables(geometry, get_tensor_model_parallel_rank(), device)
-        for name in kv_caches:
-            layers[name].bind_page_table(self._tables.table)
+        attention = [layers[name] for name in kv_caches]
+        scheduler, compilation = self._vllm_config.scheduler_config, self._vllm_config.compilation_config
+        # A CUDA graph's batch is padded to the next captured size.
+        max_rows = max(scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
+        attention[0].bind_page_table(attention, self._tables.table, max_rows)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

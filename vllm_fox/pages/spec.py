@@ -28,6 +28,7 @@ class StreamPageSpec(AttentionSpec):
     Attributes (besides AttentionSpec's):
         num_gates: query heads that share a KV head.
         token_shift: pages keep the last token's raw k and v.
+        kv_dtype: of K and V in the pages; ``dtype`` is the model's.
         num_layers: attention layers on a worker.
         num_ranks: tensor-parallel ranks, each with page ids of its own.
         num_slots: requests that may run at once.
@@ -37,6 +38,7 @@ class StreamPageSpec(AttentionSpec):
 
     num_gates: int
     token_shift: bool
+    kv_dtype: torch.dtype
     num_layers: int
     num_ranks: int
     num_slots: int
@@ -46,7 +48,9 @@ class StreamPageSpec(AttentionSpec):
 
     @property
     def page_format(self) -> PageFormat:
-        return PageFormat(self.block_size, self.head_size, self.dtype, self.num_gates, self.token_shift)
+        return PageFormat(
+            self.block_size, self.head_size, self.dtype, self.num_gates, self.token_shift, self.kv_dtype
+        )
 
     @property
     def streams(self) -> int:
@@ -98,13 +102,14 @@ def make_spec(
     num_gates: int,
     head_dim: int,
     dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     token_shift: bool,
     num_layers: int,
     release: bool,
 ) -> StreamPageSpec:
     """The spec of one layer; ``num_kv_heads`` is the rank's own count."""
     page_size = vllm_config.cache_config.block_size
-    form = PageFormat(page_size, head_dim, dtype, num_gates, token_shift)
+    form = PageFormat(page_size, head_dim, dtype, num_gates, token_shift, kv_dtype)
     return StreamPageSpec(
         block_size=page_size,
         num_kv_heads=num_kv_heads,
@@ -116,6 +121,7 @@ def make_spec(
         state_content_bytes=form.page_bytes,
         num_gates=num_gates,
         token_shift=token_shift,
+        kv_dtype=kv_dtype,
         num_layers=num_layers,
         num_ranks=vllm_config.parallel_config.tensor_parallel_size,
         num_slots=vllm_config.scheduler_config.max_num_seqs,

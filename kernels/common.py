@@ -1,0 +1,23 @@
+"""Pieces that several Triton kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def page_id(chunk_of, entries, slot, stream, page, max_chunks, streams, CHUNK: tl.constexpr):
+    """Page ids (int64) of pages ``page`` of one stream of the request in ``slot``."""
+    chunk = tl.load(chunk_of + slot.to(tl.int64) * max_chunks + page // CHUNK)
+    return tl.load(entries + (chunk.to(tl.int64) * streams + stream) * CHUNK + page % CHUNK).to(tl.int64)
+
+
+@triton.jit
+def masked_page_id(chunk_of, entries, slot, stream, page, mask, max_chunks, streams, CHUNK: tl.constexpr):
+    """The same for a block of pages, of which those outside ``mask`` are not looked up (id 0)."""
+    chunk = tl.load(chunk_of + slot.to(tl.int64) * max_chunks + page // CHUNK, mask=mask, other=0)
+    where = (chunk.to(tl.int64) * streams + stream) * CHUNK + page % CHUNK
+    return tl.load(entries + where, mask=mask, other=0).to(tl.int64)

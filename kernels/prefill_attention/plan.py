@@ -1,0 +1,183 @@
+"""What prefill's tiles need to know before they start, and in which order they start.
+
+A tile is one query block of one row and query head. One program a (row, query head) walks its live pages once and
+writes their ids and the decay up to each of them as flat arrays, then finds where each of its tiles' live range
+begins (it only moves forward, so by bisection). Tiles differ in length by 100x; started from the longest to the
+shortest, the short ones fill the processors' gaps at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common import masked_page_id
+from ..dispatch import num_processors
+from ..paged import QUERY_BLOCK, TABLE_CHUNK, Batch, Pages, PageTable
+
+WALK = 128
+"""Pages that a program looks at together."""
+
+LENGTHS = 64
+"""Classes of length by which tiles are sorted."""
+
+SORT = 512
+"""Tiles that a program of the sort moves."""
+
+
+@triton.jit
+def _store_split(where, x, mask):
+    """A float64 as two float32: the kernels that read it subtract first the large parts, then the small ones."""
+    high = x.to(tl.float32)
+    tl.store(where, high, mask=mask)
+    tl.store(where + 1, (x - high.to(tl.float64)).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _load_split(where, mask):
+    high = tl.load(where, mask=mask, other=0.0).to(tl.float64)
+    return high + tl.load(where + 1, mask=mask, other=0.0).to(tl.float64)
+
+
+@triton.jit(
+    do_not_specialize=["query_start", "seq_lens", "slots", "rows", "first_tile", "slot_stride", "layer",
+                       "max_chunks", "streams", "max_pages", "threshold", "length_class", "rank", "histogram"],
+)  # fmt: skip
+def _plan(
+    gate_pages, chunk_of, entries, first_live, query_start, seq_lens, slots, rows, first_tile, threshold,
+    ids, before, tile_first, tile_decay, length_class, rank, histogram,
+    slot_stride, layer, max_chunks, streams, max_pages,
+    PAGE_BYTES: tl.constexpr, P: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CHUNK: tl.constexpr,
+    W: tl.constexpr, QUERIES: tl.constexpr, CLASSES: tl.constexpr, SORTED: tl.constexpr,
+):  # fmt: skip
+    index, query_head = tl.program_id(0), tl.program_id(1)
+    head, g = query_head // G, query_head % G
+    row = tl.load(rows + index)
+    slot = tl.load(slots + row * slot_stride)
+    length = tl.load(seq_lens + row)
+    num_q = tl.load(query_start + row + 1) - tl.load(query_start + row)
+    first_pos = length - num_q
+    stream = layer * H + head
+    num_pages = (length - 1) // P + 1
+    first = tl.minimum(tl.load(first_live + slot.to(tl.int64) * streams + stream), num_pages - 1)
+    ids += (index * H + head).to(tl.int64) * max_pages
+    before += (index * H * G + query_head).to(tl.int64) * max_pages * 2
+
+    # before[p]: sum of log f over the live pages older than p, in double precision.
+    total = tl.zeros([1], tl.float64)
+    for start in range(first, num_pages, W):
+        page = start + tl.arange(0, W)
+        valid = page < num_pages
+        this = masked_page_id(chunk_of, entries, slot, stream, page, valid, max_chunks, streams, CHUNK)
+        if g == 0:
+            tl.store(ids + page, this.to(tl.int32), mask=valid)
+        # The last page may be partly written; what it adds is not needed.
+        whole = page < num_pages - 1
+        added = tl.load(gate_pages + this * (PAGE_BYTES // 4) + g * P + P - 1, mask=whole, other=0.0).to(tl.float64)
+        _store_split(before + 2 * page, total + tl.cumsum(added, 0) - added, valid)
+        total += tl.sum(added, 0)
+    tl.debug_barrier()  # the search below reads what other threads have written
+
+    limit = tl.load(threshold + query_head).to(tl.float64)
+    tile0 = tl.load(first_tile + index)
+    tiles = tl.load(first_tile + index + 1) - tile0
+    for start in range(0, tiles, W):
+        tile = start + tl.arange(0, W)
+        valid = tile < tiles
+        pos = first_pos + tile * QUERIES
+        page = pos // P
+        this = masked_page_id(chunk_of, entries, slot, stream, page, valid, max_chunks, streams, CHUNK)
+        # c at the tile's first query, the least decayed.
+        c = _load_split(before + 2 * page, valid)
+        c += tl.load(gate_pages + this * (PAGE_BYTES // 4) + g * P + pos % P, mask=valid, other=0.0).to(tl.float64)
+        # Page p is dead if D from the query to its last key, c - before[p + 1], is under the limit. Dead pages come
+        # first: bisect for the number of them among [first, page).
+        low = tl.zeros([W], tl.int32) + first
+        high = tl.maximum(page, first)
+        width = num_pages
+        while width > 0:
+            middle = (low + high) // 2
+            inside = valid & (low < high)
+            dead = inside & (c - _load_split(before + 2 * middle + 2, inside) < limit)
+            low = tl.where(dead, middle + 1, low)
+            high = tl.where(inside & (dead == 0), middle, high)
+            width = width // 2
+        where = (tile0 + tile).to(tl.int64) * (H * G) + query_head
+        tl.store(tile_first + where, low, mask=valid)
+        _store_split(tile_decay + 2 * where, c, valid)
+        if SORTED:
+            last = tl.minimum(pos + QUERIES, length) - 1
+            count = last // P + 1 - low
+            kind = CLASSES - 1 - tl.minimum(count * CLASSES // (max_pages + 1), CLASSES - 1)
+            tl.store(length_class + where, kind, mask=valid)
+            tl.store(rank + where, tl.atomic_add(histogram + kind, 1, mask=valid), mask=valid)
+
+
+@triton.jit(do_not_specialize=["length_class", "rank", "histogram", "order", "tiles"])
+def _sort(length_class, rank, histogram, order, tiles, CLASSES: tl.constexpr, SORT: tl.constexpr):
+    tile = tl.program_id(0) * SORT + tl.arange(0, SORT)
+    valid = tile < tiles
+    kind = tl.load(length_class + tile, mask=valid, other=0)
+    place = tl.load(rank + tile, mask=valid, other=0)
+    classes = tl.arange(0, CLASSES)
+    sizes = tl.load(histogram + classes)
+    place += tl.sum(tl.where(classes[None, :] < kind[:, None], sizes[None, :], 0), 1)
+    tl.store(order + place, tile, mask=valid)
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """For m rows with several queries, t query blocks in all, H KV heads of G query heads, W pages at most.
+
+    Attributes:
+        ids: [m, H, W] int32 page ids of the live pages.
+        before: [m, H * G, W, 2] float32: sum of log f over the live pages older than each page, as a float64
+            split in two.
+        tile_first: [t, H * G] int32: first live page of each tile.
+        tile_decay: [t, H * G, 2] float32: the same sum up to the tile's first query, its own gate included.
+        order: [t * H * G] int32: tiles from the longest to the shortest; None if all can run at once.
+    """
+
+    ids: torch.Tensor
+    before: torch.Tensor
+    tile_first: torch.Tensor
+    tile_decay: torch.Tensor
+    order: torch.Tensor | None
+
+
+def make_plan(
+    pages: Pages, table: PageTable, batch: Batch, layer: int, threshold: torch.Tensor, sort: bool | None = None
+) -> PrefillPlan:
+    """Plan one layer's prefill (see :class:`PrefillPlan`); ``sort`` None: as many tiles as make it worth while."""
+    work = batch.work
+    assert work is not None
+    heads, groups = threshold.shape
+    query_heads, device = heads * groups, threshold.device
+    rows, blocks = len(work.rows), len(work.tiles)
+    tiles = blocks * query_heads
+    if sort is None:
+        sort = tiles > 2 * num_processors(device)
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    ids = scratch(rows, heads, work.max_pages)
+    before = scratch(rows, query_heads, work.max_pages, 2, dtype=torch.float32)
+    first, decay = scratch(blocks, query_heads), scratch(blocks, query_heads, 2, dtype=torch.float32)
+    sorting = scratch(3, tiles) if sort else first
+    histogram = torch.zeros(LENGTHS, dtype=torch.int32, device=device) if sort else first
+    _plan[(rows, query_heads)](
+        pages.gates, table.chunk_of, table.entries, table.first_live, batch.query_start, batch.seq_lens,
+        batch.slots, work.rows, work.first_tile, threshold, ids, before, first, decay, sorting[0], sorting[-1],
+        histogram, batch.slots.stride(0), layer, table.chunk_of.shape[1], table.entries.shape[1], work.max_pages,
+        PAGE_BYTES=pages.gates.stride(0) * 4, P=pages.page_size, H=heads, G=groups, CHUNK=TABLE_CHUNK, W=WALK,
+        QUERIES=QUERY_BLOCK, CLASSES=LENGTHS, SORTED=sort, num_warps=4,
+    )  # fmt: skip
+    if not sort:
+        return PrefillPlan(ids, before, first, decay, None)
+    kind, order, rank = sorting
+    _sort[(triton.cdiv(tiles, SORT),)](kind, rank, histogram, order, tiles, CLASSES=LENGTHS, SORT=SORT, num_warps=4)
+    return PrefillPlan(ids, before, first, decay, order)
