@@ -21,6 +21,10 @@ TABLE_CHUNK = 16
 QUERY_BLOCK = 128
 """Queries of one row and head that prefill computes together; they share one start of the live range."""
 
+LIVE_RANGE_PERIOD = 16
+"""A decoding row's live ranges are looked at every so many tokens. A page holds as many or more, so a dead page is
+found a fraction of a page late."""
+
 PLAIN_EXP_BOUND = 60.0
 """Logits within +-60 can be exponentiated and summed over a million keys in float32 and bfloat16 as they are."""
 

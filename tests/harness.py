@@ -63,7 +63,7 @@ class OneLayer:
         norm = None if k_norm is None else k_norm.to(device)
         self.impl = ForgettingAttentionImpl(0, dim**-0.5, norm, 1e-5, rope_base)
         limit = torch.as_tensor(threshold, dtype=torch.float32, device=device).expand(heads, groups)
-        self.state = WorkerState(self.table, [limit], logit_bound, dim, num_slots)
+        self.state = WorkerState(self.table, [limit], logit_bound, self.pages, num_slots)
         self.lengths: dict[int, int] = {}
 
     def open(self) -> int:
@@ -123,7 +123,7 @@ class OneLayer:
         inputs, batch = self.prepare(work)
         slots = [slot for slot, _ in work]
         out = torch.full_like(inputs.q, float("nan"))
-        self.impl.forward(inputs, batch, self.pages, self.state, out)
+        self.impl.forward(inputs, batch, self.state, out)
         if release:
             starts = self.table.first_live[torch.tensor(slots)].cpu().numpy()
             held = {slot: set(self.pool.held_ids(slot, 0).tolist()) for slot in slots}
@@ -157,11 +157,13 @@ def formula(
     if k_norm is not None:
         k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + 1e-5) * k_norm.double()
     if rope_base is not None:
-        k = rotate(k, torch.arange(length), rope_base)
+        k = rotate(k, torch.arange(length, device=k.device), rope_base)
     c = log_f.cumsum(0)
     logits = torch.einsum("ihgd,jhd->hgij", q, k) / dim**0.5
     logits = logits + (c[:, None] - c[None]).permute(2, 3, 0, 1)
-    logits = logits.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+    logits = logits.masked_fill(
+        torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1), float("-inf")
+    )
     return torch.einsum("hgij,jhd->ihgd", logits.softmax(-1), v)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.harness import OneLayer, cut, formula, random_inputs
+from vllm_fox.kernels.paged import FP8
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GATES = ["mixed", "never", "all", "alternating", "floor"]
@@ -24,6 +25,8 @@ def close(out: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
 def test_chunked_prefill_then_decode(gates: str, page_size: int) -> None:
     """Any split of a sequence into steps gives the formula's output; freed pages are NaN and are not read."""
     inputs = random_inputs(300, gates=gates, shift=True, seed=page_size)
+    if INTERPRETED and page_size in (32, 128):
+        pytest.skip("left out of the interpreter's run to save time")
     bound = 8.0  # |q.k|/sqrt(d) of these inputs stays below
     layer = OneLayer(page_size=page_size, shift=True, threshold=-2 * bound - math.log(300) - 10, logit_bound=bound)
     slot = layer.open()
@@ -40,16 +43,14 @@ def test_chunked_prefill_then_decode(gates: str, page_size: int) -> None:
         assert freed > 0
 
 
-@pytest.mark.parametrize("bound", [math.inf, 20.0])
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes_and_head_sizes(dim: int, dtype: torch.dtype, bound: float) -> None:
-    """Also with logits known to be bounded, when exponentials need no running maximum."""
+def test_dtypes_and_head_sizes(dim: int, dtype: torch.dtype) -> None:
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter has no bfloat16 dot product")
     inputs = random_inputs(200, dim=dim, shift=True)
     inputs = {name: x.to(dtype) if name in "qkv" else x for name, x in inputs.items()}
-    layer = OneLayer(dim=dim, dtype=dtype, shift=True, page_size=32, logit_bound=bound)
+    layer = OneLayer(dim=dim, dtype=dtype, shift=True, page_size=32)
     slot = layer.open()
     out = torch.cat(
         [*layer.step([(slot, cut(inputs, 0, 190))])]
@@ -131,3 +132,26 @@ def test_pruned_weight_is_at_most_eps(log_eps: float) -> None:
     assert layer.pool.released_total > 0
     worst = (out.double() - formula(inputs)).abs().max()
     assert worst <= 2 * math.exp(log_eps) * inputs["v"].abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float8_pages(page_size: int, dtype: torch.dtype) -> None:
+    """One scale a page, which grows with what comes into it; small pages beside large ones stay precise."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16 dot product")
+    inputs = random_inputs(200, gates="alternating", shift=True, seed=7)
+    size = torch.ones(200)
+    size[:100] = torch.linspace(-6, 0, 100).exp2()  # the scale of the first pages grows step by step
+    size[150:] = 1 / 64
+    inputs["v"] = inputs["v"] * size[:, None, None]
+    norm = torch.full((2, 32), 2.0)
+    layer = OneLayer(page_size=page_size, dtype=dtype, kv_dtype=FP8, shift=True, k_norm=norm, threshold=-60.0)
+    slot, out, at = layer.open(), [], 0
+    for length in [*[1] * 20, 45, *[1] * 5, 130]:
+        out += layer.step([(slot, cut(inputs, at, at + length))])
+        at += length
+    got, expected = torch.cat(out).double(), formula(inputs, norm)
+    # The interpreter rounds to float8 towards zero, which doubles the error.
+    for part in (slice(0, 20), slice(20, 100), slice(100, 150), slice(160, 200)):
+        close(got[part], expected[part], 0.12 if INTERPRETED else 0.06)

@@ -66,7 +66,7 @@ def test_bad_settings(tiny: Path, fox: Any, message: str) -> None:
             {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
             "--kv-transfer-config",
         ),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2"),
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
     ],

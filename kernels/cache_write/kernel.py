@@ -147,11 +147,11 @@ def _cache_write(
     else:
         n = tl.arange(0, P)
         new = (page * P + n >= begin) & (page * P + n < end)
-        token = q0 + page * P + n - first_pos
+        source = (q0 + page * P + n - first_pos).to(tl.int64) * gate_stride + head * G
         for g in tl.static_range(G):
             sums = gate_pages + this * (PAGE_BYTES // 4) + g * P
             carry = tl.load(sums + had - 1, mask=had > 0, other=0.0)
-            x = tl.load(gate + token.to(tl.int64) * gate_stride + head * G + g, mask=new, other=0.0).to(tl.float32)
+            x = tl.load(gate + source + g, mask=new, other=0.0).to(tl.float32)
             log_f = tl.where(new, tl.maximum(_log_sigmoid(x), FLOOR), 0.0)
             tl.store(sums + n, carry + tl.cumsum(log_f, 0), mask=new)
 
@@ -173,7 +173,7 @@ def _cache_write(
     k_scale, v_scale = 1.0, 1.0
     if SCALED:
         largest_k, largest_v = 0.0, 0.0
-        for block in tl.static_range(BLOCKS):
+        for block in range(BLOCKS):
             pos = base + block * BLOCK + tl.arange(0, N)
             mask = (pos >= begin) & (pos < end)
             token = q0 + pos - first_pos
@@ -195,7 +195,7 @@ def _cache_write(
         _rescale(k_page, old_k, k_scale, had, P, D, BLOCK)
         _rescale(v_page, old_v, v_scale, had, P, D, BLOCK)
 
-    for block in tl.static_range(BLOCKS):
+    for block in range(BLOCKS):
         pos = base + block * BLOCK + tl.arange(0, N)
         mask = (pos >= begin) & (pos < end)
         token = q0 + pos - first_pos

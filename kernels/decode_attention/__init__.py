@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .plan import DecodePlan
 
 
-def make_plan(*, device: torch.device, **sizes: int) -> DecodePlan | None:
+def make_plan(*, device: torch.device, **sizes: Any) -> DecodePlan | None:
     """A :class:`~.plan.DecodePlan` where the implementation for ``device`` needs one."""
     if not use_triton(device):
         return None

@@ -15,11 +15,6 @@ from ..common import LOG2E, page_id
 from ..paged import FP8, TABLE_CHUNK, Batch, Pages, PageTable
 from .plan import DecodePlan
 
-BLOCK_ELEMENTS = 4096
-"""Elements of K (and of V) that a program loads at once."""
-
-WARPS, STAGES = 4, 4
-
 
 @triton.jit(
     do_not_specialize=["query_start", "seq_lens", "slots", "item_start", "program_item", "slot_stride", "layer",
@@ -179,15 +174,16 @@ def decode_attention(
     _, heads, groups, dim = q.shape
     size, items = pages.page_size, batch.num_rows * heads
     item_start = plan.item_start[layer]
-    block = min(size, max(16, BLOCK_ELEMENTS // dim))
     _decode[(plan.programs,)](
         pages.k, pages.v, pages.gates, pages.gates if pages.scales is None else pages.scales,
         table.chunk_of, table.entries, batch.query_start, batch.seq_lens, batch.slots, q, out,
         item_start, plan.program_item[layer], plan.open_item, plan.partials,
         scale, q.stride(0), batch.slots.stride(0), layer, table.chunk_of.shape[1], table.entries.shape[1], items,
         PAGE_BYTES=pages.gates.stride(0) * 4, KV_BYTES=pages.k.element_size(), P=size, D=dim, H=heads, G=groups,
-        CHUNK=TABLE_CHUNK, BLOCK=block, GROUP=max(16, triton.next_power_of_2(groups)), SCALED=pages.k.dtype == FP8,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=STAGES, num_warps=WARPS,
+        CHUNK=TABLE_CHUNK, BLOCK=plan.launch.block, GROUP=max(16, triton.next_power_of_2(groups)),
+        SCALED=pages.k.dtype == FP8,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=plan.launch.stages,
+        num_warps=plan.launch.warps,
     )  # fmt: skip
     _reduce[(plan.programs, groups)](
         batch.query_start, out, item_start, plan.open_item, plan.partials, items,

@@ -8,6 +8,8 @@ which a CUDA graph needs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,9 +17,25 @@ import triton.language as tl
 from ..dispatch import num_processors
 from ..paged import Batch, PageTable
 
-PROGRAMS_PER_PROCESSOR = 4
 SCAN = 1024
 """Items that the planning kernel counts together."""
+
+
+class Launch(NamedTuple):
+    """How the decode kernel is compiled: keys a block, warps, pipeline stages; and programs on each processor, as
+    many as its registers and shared memory hold at once."""
+
+    block: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def launch(head_dim: int, groups: int, page_size: int, scaled: bool) -> Launch:
+    """The launch for a shape; ``scaled``: float8 pages, which are converted in registers."""
+    block = min(page_size, max(16, 4096 // head_dim))
+    small = head_dim <= 64 and groups == 1 and not scaled
+    return Launch(block, 2, 4, 6 if small else 4)
 
 
 @triton.jit(
@@ -69,6 +87,8 @@ class DecodePlan:
 
     Args:
         layers, heads, groups, head_dim: of the worker: KV heads, query heads a KV head, d.
+        page_size: tokens a page.
+        scaled: whether pages are float8.
         max_rows: most rows that a step can have.
         device: of the page pool.
 
@@ -81,10 +101,20 @@ class DecodePlan:
     """
 
     def __init__(
-        self, *, layers: int, heads: int, groups: int, head_dim: int, max_rows: int, device: torch.device
+        self,
+        *,
+        layers: int,
+        heads: int,
+        groups: int,
+        head_dim: int,
+        page_size: int,
+        scaled: bool,
+        max_rows: int,
+        device: torch.device,
     ) -> None:
-        self.layers, self.heads = layers, heads
-        self.programs = num_processors(device) * PROGRAMS_PER_PROCESSOR
+        self.layers, self.heads, self.page_size = layers, heads, page_size
+        self.launch = launch(head_dim, groups, page_size, scaled)
+        self.programs = num_processors(device) * self.launch.programs
 
         def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -94,11 +124,11 @@ class DecodePlan:
         self.open_item = scratch(self.programs)
         self.partials = scratch(self.programs, 2, groups, head_dim + 3, dtype=torch.float32)
 
-    def update(self, table: PageTable, batch: Batch, page_size: int) -> None:
+    def update(self, table: PageTable, batch: Batch) -> None:
         """Share out the live pages of the batch's rows with one query."""
         _plan[(self.layers,)](
             table.first_live, batch.query_start, batch.seq_lens, batch.slots, self.item_start, self.program_item,
             batch.slots.stride(0), batch.num_rows, table.first_live.shape[1], self.item_start.stride(0),
-            P=page_size, H=self.heads, PROGRAMS=self.programs, LANES=triton.next_power_of_2(self.programs),
+            P=self.page_size, H=self.heads, PROGRAMS=self.programs, LANES=triton.next_power_of_2(self.programs),
             SCAN=SCAN, num_warps=8,
         )  # fmt: skip

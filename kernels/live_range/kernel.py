@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..common import masked_page_id
-from ..paged import TABLE_CHUNK, Batch, Pages, PageTable
+from ..paged import LIVE_RANGE_PERIOD, TABLE_CHUNK, Batch, Pages, PageTable
 
 WALK = 64
 """Pages that a program looks at together."""
@@ -20,13 +20,15 @@ def _live_range(
     gate_pages, chunk_of, entries, first_live, query_start, seq_lens, slots, threshold,
     slot_stride, max_chunks, streams,
     PAGE_BYTES: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, CHUNK: tl.constexpr,
-    W: tl.constexpr,
+    W: tl.constexpr, PERIOD: tl.constexpr,
 ):  # fmt: skip
     stream, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row * slot_stride)
-    if (slot == 0) | (tl.load(query_start + row + 1) == tl.load(query_start + row)):
+    length = tl.load(seq_lens + row)
+    num_q = tl.load(query_start + row + 1) - tl.load(query_start + row)
+    if (slot == 0) | (num_q == 0) | ((num_q == 1) & (length % PERIOD != 0)):
         return
-    last = tl.load(seq_lens + row) - 1
+    last = length - 1
     newest = last // P
     remembered = first_live + slot.to(tl.int64) * streams + stream
     first = tl.minimum(tl.load(remembered), newest)
@@ -60,5 +62,5 @@ def live_range(pages: Pages, table: PageTable, batch: Batch, threshold: torch.Te
         pages.gates, table.chunk_of, table.entries, table.first_live, batch.query_start, batch.seq_lens,
         batch.slots, threshold, batch.slots.stride(0), table.chunk_of.shape[1], streams,
         PAGE_BYTES=pages.gates.stride(0) * 4, P=pages.page_size, G=gates, GATES=triton.next_power_of_2(gates),
-        CHUNK=TABLE_CHUNK, W=WALK, num_warps=1,
+        CHUNK=TABLE_CHUNK, W=WALK, PERIOD=LIVE_RANGE_PERIOD, num_warps=1,
     )  # fmt: skip

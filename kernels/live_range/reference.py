@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..paged import Batch, Pages, PageTable
+from ..paged import LIVE_RANGE_PERIOD, Batch, Pages, PageTable
 
 
 def live_range(pages: Pages, table: PageTable, batch: Batch, threshold: torch.Tensor) -> None:
@@ -14,13 +14,17 @@ def live_range(pages: Pages, table: PageTable, batch: Batch, threshold: torch.Te
     with i and rises with j, so a page is negligible for query i and all later ones as soon as its last key is:
     ``D_{i, last key} < threshold`` (ACP, arXiv 2504.06949). That D is the sum of log f over all pages between,
     plus the running sum of i's own page. The walk goes back from the newest page until every gate of the stream
-    has decayed below its threshold, and reads live pages only.
+    has decayed below its threshold, and reads live pages only. Rows with one query are looked at when their length
+    is a multiple of ``LIVE_RANGE_PERIOD``.
 
     Args:
         threshold: [S, G] float32 for all streams, at most 0; -inf prunes nothing.
     """
     size, streams = pages.page_size, torch.arange(threshold.shape[0], device=threshold.device)
-    slots, seq_lens = batch.slots.long()[:, None], batch.seq_lens.long()
+    due = (batch.query_start.diff() > 1) | (batch.seq_lens % LIVE_RANGE_PERIOD == 0)
+    if not due.any():
+        return
+    slots, seq_lens = batch.slots[due].long()[:, None], batch.seq_lens[due].long()
     newest = (seq_lens - 1) // size
     # Padding rows all share slot 0, so what it remembers may lie beyond the row at hand.
     first = torch.minimum(table.first_live[slots, streams].long(), newest[:, None])

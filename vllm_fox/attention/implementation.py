@@ -40,14 +40,14 @@ class WorkerState:
         table: the worker's page table.
         thresholds: pruning thresholds of its layers, each [H, G] float32, in order.
         logit_bound: upper bound of ``|q . k| / sqrt(d)`` over all its layers and heads; inf if none is known.
-        head_dim: d.
+        pages: the page pool.
         max_rows: most rows that a step can have.
     """
 
     def __init__(
-        self, table: PageTable, thresholds: list[torch.Tensor], logit_bound: float, head_dim: int, max_rows: int
+        self, table: PageTable, thresholds: list[torch.Tensor], logit_bound: float, pages: Pages, max_rows: int
     ) -> None:
-        self.table = table
+        self.table, self.pages = table, pages
         self.bounded = logit_bound <= PLAIN_EXP_BOUND
         self.thresholds = torch.stack(thresholds)
         self.num_layers, heads, groups = self.thresholds.shape
@@ -56,18 +56,20 @@ class WorkerState:
             layers=self.num_layers,
             heads=heads,
             groups=groups,
-            head_dim=head_dim,
+            head_dim=pages.k.shape[-1],
+            page_size=pages.page_size,
+            scaled=pages.scales is not None,
             max_rows=max_rows,
         )
 
-    def begin_step(self, batch: Batch, page_size: int) -> None:
+    def begin_step(self, batch: Batch) -> None:
         """Before the first layer."""
         if self.plan is not None and batch.has_decode:
-            self.plan.update(self.table, batch, page_size)
+            self.plan.update(self.table, batch)
 
-    def end_step(self, batch: Batch, pages: Pages) -> None:
+    def end_step(self, batch: Batch) -> None:
         """After the last layer: what no later query needs. A step itself reads what the one before it left."""
-        live_range(pages, self.table, batch, self.thresholds.flatten(0, 1))
+        live_range(self.pages, self.table, batch, self.thresholds.flatten(0, 1))
 
 
 @dataclass
@@ -92,15 +94,15 @@ class ForgettingAttentionImpl:
     supports_pcp = False
     supports_dcp = False
 
-    def forward(self, step: StepInputs, batch: Batch, pages: Pages, state: WorkerState, out: torch.Tensor) -> None:
+    def forward(self, step: StepInputs, batch: Batch, state: WorkerState, out: torch.Tensor) -> None:
         """Write the new tokens, then attend.
 
         Args:
             out: [T, H, G, d], written.
         """
-        table, layer = state.table, self.layer
+        pages, table, layer = state.pages, state.table, self.layer
         if layer == 0:
-            state.begin_step(batch, pages.page_size)
+            state.begin_step(batch)
         cache_write(
             pages,
             table,
@@ -121,4 +123,4 @@ class ForgettingAttentionImpl:
         if batch.has_decode:
             decode_attention(pages, table, batch, layer, step.q, self.scale, out, plan=state.plan)
         if layer == state.num_layers - 1:
-            state.end_step(batch, pages)
+            state.end_step(batch)

@@ -141,7 +141,7 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         if metadata is None or self._state is None:  # memory profiling: the page table is not there yet
             out.zero_()
             return
-        assert isinstance(metadata, FoxMetadata) and self._pages is not None
+        assert isinstance(metadata, FoxMetadata)
         batch = metadata.batch
         tokens, heads, groups = batch.num_tokens, self.num_kv_heads, self.num_gates
         if tokens < len(out):
@@ -155,7 +155,7 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
             shift_k=None if shift_k is None else shift_k[:tokens],
             shift_v=None if shift_v is None else shift_v[:tokens],
         )
-        self.impl.forward(step, batch, self._pages, self._state, out)
+        self.impl.forward(step, batch, self._state, out)
 
     # What vLLM calls.
 
@@ -193,18 +193,18 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
             max_rows: most requests of a step.
         """
         layers = sorted(layers, key=lambda layer: layer.impl.layer)
+        pages = layers[0]._pages
+        assert pages is not None
         state = WorkerState(
             table,
             [layer.threshold for layer in layers],
             max(layer.logit_bound for layer in layers),
-            layers[0].head_dim,
+            pages,
             max_rows,
         )
         for layer in layers:
             layer._state = state
-        first = layers[0]
-        assert first._pages is not None
-        warm_up(first.impl, first._pages, state, first.dtype, first.shift)
+        warm_up(layers[0].impl, state, layers[0].dtype, layers[0].shift)
 
 
 def forgetting_attention(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from vllm_fox.kernels.dispatch import use_triton
-from vllm_fox.kernels.paged import Batch, Pages
+from vllm_fox.kernels.paged import Batch
 
 from .implementation import ForgettingAttentionImpl, StepInputs, WorkerState
 
 
 def warm_up(
-    impl: ForgettingAttentionImpl, pages: Pages, state: WorkerState, dtype: torch.dtype, shift: tuple[bool, bool]
+    impl: ForgettingAttentionImpl, state: WorkerState, dtype: torch.dtype, shift: tuple[bool, bool]
 ) -> None:
     """Run the kernels on rows of padding (slot 0), which neither write pages nor move live ranges.
 
@@ -22,7 +22,7 @@ def warm_up(
         dtype: of the model.
         shift: whether k and v are shifted.
     """
-    device = state.table.entries.device
+    pages, device = state.pages, state.table.entries.device
     if not use_triton(device):
         return
     from vllm_fox.kernels.prefill_attention import kernel as prefill
@@ -49,10 +49,10 @@ def warm_up(
         )
         step = inputs(tokens)
         out = torch.empty_like(step.q)
-        impl.forward(step, batch, pages, state, out)
+        impl.forward(step, batch, state, out)
         if batch.work is not None:
             limit = state.thresholds[impl.layer]
             prefill.prefill_attention(
                 pages, state.table, batch, impl.layer, limit, step.q, impl.scale, state.bounded, out, sort=True
             )
-    state.end_step(batch, pages)
+    state.end_step(batch)
