@@ -31,7 +31,7 @@ def error(out: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("gates", ["mixed", "never", "all", "alternating", "floor"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, FP8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, FP8], ids=str)
 def test_long_prompt_in_chunks_then_decode(gates: str, dtype: torch.dtype) -> None:
     """8k tokens in chunks of any size, then token by token; logits bounded, as QK-norm makes them."""
     heads, dim, length = 4, 64, 8192

@@ -78,11 +78,11 @@ def test_an_installed_wheel_works_away_from_the_tree(wheel: Path, tmp_path: Path
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "import importlib.util as u, plugin_setup, vllm_fox.kernels.attention, vllm_fox.kernels.live_range\n"
+        "import importlib.util as u, plugin_setup, vllm_fox.kernels.decode_attention, vllm_fox.kernels.live_range\n"
         "from transformers import AutoConfig\n"
         "plugin_setup.register()\n"
         "plugin_setup.register()\n"
-        "print(vllm_fox.kernels.attention.__file__, plugin_setup.__file__)\n"
+        "print(vllm_fox.kernels.decode_attention.__file__, plugin_setup.__file__)\n"
         "print(AutoConfig.for_model('forgetting_transformer').__class__.__module__)\n"
         "print(u.find_spec('kernels'))"
     )

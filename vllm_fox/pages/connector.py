@@ -94,7 +94,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> TableUpdate:
         assert self._manager is not None
-        return self._manager.take_update(list(scheduler_output.num_scheduled_tokens))
+        return self._manager.take_update(scheduler_output.num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         assert self._manager is not None

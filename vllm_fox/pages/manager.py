@@ -8,7 +8,7 @@ cannot keep blocks from coming back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+from vllm_fox.kernels.paged import LIVE_RANGE_PERIOD
 
 from .admission import LiveShare
 from .messages import PageReport, TableUpdate
@@ -54,6 +56,8 @@ class StreamPageManager(SingleTypeKVCacheManager):
         self._slot_of: dict[str, int] = {}
         # Tokens that a request's pages hold: most calls of a decode step end at this look-up.
         self._room: dict[str, int] = {}
+        # Tokens of a request after the step that is being scheduled.
+        self._length: dict[str, int] = {}
         # Pages a stream that a request was admitted for, until its prompt has them all.
         self._prompt_pages: dict[str, int] = {}
         self._opened: list[int] = []
@@ -93,6 +97,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
+        self._length[request_id] = num_tokens
         room = self._room.get(request_id, 0)
         if num_tokens <= room:
             return []
@@ -116,6 +121,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         self.req_to_blocks.pop(request_id, None)
         self._prompt_pages.pop(request_id, None)
         self._room.pop(request_id, None)
+        self._length.pop(request_id, None)
         slot = self._slot_of.pop(request_id, 0)
         if slot:
             if slot in self._opened:
@@ -135,9 +141,18 @@ class StreamPageManager(SingleTypeKVCacheManager):
 
     # What our connector calls.
 
-    def take_update(self, scheduled: Sequence[str]) -> TableUpdate:
-        """What changed in the page table since the last step, and which slots this step runs."""
-        slots = np.array([self._slot_of[request_id] for request_id in scheduled], dtype=np.int64)
+    def take_update(self, scheduled: Mapping[str, int]) -> TableUpdate:
+        """What changed in the page table since the last step, and whose live ranges this step looks at.
+
+        Args:
+            scheduled: new tokens by request.
+        """
+        due = [
+            self._slot_of[request_id]
+            for request_id, new in scheduled.items()
+            if new > 1 or self._length[request_id] % LIVE_RANGE_PERIOD == 0
+        ]
+        slots = np.array(due, dtype=np.int64)
         update = TableUpdate.of(self._step, slots, self.pool.epoch[slots], self._opened, self._columns)
         self._opened, self._columns = [], []
         self._step += 1

@@ -22,11 +22,11 @@ def _join(parts: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
 
 @dataclass
 class TableUpdate(KVConnectorMetadata):
-    """Scheduler to workers: changes of the page table, and the rows of this step.
+    """Scheduler to workers: changes of the page table, and whose live ranges the step looks at.
 
     Attributes:
         step: number of the scheduling step.
-        slots, epochs: [R] the slots that this step runs, with their incarnation.
+        slots, epochs: [R] slots of requests whose live ranges this step looks at, with their incarnation.
         opened: [o] slots given to new (or resumed) requests; their live range starts at page 0.
         chunk_slot, chunk_index, chunk_id: [c] table chunks given to slots.
         column_chunk, column_offset: [n] where in the table the new page indices stand.
@@ -75,7 +75,7 @@ class TableUpdate(KVConnectorMetadata):
 
 
 class PageReport(KVConnectorWorkerMetadata):
-    """Workers to scheduler: first live page of every stream of a step's requests.
+    """Workers to scheduler: first live page of every stream of the requests that a step looked at.
 
     On a GPU the numbers are still being copied when the worker makes the report. They are read when the report is
     pickled or first looked at, which vLLM does after it has waited for the step's tokens, so nobody waits twice.

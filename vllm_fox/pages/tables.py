@@ -54,6 +54,9 @@ class DeviceTables:
 
     def report(self, update: TableUpdate) -> PageReport:
         """First live pages of the step's slots, after its forward pass; the copy is asynchronous on a GPU."""
+        if not update.slots.size:
+            nothing = torch.empty(0, self.table.first_live.shape[1], dtype=torch.int32)
+            return PageReport(update.step, update.slots, update.epochs, self.rank, nothing, None)
         starts = self.table.first_live[self._to_device(update.slots)]
         ready = None
         if starts.is_cuda:

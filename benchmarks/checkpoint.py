@@ -1,0 +1,295 @@
+"""Models to benchmark serving with: a FoX (Pro) with random weights and real forgetting, and a Llama of its size.
+
+    python -m benchmarks.checkpoint fox FOLDER [--layers 24 --hidden 1536 --heads 24]
+    python -m benchmarks.checkpoint llama FOLDER
+    python -m benchmarks.checkpoint statistics gates.safetensors
+
+What a Forgetting Transformer costs to serve depends on how its heads forget and on the bounds of their logits, not
+on what it has learned. So the weights are random, but each head's forget gate is constant at the mean log-forget
+of a head of a trained FoX (Pro), and its QK-norm has that head's logit bound (both up to bfloat16 rounding of the
+weights). data/gate_statistics.json holds the 48 heads; `statistics` makes it from measured gates.
+
+The Llama is the baseline of the FoX paper (arXiv 2503.02130): as many layers and heads of the same size, and an MLP
+of ratio 4 where FoX (Pro) has 3.5 and an output gate, which makes as many parameters. It is only a config.json, for
+vLLM's ``load_format="dummy"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+from vllm_fox.architecture import Architecture, expected_weights, resolve_intermediate_size
+from vllm_fox.configs import FoxConfig
+
+STATISTICS = Path(__file__).parent / "data" / "gate_statistics.json"
+
+STD = 0.02
+"""Standard deviation of random weights."""
+
+
+class Head(NamedTuple):
+    """How a trained head forgets.
+
+    Attributes:
+        mean_log_forget: mean of log f over tokens, negative, natural logarithm.
+        logit_bound: U >= max |q·k| / sqrt(d) from its QK-norm weights.
+    """
+
+    mean_log_forget: float
+    logit_bound: float
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of both models; the defaults are those of the published 760M models."""
+
+    layers: int = 24
+    hidden: int = 1536
+    heads: int = 24
+    vocab: int = 32000
+    max_positions: int = 131072
+
+    @property
+    def name(self) -> str:
+        """For folder names."""
+        return f"{self.layers}x{self.hidden}x{self.heads}-v{self.vocab}-p{self.max_positions}"
+
+
+# FoX (Pro).
+
+
+def fox_config(geometry: Geometry) -> FoxConfig:
+    """FoX (Pro) as published, in the official dialect.
+
+    Raises:
+        ValueError: sizes that do not fit one another.
+    """
+    return FoxConfig(
+        vocab_size=geometry.vocab,
+        hidden_size=geometry.hidden,
+        hidden_ratio=3.5,
+        num_hidden_layers=geometry.layers,
+        num_heads=geometry.heads,
+        max_position_embeddings=geometry.max_positions,
+        use_output_gate=True,
+        use_output_norm=True,
+        qk_norm=True,
+        use_k_shift=True,
+        use_v_shift=True,
+    )
+
+
+def read_statistics(path: Path = STATISTICS) -> list[Head]:
+    """The heads of a trained model, layer by layer."""
+    return [Head(**entry) for entry in json.loads(path.read_text())["heads"]]
+
+
+def gate_bias(mean_log_forget: float) -> float:
+    """b with logsigmoid(b) = mean_log_forget."""
+    return mean_log_forget - math.log(-math.expm1(mean_log_forget))
+
+
+def qk_norm_weight(logit_bound: float, dim: int) -> float:
+    """w with w * w * sqrt(dim) = logit_bound: the bound of a head whose q and k norms both have weight w."""
+    return math.sqrt(logit_bound / math.sqrt(dim))
+
+
+def fox_weights(config: FoxConfig, heads: Sequence[Head], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every tensor of the checkpoint, in bfloat16.
+
+    Args:
+        config: of an official FoX with QK-norm per head and full forget gates.
+        heads: head h of layer l forgets as entry ``(l * config.num_heads + h) % len(heads)``.
+        seed: of the random weights.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    dim, weights = config.hidden_size // config.num_heads, {}
+    for name, shape in expected_weights(Architecture.from_config(config)).items():
+        leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if name.endswith("fgate_proj.weight"):
+            tensor = torch.zeros(shape)
+        elif name.endswith("fgate_proj.bias"):
+            tensor = torch.tensor([gate_bias(head.mean_log_forget) for head in _of_layer(name, config, heads)])
+        elif leaf in ("q_norm", "k_norm"):
+            each = [qk_norm_weight(head.logit_bound, dim) for head in _of_layer(name, config, heads)]
+            tensor = torch.tensor(each).repeat_interleave(dim)
+        elif leaf.endswith("norm"):
+            tensor = torch.ones(shape)
+        else:
+            tensor = torch.randn(shape, generator=rng) * STD
+        assert tensor.shape == shape, name
+        weights[name] = tensor.bfloat16()
+    return weights
+
+
+def _of_layer(name: str, config: FoxConfig, heads: Sequence[Head]) -> list[Head]:
+    """The entries of all heads of the layer that a tensor belongs to."""
+    layer = int(name.split(".layers.")[1].split(".")[0])
+    first = layer * config.num_heads
+    return [heads[(first + head) % len(heads)] for head in range(config.num_heads)]
+
+
+def write_fox(folder: Path, geometry: Geometry) -> None:
+    """config.json and model.safetensors."""
+    from safetensors.torch import save_file
+
+    config = fox_config(geometry)
+    config.dtype = torch.bfloat16
+    config.architectures = ["ForgettingTransformerForCausalLM"]
+    config.save_pretrained(folder)
+    save_file(fox_weights(config, read_statistics()), folder / "model.safetensors", {"format": "pt"})
+
+
+def fox_parameters(geometry: Geometry) -> int:
+    """Number of parameters of the FoX."""
+    shapes = expected_weights(Architecture.from_config(fox_config(geometry))).values()
+    return sum(math.prod(shape) for shape in shapes)
+
+
+# Llama.
+
+
+def llama_intermediate(geometry: Geometry) -> int:
+    """Inner size of the MLP: FoX's rule with ratio 4."""
+    return resolve_intermediate_size(
+        SimpleNamespace(intermediate_size=None, hidden_size=geometry.hidden, hidden_ratio=4)
+    )
+
+
+def write_llama(folder: Path, geometry: Geometry) -> None:
+    """config.json only."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=geometry.vocab,
+        hidden_size=geometry.hidden,
+        intermediate_size=llama_intermediate(geometry),
+        num_hidden_layers=geometry.layers,
+        num_attention_heads=geometry.heads,
+        num_key_value_heads=geometry.heads,
+        max_position_embeddings=geometry.max_positions,
+        tie_word_embeddings=False,
+    )
+    config.dtype = torch.bfloat16
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+
+
+def llama_parameters(geometry: Geometry) -> int:
+    """Number of parameters of the Llama."""
+    hidden = geometry.hidden
+    layer = 4 * hidden**2 + 3 * hidden * llama_intermediate(geometry) + 2 * hidden
+    return 2 * geometry.vocab * hidden + geometry.layers * layer + hidden
+
+
+# Folders.
+
+
+def ready(folder: str | Path, write: Callable[[Path, Geometry], None], geometry: Geometry) -> Path:
+    """The folder, written if it has no config.json yet; it appears complete or not at all."""
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        new = Path(scratch) / "model"
+        new.mkdir()
+        write(new, geometry)
+        new.rename(folder)
+    return folder
+
+
+# Statistics of measured gates.
+
+
+def write_statistics(trace: Path, path: Path = STATISTICS) -> None:
+    """Save the mean log-forget and the logit bound of every column of measured gates.
+
+    Args:
+        trace: safetensors with ``log_forget`` [tokens, columns] and ``logit_bound`` [columns], a column per
+            (layer, head), layer by layer.
+        path: the JSON to write.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(trace)
+    means = tensors["log_forget"].double().mean(0).tolist()
+    bounds = tensors["logit_bound"].double().tolist()
+    heads = [
+        {"mean_log_forget": float(f"{mean:.6g}"), "logit_bound": float(f"{bound:.6g}")}
+        for mean, bound in zip(means, bounds)
+    ]
+    about = (
+        f"Mean log forget gate over {len(tensors['log_forget']):,} tokens of held-out Python source, and bound on "
+        "|q.k| / sqrt(d) from the QK-norm weights, of every head of a FoX (Pro) of 8 layers of 6 heads of 64, "
+        "trained by the official code; layer by layer."
+    )
+    rows = ",\n".join("  " + json.dumps(head) for head in heads)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{\n "about": {json.dumps(about)},\n "heads": [\n{rows}\n ]\n}}\n')
+
+
+# Command line.
+
+
+def positive(text: str) -> int:
+    """A positive integer, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def add_geometry_options(parser: argparse.ArgumentParser) -> None:
+    """--layers, --hidden, --heads."""
+    default = Geometry()
+    parser.add_argument("--layers", type=positive, default=default.layers)
+    parser.add_argument("--hidden", type=positive, default=default.hidden, help="hidden size")
+    parser.add_argument("--heads", type=positive, default=default.heads, help="query heads, and as many KV heads")
+
+
+def geometry_of(args: argparse.Namespace) -> Geometry:
+    """The sizes that were asked for; ends the program with a sentence if they do not fit one another."""
+    geometry = Geometry(args.layers, args.hidden, args.heads)
+    try:
+        fox_config(geometry)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    return geometry
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name, text in (("fox", "FoX (Pro) with random weights"), ("llama", "config.json of the Llama")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("folder", type=Path)
+        add_geometry_options(command)
+    statistics = commands.add_parser("statistics", help=f"write {STATISTICS.name} from measured gates")
+    statistics.add_argument("trace", type=Path, help="safetensors with log_forget and logit_bound")
+    args = parser.parse_args()
+    if args.what == "statistics":
+        if not args.trace.is_file():
+            raise SystemExit(f"{args.trace} is not a file: give safetensors with log_forget and logit_bound.")
+        write_statistics(args.trace)
+        print(f"saved {STATISTICS}")
+        return
+    geometry = geometry_of(args)
+    if args.folder.exists() and any(args.folder.iterdir()):
+        raise SystemExit(f"{args.folder} is not empty: choose a new folder.")
+    ready(args.folder, write_fox if args.what == "fox" else write_llama, geometry)
+    count = (fox_parameters if args.what == "fox" else llama_parameters)(geometry)
+    print(f"saved {args.folder}: {count / 1e6:.1f}M parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""vLLM end to end: a FoX (Pro), the same without pruning and release, and a dense Llama, in the same memory.
+
+Each engine runs in a process of its own; their results are joined at the end:
+
+python -m benchmarks.serving run --system fox --save results/serving_fox.json
+python -m benchmarks.serving run --system dense --save results/serving_dense.json
+python -m benchmarks.serving run --system fox-unpruned --save results/serving_fox_unpruned.json
+python -m benchmarks.serving scheduler --save results/serving_scheduler.json
+python -m benchmarks.serving report results/serving_*.json --plot docs/serving.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.checkpoint import Geometry, ready, write_fox, write_llama
+from benchmarks.record import save
+
+CAPTION = (
+    "Random weights. FoX (Pro): per-head forget-gate biases and QK-norm bounds matched to those of a trained "
+    "model's heads. Dense: Llama with the same layers, hidden size and heads, and an MLP that gives it as many "
+    "parameters."
+)
+LATENCY_OUTPUT, LATENCY_REPEATS = 128, 3
+# What the scheduler calls of the plugin's page manager, itself or through the connector.
+PLUGIN_METHODS = [
+    "get_num_blocks_to_allocate",
+    "allocate_new_blocks",
+    "pop_blocks_for_free",
+    "take_update",
+    "apply",
+]
+SYSTEMS = ("fox", "fox-unpruned", "dense")
+
+
+@dataclass
+class Recorder:
+    """Takes the place of vLLM's stat loggers: what the scheduler said after each step."""
+
+    steps: int = 0
+    peak_running: int = 0
+    peak_usage: float = 0.0
+    preemptions: int = 0
+    step_ends: list[float] = field(default_factory=list)
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, **_: Any) -> None:
+        """Called by the engine for every output of the engine core."""
+        self.steps += 1
+        self.step_ends.append(time.perf_counter())
+        self.peak_running = max(self.peak_running, scheduler_stats.num_running_reqs)
+        self.peak_usage = max(self.peak_usage, scheduler_stats.kv_cache_usage)
+        if iteration_stats is not None:
+            self.preemptions += iteration_stats.num_preempted_reqs
+
+    def log(self) -> None:
+        """Nothing is logged."""
+
+
+def make_engine(args: argparse.Namespace, longest: int) -> Any:
+    """An LLM of the system asked for; the same flags for all."""
+    from vllm import LLM
+
+    size, folder = Geometry(args.layers, args.hidden, args.heads), Path(args.models)
+    options: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "max_model_len": longest,
+        "max_num_seqs": args.max_num_seqs,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    if torch.cuda.is_available():
+        options["gpu_memory_utilization"] = args.gpu_memory_utilization
+    if args.system == "dense":
+        if torch.cuda.is_available():
+            options["attention_backend"] = "FLASH_ATTN"
+        model = ready(folder / f"llama-{size.name}", write_llama, size)
+        return LLM(model=str(model), load_format="dummy", **options)
+    if args.system == "fox-unpruned":
+        options["additional_config"] = {"fox": {"log_pruning_tolerance": None, "release": False}}
+    return LLM(model=str(ready(folder / f"fox-{size.name}", write_fox, size)), **options)
+
+
+def prompt(tokens: int, seed: int) -> list[int]:
+    """Random token ids."""
+    return torch.randint(10, 32000, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def add(llm: Any, name: str, tokens: list[int], output: int) -> None:
+    """Hand the engine a greedy request of exactly ``output`` tokens."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
+    llm.llm_engine.add_request(name, {"prompt_token_ids": tokens}, params)
+
+
+def run(llm: Any, seen: Callable[[Any], None], limit: float = float("inf")) -> bool:
+    """Step until nothing is left or ``limit`` seconds have passed; whether all was done."""
+    start = time.perf_counter()
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            seen(output)
+        if time.perf_counter() - start > limit:
+            return False
+    return True
+
+
+def throughput(llm: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Total time for many long prompts, and how many ran at once."""
+    warm = min(args.prompt, args.max_num_batched_tokens) + 8
+    for index in range(4):
+        add(llm, f"warm-up {index}", prompt(warm, args.requests + index), min(16, args.output))
+    run(llm, lambda output: None)
+    llm.llm_engine.logger_manager = recorder = Recorder()
+    answered: dict[str, int] = {}
+    finished: list[str] = []
+
+    def seen(output: Any) -> None:
+        answered[output.request_id] = len(output.outputs[0].token_ids)
+        if output.finished:
+            finished.append(output.request_id)
+
+    prompts = [prompt(args.prompt, index) for index in range(args.requests)]
+    start = time.perf_counter()
+    for index, tokens in enumerate(prompts):
+        add(llm, str(index), tokens, args.output)
+    added = time.perf_counter()
+    complete = run(llm, seen, args.limit_seconds or float("inf"))
+    seconds = time.perf_counter() - start
+    return {
+        "complete": complete,
+        "seconds": seconds,
+        "seconds_to_add": added - start,
+        "finished_requests": len(finished),
+        "prompts_read": len(answered),
+        "output_tokens": sum(answered.values()),
+        "output_tokens_per_second": sum(answered.values()) / seconds,
+        "prompt_tokens_per_second": len(answered) * args.prompt / seconds,
+        "peak_running": recorder.peak_running,
+        "peak_kv_usage": recorder.peak_usage,
+        "preemptions": recorder.preemptions,
+        "steps": recorder.steps,
+        "median_step_ms": 1e3 * _median_gap(recorder.step_ends),
+    }
+
+
+def _median_gap(times: list[float]) -> float:
+    gaps = [b - a for a, b in zip(times, times[1:])]
+    return statistics.median(gaps) if gaps else 0.0
+
+
+def latency(llm: Any, args: argparse.Namespace) -> list[dict[str, float]]:
+    """One request at a time: milliseconds to the first token, and for each token after it."""
+    rows = []
+    for length in args.latency:
+        first, each = [], []
+        for repeat in range(LATENCY_REPEATS + 1):
+            times: list[float] = []
+            tokens = prompt(length, repeat)
+            start = time.perf_counter()
+            add(llm, f"{length} {repeat}", tokens, LATENCY_OUTPUT)
+            run(llm, lambda output, times=times: times.append(time.perf_counter()))
+            if repeat:  # the first warms up
+                first.append(times[0] - start)
+                each.append((times[-1] - times[0]) / (LATENCY_OUTPUT - 1))
+        rows.append(
+            {
+                "prompt": length,
+                "first_token_ms": 1e3 * statistics.median(first),
+                "per_token_ms": 1e3 * statistics.median(each),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+@contextmanager
+def timed_methods(target: Any, names: list[str], spent: list[float]) -> Iterator[None]:
+    """Add the seconds that an object's methods take to ``spent[-1]``."""
+    for name in names:
+        original = getattr(target, name)
+
+        def wrapped(*values: Any, original: Any = original, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return original(*values, **named)
+            finally:
+                spent[-1] += time.perf_counter() - start
+
+        setattr(target, name, wrapped)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(target, name)
+
+
+def scheduler(llm: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What the plugin costs on the scheduler's side, with the engine core in this process."""
+    core = llm.llm_engine.engine_core.engine_core
+    (manager,) = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    waiting = {str(index) for index in range(args.requests)}
+    for name in sorted(waiting):
+        add(llm, name, prompt(args.prompt, int(name)), args.output)
+    spent: list[float] = []
+    # Steps that read prompts, and steps of decode alone: (seconds, of which in the plugin).
+    phases: dict[str, list[tuple[float, float]]] = {"prompts": [], "decode": []}
+    with timed_methods(manager, PLUGIN_METHODS, spent):
+        while llm.llm_engine.has_unfinished_requests():
+            phase = "prompts" if waiting else "decode"
+            spent.append(0.0)
+            start = time.perf_counter()
+            outputs = llm.llm_engine.step()
+            phases[phase].append((time.perf_counter() - start, spent[-1]))
+            waiting -= {output.request_id for output in outputs}
+    result: dict[str, Any] = {"requests": args.requests, "prompt": args.prompt, "output": args.output}
+    for phase, steps in phases.items():
+        seconds, plugin = (sum(column) for column in zip(*steps))
+        result[phase] = {
+            "steps": len(steps),
+            "step_ms": 1e3 * seconds / len(steps),
+            "plugin_ms": 1e3 * plugin / len(steps),
+            "share": plugin / seconds,
+        }
+    return result
+
+
+def report(args: argparse.Namespace) -> None:
+    """Join saved results to tables."""
+    found = [json.loads(Path(path).read_text())["figures"] for path in args.files]
+    runs = {one["system"]: one["result"] for one in found if one["command"] == "run"}
+    print(CAPTION)
+    _throughput_table({system: run["throughput"] for system, run in runs.items()})
+    dense = {row["prompt"]: row for row in runs.get("dense", {}).get("latency", [])}
+    for system, one in runs.items():
+        for row in one["latency"]:
+            to = dense.get(row["prompt"], row)
+            ratios = [row[name] / to[name] for name in ("first_token_ms", "per_token_ms")]
+            print(
+                f"{system:<14}{row['prompt']:>8,} tokens: first token {row['first_token_ms']:8.1f} ms "
+                f"({ratios[0]:.2f}x dense), each after {row['per_token_ms']:.3f} ms ({ratios[1]:.2f}x dense)"
+            )
+    for one in found:
+        if one["command"] == "scheduler":
+            for phase in ("prompts", "decode"):
+                row = one["result"][phase]
+                print(
+                    f"scheduler, {phase}: {row['plugin_ms']:.2f} ms of a step of {row['step_ms']:.1f} ms, "
+                    f"{100 * row['share']:.1f} %"
+                )
+    if args.plot:
+        _plot(args.plot, {system: run["throughput"] for system, run in runs.items()})
+
+
+def _throughput_table(total: dict[str, dict[str, Any]]) -> None:
+    heads = ("system", "seconds", "of fox", "tokens/s", "running", "of fox", "KV peak", "preempted")
+    print("".join(f"{head:>14}" for head in heads))
+    ours = total.get("fox")
+    for system, row in total.items():
+        time_ratio = f"{row['seconds'] / ours['seconds']:.2f}x" if ours else "-"
+        running_ratio = f"{row['peak_running'] / ours['peak_running']:.2f}x" if ours else "-"
+        seconds = f"{row['seconds']:.1f}" if row["complete"] else f"> {row['seconds']:.0f}"
+        cells = [system, seconds, time_ratio, f"{row['output_tokens_per_second']:.0f}", str(row["peak_running"])]
+        cells += [running_ratio, f"{100 * row['peak_kv_usage']:.1f} %", str(row["preemptions"])]
+        print("".join(f"{cell:>14}" for cell in cells))
+        if not row["complete"]:
+            print(f"{'':>14}stopped: {row['finished_requests']} finished, {row['output_tokens']} tokens answered")
+
+
+def _plot(path: str, total: dict[str, dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2))
+    names = list(total)
+    for axis, key, title in zip(axes, ("seconds", "peak_running"), ("seconds in all", "most requests at once")):
+        bars = axis.barh(names, [total[name][key] for name in names])
+        labels = [
+            ("> " if key == "seconds" and not total[n]["complete"] else "") + f"{total[n][key]:.0f}" for n in names
+        ]
+        axis.bar_label(bars, labels)
+        axis.set_title(title)
+        axis.margins(x=0.15)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"saved {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--models", default=str(Path(tempfile.gettempdir()) / "vllm-fox-bench"))
+    common.add_argument("--layers", type=int, default=24)
+    common.add_argument("--hidden", type=int, default=1536)
+    common.add_argument("--heads", type=int, default=24)
+    common.add_argument("--max-num-seqs", type=int, default=256)
+    common.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    common.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    common.add_argument("--save", help="JSON file for the result")
+    one = commands.add_parser("run", parents=[common])
+    one.add_argument("--system", choices=SYSTEMS, required=True)
+    one.add_argument("--requests", type=int, default=256)
+    one.add_argument("--prompt", type=int, default=16384)
+    one.add_argument("--output", type=int, default=1024)
+    one.add_argument("--limit-seconds", type=float, help="stop the many requests then, and say what was done")
+    one.add_argument("--latency", type=int, nargs="*", default=[1024, 16384, 65536], help="prompt lengths")
+    side = commands.add_parser("scheduler", parents=[common])
+    side.add_argument("--requests", type=int, default=256)
+    side.add_argument("--prompt", type=int, default=16384)
+    side.add_argument("--output", type=int, default=64)
+    joined = commands.add_parser("report")
+    joined.add_argument("files", nargs="+")
+    joined.add_argument("--plot")
+    args = parser.parse_args()
+    if args.command == "report":
+        report(args)
+        return
+    # A forked process inherits locks of threads that do not exist in it.
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+    if args.command == "scheduler":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        args.system = "fox"
+        result = scheduler(make_engine(args, args.prompt + args.output), args)
+    else:
+        llm = make_engine(args, max([args.prompt + args.output] + [n + LATENCY_OUTPUT for n in args.latency]))
+        result = {"latency": latency(llm, args), "throughput": throughput(llm, args)}
+    figures = {"command": args.command, "system": args.system, "caption": CAPTION, "options": vars(args)}
+    figures["result"] = result
+    print(json.dumps(result), flush=True)
+    if args.save:
+        save(args.save, figures)
+
+
+if __name__ == "__main__":
+    main()
