@@ -103,10 +103,22 @@ def ours_prefill(gates: Gates, length: int, prune: bool) -> dict[str, float]:
     layer = new_layer(gates, length, 1, prune)
     step, batch = layer.prepare([(layer.open(), random_tokens(gates, 0, length))])
     write(layer, step, batch)
-    out, threshold = torch.empty_like(step.q), layer.state.thresholds[0]
+    out, state, threshold = torch.empty_like(step.q), layer.state, layer.state.thresholds[0]
+    state.begin_step(batch)
 
     def attend() -> None:
-        prefill_attention(layer.pages, layer.table, batch, 0, threshold, step.q, SCALE, layer.state.bounded, out)
+        prefill_attention(
+            layer.pages,
+            layer.table,
+            batch,
+            0,
+            threshold,
+            step.q,
+            SCALE,
+            state.bounded,
+            out,
+            plan=state.prefill_plan,
+        )
 
     return {"attention": timed(attend), "write": timed(lambda: write(layer, step, batch))}
 
@@ -131,7 +143,7 @@ def ours_decode(gates: Gates, length: int, rows: int, prune: bool) -> dict[str, 
     limits = state.thresholds.flatten(0, 1)
 
     def attend() -> None:
-        decode_attention(layer.pages, layer.table, batch, 0, step.q, SCALE, out, plan=state.plan)
+        decode_attention(layer.pages, layer.table, batch, 0, step.q, SCALE, out, plan=state.decode_plan)
 
     def write_and_attend() -> None:
         write(layer, step, batch)

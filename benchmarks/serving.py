@@ -312,7 +312,7 @@ def main() -> None:
     common.add_argument("--heads", type=int, default=24)
     common.add_argument("--max-num-seqs", type=int, default=256)
     common.add_argument("--max-num-batched-tokens", type=int, default=8192)
-    common.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    common.add_argument("--gpu-memory-utilization", type=float, default=0.8)
     common.add_argument("--save", help="JSON file for the result")
     one = commands.add_parser("run", parents=[common])
     one.add_argument("--system", choices=SYSTEMS, required=True)

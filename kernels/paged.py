@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ class PageFormat:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pages:
     """The page pool as typed views (P pages, N tokens a page, G gates, d head size).
 
@@ -244,7 +245,8 @@ class Batch:
             work = PrefillWork.of(np.array(query_lens_host), np.array(seq_lens_host), page_size, seq_lens.device)
         return cls(query_start, seq_lens, slots, list(query_lens_host), list(seq_lens_host), work)
 
-    @property
+    # Asked for in every layer.
+    @cached_property
     def num_tokens(self) -> int:
         return sum(self.query_lens_host)
 
@@ -252,6 +254,6 @@ class Batch:
     def num_rows(self) -> int:
         return len(self.query_lens_host)
 
-    @property
+    @cached_property
     def has_decode(self) -> bool:
         return 1 in self.query_lens_host

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 ATTENTION_OP = "vllm_fox::forgetting_attention"
+CAPTURED_TOKENS = 1024
 
 
 class FoxConfigHook(VerifyAndUpdateConfig):
@@ -29,6 +30,7 @@ class FoxConfigHook(VerifyAndUpdateConfig):
         _set_page_size(vllm_config, settings)
         _route_pages(vllm_config)
         _split_graphs(vllm_config.compilation_config)
+        _capture_short_prompts(vllm_config.compilation_config)
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching:
             cache.enable_prefix_caching = False
@@ -93,3 +95,12 @@ def _split_graphs(compilation: CompilationConfig) -> None:
         compilation.splitting_ops = [*CompilationConfig._attention_ops]
     if compilation.splitting_ops and ATTENTION_OP not in compilation.splitting_ops:
         compilation.splitting_ops.append(ATTENTION_OP)
+
+
+def _capture_short_prompts(compilation: CompilationConfig) -> None:
+    """Up to so many tokens a step waits for the host, not for the GPU: replay a graph, unless told otherwise.
+
+    On newer GPUs vLLM captures as much itself; on older ones it stops at 512.
+    """
+    if compilation.cudagraph_capture_sizes is None and compilation.max_cudagraph_capture_size is None:
+        compilation.max_cudagraph_capture_size = CAPTURED_TOKENS

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..common import page_id
+from ..launch import Launcher
 from ..paged import FP8, FP8_MAX, TABLE_CHUNK, Batch, Pages, PageTable
 from .reference import GATE_FLOOR
 
@@ -105,10 +106,9 @@ def _rescale(page, old, new, count, P: tl.constexpr, D: tl.constexpr, BLOCK: tl.
                        "max_chunks", "streams"],
 )  # fmt: skip
 def _cache_write(
-    k_pages, v_pages, gate_pages, scale_pages, last_pages,
-    chunk_of, entries, query_start, seq_lens, slots, work,
-    k, v, gate, shift_k, shift_v, k_norm,
-    k_stride, v_stride, gate_stride, shift_k_stride, shift_v_stride, slot_stride, layer, max_chunks, streams,
+    k_pages, v_pages, gate_pages, scale_pages, last_pages, chunk_of, entries, k, v, k_norm,
+    query_start, seq_lens, slots, work, gate, shift_k, shift_v,
+    gate_stride, shift_k_stride, shift_v_stride, slot_stride, layer, max_chunks, streams, k_stride, v_stride,
     PAGE_BYTES: tl.constexpr, P: tl.constexpr, D: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, ONE_TOKEN: tl.constexpr, KV_BYTES: tl.constexpr,
     MODEL_BYTES: tl.constexpr, SHIFT_K: tl.constexpr, SHIFT_V: tl.constexpr, LAST: tl.constexpr,
@@ -226,6 +226,9 @@ def _cache_write(
         tl.store(keep + D + dim, raw_v)
 
 
+_launch = Launcher(_cache_write)
+
+
 def cache_write(
     pages: Pages,
     table: PageTable,
@@ -242,23 +245,27 @@ def cache_write(
 ) -> None:
     """See :func:`.reference.cache_write`; each tensor may have any stride over tokens, and is dense within one."""
     _, heads, dim = k.shape
-    size, work = pages.page_size, batch.work
-    grid = (heads, batch.num_rows if work is None else len(work.pages))
+    size, work, log2_rope = pages.page_size, batch.work, None if rope_base is None else math.log2(rope_base)
     block = min(size, max(1, BLOCK_ELEMENTS // dim))
-    _cache_write[grid](
-        pages.k, pages.v, pages.gates, pages.gates if pages.scales is None else pages.scales,
-        k if pages.last is None else pages.last,
-        table.chunk_of, table.entries, batch.query_start, batch.seq_lens, batch.slots,
-        batch.slots if work is None else work.pages,
-        k, v, gate, gate if shift_k is None else shift_k, gate if shift_v is None else shift_v,
-        k if k_norm is None else k_norm,
-        k.stride(0), v.stride(0), gate.stride(0),
-        0 if shift_k is None else shift_k.stride(0), 0 if shift_v is None else shift_v.stride(0),
-        batch.slots.stride(0), layer, table.chunk_of.shape[1], table.entries.shape[1],
-        PAGE_BYTES=pages.gates.stride(0) * 4, P=size, D=dim, H=heads, G=gate.shape[2], CHUNK=TABLE_CHUNK,
-        BLOCK=block, ONE_TOKEN=work is None, KV_BYTES=pages.k.element_size(), MODEL_BYTES=k.element_size(),
-        SHIFT_K=shift_k is not None, SHIFT_V=shift_v is not None, LAST=pages.last is not None,
-        NORM=k_norm is not None, EPS=norm_eps, LOG2_ROPE=None if rope_base is None else math.log2(rope_base),
-        FLOOR=GATE_FLOOR, SCALED=pages.k.dtype == FP8, FP8_LARGEST=FP8_MAX,
+    _launch(
+        (heads, batch.num_rows if work is None else len(work.pages), 1),
+        (
+            pages.k, pages.v, pages.gates, pages.gates if pages.scales is None else pages.scales,
+            k if pages.last is None else pages.last, table.chunk_of, table.entries, k, v,
+            k if k_norm is None else k_norm,
+        ),
+        (
+            batch.query_start, batch.seq_lens, batch.slots, batch.slots if work is None else work.pages,
+            gate, gate if shift_k is None else shift_k, gate if shift_v is None else shift_v, gate.stride(0),
+            0 if shift_k is None else shift_k.stride(0), 0 if shift_v is None else shift_v.stride(0),
+            batch.slots.stride(0), layer, table.chunk_of.shape[1], table.entries.shape[1],
+        ),
+        (k.stride(0), v.stride(0)),
+        (
+            pages.gates.stride(0) * 4, size, dim, heads, gate.shape[2], TABLE_CHUNK, block, work is None,
+            pages.k.element_size(), k.element_size(), shift_k is not None, shift_v is not None,
+            pages.last is not None, k_norm is not None, norm_eps, log2_rope, GATE_FLOOR, pages.k.dtype == FP8,
+            FP8_MAX,
+        ),
         num_warps=1 if work is None else 4,
     )  # fmt: skip

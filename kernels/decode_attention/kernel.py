@@ -12,18 +12,22 @@ import triton
 import triton.language as tl
 
 from ..common import LOG2E, page_id
+from ..launch import Launcher
 from ..paged import FP8, TABLE_CHUNK, Batch, Pages, PageTable
 from .plan import DecodePlan
+
+PARTS = 16
+"""Stretches of one item that the reduction joins together."""
 
 
 @triton.jit(
     do_not_specialize=["query_start", "seq_lens", "slots", "item_start", "program_item", "slot_stride", "layer",
-                       "max_chunks", "streams", "items"],
+                       "max_chunks", "streams", "items", "scale"],
 )  # fmt: skip
 def _decode(
-    k_pages, v_pages, gate_pages, scale_pages, chunk_of, entries, query_start, seq_lens, slots, q, out,
-    item_start, program_item, open_item, partials,
-    scale, q_stride, slot_stride, layer, max_chunks, streams, items,
+    k_pages, v_pages, gate_pages, scale_pages, chunk_of, entries, q, out, open_item, partials,
+    query_start, seq_lens, slots, item_start, program_item,
+    slot_stride, layer, max_chunks, streams, items, scale, q_stride,
     PAGE_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, P: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -125,7 +129,7 @@ def _decode(
 
 @triton.jit(do_not_specialize=["query_start", "item_start", "items"])
 def _reduce(
-    query_start, out, item_start, open_item, partials, items,
+    out, open_item, partials, query_start, item_start, items,
     D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Join the stretches of the item that begins, but does not end, in a program's share."""
@@ -159,6 +163,9 @@ def _reduce(
     tl.store(out + (token * H * G + head * G + g) * D + dim, (value / mass).to(out.dtype.element_ty))
 
 
+_launch_decode, _launch_reduce = Launcher(_decode), Launcher(_reduce)
+
+
 def decode_attention(
     pages: Pages,
     table: PageTable,
@@ -174,18 +181,29 @@ def decode_attention(
     _, heads, groups, dim = q.shape
     size, items = pages.page_size, batch.num_rows * heads
     item_start = plan.item_start[layer]
-    _decode[(plan.programs,)](
-        pages.k, pages.v, pages.gates, pages.gates if pages.scales is None else pages.scales,
-        table.chunk_of, table.entries, batch.query_start, batch.seq_lens, batch.slots, q, out,
-        item_start, plan.program_item[layer], plan.open_item, plan.partials,
-        scale, q.stride(0), batch.slots.stride(0), layer, table.chunk_of.shape[1], table.entries.shape[1], items,
-        PAGE_BYTES=pages.gates.stride(0) * 4, KV_BYTES=pages.k.element_size(), P=size, D=dim, H=heads, G=groups,
-        CHUNK=TABLE_CHUNK, BLOCK=plan.launch.block, GROUP=max(16, triton.next_power_of_2(groups)),
-        SCALED=pages.k.dtype == FP8,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=plan.launch.stages,
+    _launch_decode(
+        (plan.programs, 1, 1),
+        (
+            pages.k, pages.v, pages.gates, pages.gates if pages.scales is None else pages.scales, table.chunk_of,
+            table.entries, q, out, plan.open_item, plan.partials,
+        ),
+        (
+            batch.query_start, batch.seq_lens, batch.slots, item_start, plan.program_item[layer],
+            batch.slots.stride(0), layer, table.chunk_of.shape[1], table.entries.shape[1], items, scale,
+        ),
+        (q.stride(0),),
+        (
+            pages.gates.stride(0) * 4, pages.k.element_size(), size, dim, heads, groups, TABLE_CHUNK,
+            plan.launch.block, max(16, triton.next_power_of_2(groups)), pages.k.dtype == FP8,
+            "ieee" if q.dtype == torch.float32 else "tf32", plan.launch.stages,
+        ),
         num_warps=plan.launch.warps,
     )  # fmt: skip
-    _reduce[(plan.programs, groups)](
-        batch.query_start, out, item_start, plan.open_item, plan.partials, items,
-        D=dim, H=heads, G=groups, PARTS=16, num_warps=1,
-    )  # fmt: skip
+    _launch_reduce(
+        (plan.programs, groups, 1),
+        (out, plan.open_item, plan.partials),
+        (batch.query_start, item_start, items),
+        (),
+        (dim, heads, groups, PARTS),
+        num_warps=1,
+    )

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import num_processors
+from ..launch import Launcher
 from ..paged import Batch, PageTable
 
 SCAN = 1024
@@ -42,7 +43,7 @@ def launch(head_dim: int, groups: int, page_size: int, scaled: bool) -> Launch:
     do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "rows", "streams", "items_stride"],
 )
 def _plan(
-    first_live, query_start, seq_lens, slots, item_start, program_item,
+    first_live, item_start, program_item, query_start, seq_lens, slots,
     slot_stride, rows, streams, items_stride,
     P: tl.constexpr, H: tl.constexpr, PROGRAMS: tl.constexpr, LANES: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
@@ -80,6 +81,9 @@ def _plan(
         high = tl.where(left, high, middle)
         width = (width + 1) // 2
     tl.store(program_item + layer * PROGRAMS + program, low, mask=program < PROGRAMS)
+
+
+_launch = Launcher(_plan)
 
 
 class DecodePlan:
@@ -126,9 +130,15 @@ class DecodePlan:
 
     def update(self, table: PageTable, batch: Batch) -> None:
         """Share out the live pages of the batch's rows with one query."""
-        _plan[(self.layers,)](
-            table.first_live, batch.query_start, batch.seq_lens, batch.slots, self.item_start, self.program_item,
-            batch.slots.stride(0), batch.num_rows, table.first_live.shape[1], self.item_start.stride(0),
-            P=self.page_size, H=self.heads, PROGRAMS=self.programs, LANES=triton.next_power_of_2(self.programs),
-            SCAN=SCAN, num_warps=8,
+        lanes = triton.next_power_of_2(self.programs)
+        _launch(
+            (self.layers, 1, 1),
+            (table.first_live, self.item_start, self.program_item),
+            (
+                batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), batch.num_rows,
+                table.first_live.shape[1], self.item_start.stride(0),
+            ),
+            (),
+            (self.page_size, self.heads, self.programs, lanes, SCAN),
+            num_warps=8,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..common import masked_page_id
+from ..launch import Launcher
 from ..paged import LIVE_RANGE_PERIOD, TABLE_CHUNK, Batch, Pages, PageTable
 
 WALK = 64
@@ -17,7 +18,7 @@ WALK = 64
     do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "max_chunks", "streams"],
 )
 def _live_range(
-    gate_pages, chunk_of, entries, first_live, query_start, seq_lens, slots, threshold,
+    gate_pages, chunk_of, entries, first_live, threshold, query_start, seq_lens, slots,
     slot_stride, max_chunks, streams,
     PAGE_BYTES: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, CHUNK: tl.constexpr,
     W: tl.constexpr, PERIOD: tl.constexpr,
@@ -55,12 +56,22 @@ def _live_range(
     tl.store(remembered, newest + 1 - live)
 
 
+_launch = Launcher(_live_range)
+
+
 def live_range(pages: Pages, table: PageTable, batch: Batch, threshold: torch.Tensor) -> None:
     """See :func:`.reference.live_range`."""
     streams, gates = threshold.shape
-    _live_range[(streams, batch.num_rows)](
-        pages.gates, table.chunk_of, table.entries, table.first_live, batch.query_start, batch.seq_lens,
-        batch.slots, threshold, batch.slots.stride(0), table.chunk_of.shape[1], streams,
-        PAGE_BYTES=pages.gates.stride(0) * 4, P=pages.page_size, G=gates, GATES=triton.next_power_of_2(gates),
-        CHUNK=TABLE_CHUNK, W=WALK, PERIOD=LIVE_RANGE_PERIOD, num_warps=1,
+    _launch(
+        (streams, batch.num_rows, 1),
+        (pages.gates, table.chunk_of, table.entries, table.first_live, threshold),
+        (
+            batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), table.chunk_of.shape[1], streams,
+        ),
+        (),
+        (
+            pages.gates.stride(0) * 4, pages.page_size, gates, triton.next_power_of_2(gates), TABLE_CHUNK, WALK,
+            LIVE_RANGE_PERIOD,
+        ),
+        num_warps=1,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -11,8 +12,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import LOG2E
+from ..launch import Launcher
 from ..paged import FP8, QUERY_BLOCK, Batch, Pages, PageTable
-from .plan import make_plan
+from .plan import PrefillPlan
 
 
 @triton.jit
@@ -68,11 +70,11 @@ def _block(
 
 
 @triton.jit(
-    do_not_specialize=["query_start", "seq_lens", "rows", "tiles", "order", "max_pages"],
+    do_not_specialize=["query_start", "seq_lens", "rows", "tiles", "order", "max_pages", "scale"],
 )
 def _prefill(
-    k_pages, v_pages, k_rows, v_rows, gate_pages, scale_pages, query_start, seq_lens, rows, tiles,
-    ids, before, tile_first, tile_decay, order, q, out, scale, q_stride, max_pages,
+    k_pages, v_pages, gate_pages, scale_pages, ids, before, tile_first, tile_decay, q, out,
+    k_rows, v_rows, query_start, seq_lens, rows, tiles, order, max_pages, scale, q_stride,
     PAGE_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, P: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, SORTED: tl.constexpr, SCALED: tl.constexpr,
     TMA: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -180,6 +182,23 @@ def _launch(device: torch.device, dim: int, dtype: torch.dtype, scaled: bool, pa
     return Launch(block, 4 if dim <= 64 else 8, 5 if dim <= 128 else 3, 3, None, hopper and not scaled)
 
 
+_launch_prefill = Launcher(_prefill)
+
+# A pool as two matrices of rows of d, for TMA: from the first page's K on, and from its V on.
+_matrices: WeakKeyDictionary[Pages, tuple[TensorDescriptor, TensorDescriptor]] = WeakKeyDictionary()
+
+
+def _rows_of(pages: Pages, block: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    if pages not in _matrices:
+        size, dim = pages.k.shape[1:]
+        rows = len(pages.k) * pages.gates.stride(0) * 4 // (dim * pages.k.element_size())
+        _matrices[pages] = (
+            TensorDescriptor(pages.k, [rows, dim], [dim, 1], [block, dim]),
+            TensorDescriptor(pages.v, [rows - size, dim], [dim, 1], [block, dim]),
+        )
+    return _matrices[pages]
+
+
 def prefill_attention(
     pages: Pages,
     table: PageTable,
@@ -190,31 +209,32 @@ def prefill_attention(
     scale: float,
     bounded: bool,
     out: torch.Tensor,
-    sort: bool | None = None,
+    plan: PrefillPlan,
 ) -> None:
-    """See :func:`.reference.prefill_attention` and, for ``sort``, :func:`.plan.make_plan`; ``out`` is contiguous,
-    ``q`` dense within a token."""
+    """See :func:`.reference.prefill_attention`; ``plan`` is the step's, and is updated for the layer. ``out`` is
+    contiguous, ``q`` dense within a token."""
     work = batch.work
     assert work is not None
     _, heads, groups, dim = q.shape
-    size, scaled, element = pages.page_size, pages.k.dtype == FP8, pages.k.element_size()
-    plan = make_plan(pages, table, batch, layer, threshold, sort)
-    launch = _launch(q.device, dim, q.dtype, scaled, size)
-    k_rows: torch.Tensor | TensorDescriptor = pages.k
-    v_rows: torch.Tensor | TensorDescriptor = pages.v
-    page_bytes = pages.gates.stride(0) * 4
-    if launch.tma:
-        # The pool as one matrix of rows of d, from the first page's K and from its V on.
-        rows = len(pages.k) * page_bytes // (dim * element)
-        k_rows = TensorDescriptor(pages.k, [rows, dim], [dim, 1], [launch.block, dim])
-        v_rows = TensorDescriptor(pages.v, [rows - size, dim], [dim, 1], [launch.block, dim])
-    _prefill[(len(work.tiles) * heads * groups,)](
-        pages.k, pages.v, k_rows, v_rows, pages.gates, pages.gates if pages.scales is None else pages.scales,
-        batch.query_start, batch.seq_lens, work.rows, work.tiles, plan.ids, plan.before, plan.tile_first,
-        plan.tile_decay, plan.tile_first if plan.order is None else plan.order, q, out, scale, q.stride(0),
-        work.max_pages, PAGE_BYTES=page_bytes, KV_BYTES=element, P=size, D=dim, H=heads, G=groups,
-        QUERIES=QUERY_BLOCK, BLOCK=launch.block, SORTED=plan.order is not None, SCALED=scaled, TMA=launch.tma,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=launch.stages,
-        MASKED_STAGES=launch.masked_stages,
-        BOUNDED=bounded and q.dtype != torch.float16, num_warps=launch.warps, maxnreg=launch.registers,
+    scaled = pages.k.dtype == FP8
+    plan.update(pages, table, batch, layer, threshold)
+    launch = _launch(q.device, dim, q.dtype, scaled, pages.page_size)
+    _launch_prefill(
+        (len(work.tiles) * heads * groups, 1, 1),
+        (
+            pages.k, pages.v, pages.gates, pages.gates if pages.scales is None else pages.scales,
+            plan.ids, plan.before, plan.tile_first, plan.tile_decay, q, out,
+        ),
+        (
+            *(_rows_of(pages, launch.block) if launch.tma else (pages.k, pages.v)),
+            batch.query_start, batch.seq_lens, work.rows, work.tiles,
+            plan.tile_first if plan.order is None else plan.order, work.max_pages, scale,
+        ),
+        (q.stride(0),),
+        (
+            pages.gates.stride(0) * 4, pages.k.element_size(), pages.page_size, dim, heads, groups, QUERY_BLOCK,
+            launch.block, plan.order is not None, scaled, launch.tma, bounded and q.dtype != torch.float16,
+            "ieee" if q.dtype == torch.float32 else "tf32", launch.stages, launch.masked_stages,
+        ),
+        num_warps=launch.warps, maxnreg=launch.registers,
     )  # fmt: skip

@@ -8,15 +8,14 @@ shortest, the short ones fill the processors' gaps at the end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from ..common import masked_page_id
 from ..dispatch import num_processors
-from ..paged import QUERY_BLOCK, TABLE_CHUNK, Batch, Pages, PageTable
+from ..launch import Launcher
+from ..paged import QUERY_BLOCK, TABLE_CHUNK, Batch, Pages, PageTable, PrefillWork
 
 WALK = 128
 """Pages that a program looks at together."""
@@ -47,8 +46,8 @@ def _load_split(where, mask):
                        "max_chunks", "streams", "max_pages", "threshold", "length_class", "rank", "histogram"],
 )  # fmt: skip
 def _plan(
-    gate_pages, chunk_of, entries, first_live, query_start, seq_lens, slots, rows, first_tile, threshold,
-    ids, before, tile_first, tile_decay, length_class, rank, histogram,
+    gate_pages, chunk_of, entries, first_live, ids, before, tile_first, tile_decay,
+    query_start, seq_lens, slots, rows, first_tile, threshold, length_class, rank, histogram,
     slot_stride, layer, max_chunks, streams, max_pages,
     PAGE_BYTES: tl.constexpr, P: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CHUNK: tl.constexpr,
     W: tl.constexpr, QUERIES: tl.constexpr, CLASSES: tl.constexpr, SORTED: tl.constexpr,
@@ -116,8 +115,8 @@ def _plan(
             tl.store(rank + where, tl.atomic_add(histogram + kind, 1, mask=valid), mask=valid)
 
 
-@triton.jit(do_not_specialize=["length_class", "rank", "histogram", "order", "tiles"])
-def _sort(length_class, rank, histogram, order, tiles, CLASSES: tl.constexpr, SORT: tl.constexpr):
+@triton.jit(do_not_specialize=["length_class", "rank", "order", "tiles"])
+def _sort(histogram, length_class, rank, order, tiles, CLASSES: tl.constexpr, SORT: tl.constexpr):
     tile = tl.program_id(0) * SORT + tl.arange(0, SORT)
     valid = tile < tiles
     kind = tl.load(length_class + tile, mask=valid, other=0)
@@ -128,9 +127,17 @@ def _sort(length_class, rank, histogram, order, tiles, CLASSES: tl.constexpr, SO
     tl.store(order + place, tile, mask=valid)
 
 
-@dataclass(frozen=True)
+_launch_plan, _launch_sort = Launcher(_plan), Launcher(_sort)
+
+
 class PrefillPlan:
-    """For m rows with several queries, t query blocks in all, H KV heads of G query heads, W pages at most.
+    """One layer's plan after another, for one step: m rows with several queries, t query blocks in all, H KV heads
+    of G query heads, W pages at most.
+
+    Args:
+        work: the step's.
+        heads, groups: H, G.
+        sort: None sorts when there are so many tiles that not all run at once.
 
     Attributes:
         ids: [m, H, W] int32 page ids of the live pages.
@@ -138,46 +145,60 @@ class PrefillPlan:
             split in two.
         tile_first: [t, H * G] int32: first live page of each tile.
         tile_decay: [t, H * G, 2] float32: the same sum up to the tile's first query, its own gate included.
-        order: [t * H * G] int32: tiles from the longest to the shortest; None if all can run at once.
+        order: [t * H * G] int32: tiles from the longest to the shortest; None without a sort.
     """
 
-    ids: torch.Tensor
-    before: torch.Tensor
-    tile_first: torch.Tensor
-    tile_decay: torch.Tensor
-    order: torch.Tensor | None
+    def __init__(self, work: PrefillWork, heads: int, groups: int, sort: bool | None = None) -> None:
+        device, query_heads = work.tiles.device, heads * groups
+        rows, blocks = len(work.rows), len(work.tiles)
+        tiles = blocks * query_heads
+        if sort is None:
+            sort = tiles > 2 * num_processors(device)
 
+        def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
 
-def make_plan(
-    pages: Pages, table: PageTable, batch: Batch, layer: int, threshold: torch.Tensor, sort: bool | None = None
-) -> PrefillPlan:
-    """Plan one layer's prefill (see :class:`PrefillPlan`); ``sort`` None: as many tiles as make it worth while."""
-    work = batch.work
-    assert work is not None
-    heads, groups = threshold.shape
-    query_heads, device = heads * groups, threshold.device
-    rows, blocks = len(work.rows), len(work.tiles)
-    tiles = blocks * query_heads
-    if sort is None:
-        sort = tiles > 2 * num_processors(device)
+        self.grid = (rows, query_heads, 1)
+        self.ids = scratch(rows, heads, work.max_pages)
+        self.before = scratch(rows, query_heads, work.max_pages, 2, dtype=torch.float32)
+        self.tile_first = scratch(blocks, query_heads)
+        self.tile_decay = scratch(blocks, query_heads, 2, dtype=torch.float32)
+        self.order = scratch(tiles) if sort else None
+        # Of each tile: its class of length, and how many of the class came before it.
+        self._class, self._rank = (scratch(tiles), scratch(tiles)) if sort else (self.tile_first, self.tile_first)
+        self._histogram = scratch(LENGTHS) if sort else self.tile_first
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    ids = scratch(rows, heads, work.max_pages)
-    before = scratch(rows, query_heads, work.max_pages, 2, dtype=torch.float32)
-    first, decay = scratch(blocks, query_heads), scratch(blocks, query_heads, 2, dtype=torch.float32)
-    sorting = scratch(3, tiles) if sort else first
-    histogram = torch.zeros(LENGTHS, dtype=torch.int32, device=device) if sort else first
-    _plan[(rows, query_heads)](
-        pages.gates, table.chunk_of, table.entries, table.first_live, batch.query_start, batch.seq_lens,
-        batch.slots, work.rows, work.first_tile, threshold, ids, before, first, decay, sorting[0], sorting[-1],
-        histogram, batch.slots.stride(0), layer, table.chunk_of.shape[1], table.entries.shape[1], work.max_pages,
-        PAGE_BYTES=pages.gates.stride(0) * 4, P=pages.page_size, H=heads, G=groups, CHUNK=TABLE_CHUNK, W=WALK,
-        QUERIES=QUERY_BLOCK, CLASSES=LENGTHS, SORTED=sort, num_warps=4,
-    )  # fmt: skip
-    if not sort:
-        return PrefillPlan(ids, before, first, decay, None)
-    kind, order, rank = sorting
-    _sort[(triton.cdiv(tiles, SORT),)](kind, rank, histogram, order, tiles, CLASSES=LENGTHS, SORT=SORT, num_warps=4)
-    return PrefillPlan(ids, before, first, decay, order)
+    def update(self, pages: Pages, table: PageTable, batch: Batch, layer: int, threshold: torch.Tensor) -> None:
+        """Plan a layer, whose new tokens are in their pages."""
+        work, (heads, groups), order = batch.work, threshold.shape, self.order
+        assert work is not None
+        if order is not None:
+            self._histogram.zero_()
+        _launch_plan(
+            self.grid,
+            (
+                pages.gates, table.chunk_of, table.entries, table.first_live, self.ids, self.before,
+                self.tile_first, self.tile_decay,
+            ),
+            (
+                batch.query_start, batch.seq_lens, batch.slots, work.rows, work.first_tile, threshold,
+                self._class, self._rank, self._histogram, batch.slots.stride(0), layer, table.chunk_of.shape[1],
+                table.entries.shape[1], work.max_pages,
+            ),
+            (),
+            (
+                pages.gates.stride(0) * 4, pages.page_size, heads, groups, TABLE_CHUNK, WALK, QUERY_BLOCK, LENGTHS,
+                order is not None,
+            ),
+            num_warps=4,
+        )  # fmt: skip
+        if order is not None:
+            tiles = len(order)
+            _launch_sort(
+                (triton.cdiv(tiles, SORT), 1, 1),
+                (self._histogram,),
+                (self._class, self._rank, order, tiles),
+                (),
+                (LENGTHS, SORT),
+                num_warps=4,
+            )

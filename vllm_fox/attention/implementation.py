@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_fox.kernels.cache_write import cache_write
-from vllm_fox.kernels.decode_attention import decode_attention, make_plan
+from vllm_fox.kernels.decode_attention import decode_attention
+from vllm_fox.kernels.decode_attention import make_plan as make_decode_plan
 from vllm_fox.kernels.live_range import live_range
 from vllm_fox.kernels.paged import PLAIN_EXP_BOUND, Batch, Pages, PageTable
+from vllm_fox.kernels.prefill_attention import make_plan as make_prefill_plan
 from vllm_fox.kernels.prefill_attention import prefill_attention
+
+if TYPE_CHECKING:
+    from vllm_fox.kernels.prefill_attention.plan import PrefillPlan
 
 
 @dataclass
@@ -51,7 +57,8 @@ class WorkerState:
         self.bounded = logit_bound <= PLAIN_EXP_BOUND
         self.thresholds = torch.stack(thresholds)
         self.num_layers, heads, groups = self.thresholds.shape
-        self.plan = make_plan(
+        self.prefill_plan: PrefillPlan | None = None
+        self.decode_plan = make_decode_plan(
             device=table.entries.device,
             layers=self.num_layers,
             heads=heads,
@@ -64,8 +71,10 @@ class WorkerState:
 
     def begin_step(self, batch: Batch) -> None:
         """Before the first layer."""
-        if self.plan is not None and batch.has_decode:
-            self.plan.update(self.table, batch)
+        if batch.work is not None:
+            self.prefill_plan = make_prefill_plan(batch.work, *self.thresholds.shape[1:])
+        if self.decode_plan is not None and batch.has_decode:
+            self.decode_plan.update(self.table, batch)
 
     def end_step(self, batch: Batch) -> None:
         """After the last layer: what no later query needs. A step itself reads what the one before it left."""
@@ -119,8 +128,19 @@ class ForgettingAttentionImpl:
         )
         if batch.work is not None:
             threshold = state.thresholds[layer]
-            prefill_attention(pages, table, batch, layer, threshold, step.q, self.scale, state.bounded, out)
+            prefill_attention(
+                pages,
+                table,
+                batch,
+                layer,
+                threshold,
+                step.q,
+                self.scale,
+                state.bounded,
+                out,
+                plan=state.prefill_plan,
+            )
         if batch.has_decode:
-            decode_attention(pages, table, batch, layer, step.q, self.scale, out, plan=state.plan)
+            decode_attention(pages, table, batch, layer, step.q, self.scale, out, plan=state.decode_plan)
         if layer == state.num_layers - 1:
             state.end_step(batch)

@@ -144,17 +144,20 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         assert isinstance(metadata, FoxMetadata)
         batch = metadata.batch
         tokens, heads, groups = batch.num_tokens, self.num_kv_heads, self.num_gates
-        if tokens < len(out):
+        if tokens < len(out):  # rows of padding
             out[tokens:] = 0
-        out = out[:tokens].view(tokens, heads, groups, self.head_dim)
+            q, k, v, gate, out = q[:tokens], k[:tokens], v[:tokens], gate[:tokens], out[:tokens]
+            shift_k = None if shift_k is None else shift_k[:tokens]
+            shift_v = None if shift_v is None else shift_v[:tokens]
         step = StepInputs(
-            q=q[:tokens].view(tokens, heads, groups, self.head_dim),
-            k=k[:tokens].view(tokens, heads, self.head_dim),
-            v=v[:tokens].view(tokens, heads, self.head_dim),
-            gate=gate[:tokens].view(tokens, heads, groups),
-            shift_k=None if shift_k is None else shift_k[:tokens],
-            shift_v=None if shift_v is None else shift_v[:tokens],
+            q=q.view(tokens, heads, groups, self.head_dim),
+            k=k.view(tokens, heads, self.head_dim),
+            v=v.view(tokens, heads, self.head_dim),
+            gate=gate.view(tokens, heads, groups),
+            shift_k=shift_k,
+            shift_v=shift_v,
         )
+        out = out.view(tokens, heads, groups, self.head_dim)
         self.impl.forward(step, batch, self._state, out)
 
     # What vLLM calls.

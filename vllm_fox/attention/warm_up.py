@@ -26,6 +26,7 @@ def warm_up(
     if not use_triton(device):
         return
     from vllm_fox.kernels.prefill_attention import kernel as prefill
+    from vllm_fox.kernels.prefill_attention.plan import PrefillPlan
 
     heads, groups = state.thresholds.shape[1:]
     dim = pages.k.shape[2]
@@ -51,8 +52,8 @@ def warm_up(
         out = torch.empty_like(step.q)
         impl.forward(step, batch, state, out)
         if batch.work is not None:
-            limit = state.thresholds[impl.layer]
+            limit, plan = state.thresholds[impl.layer], PrefillPlan(batch.work, heads, groups, sort=True)
             prefill.prefill_attention(
-                pages, state.table, batch, impl.layer, limit, step.q, impl.scale, state.bounded, out, sort=True
+                pages, state.table, batch, impl.layer, limit, step.q, impl.scale, state.bounded, out, plan
             )
     state.end_step(batch)
