@@ -1,7 +1,8 @@
 """What the page manager adds to one scheduler step, beside vLLM's own full-attention manager.
 
-64 requests decode at 16k tokens on a model of 24 layers of 24 heads (pages of 64 tokens): every step each request
-asks for its slots, some cross a page boundary, and one report of dead pages comes back.
+A model of 24 layers of 24 heads, pages of 64 tokens. In decode 256 requests stand at 16k tokens: every step each
+asks for its slots, some cross a page boundary, and a report of dead pages comes back. In prefill every step reads
+8,192 tokens of a prompt, whose dead pages are reported in the next, and now and then a request ends.
 
     python -m benchmarks.scheduler_cost [--steps 512] [--out results/scheduler_cost.json]
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +21,14 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Sing
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from benchmarks.record import save
+from vllm_fox.kernels.paged import LIVE_RANGE_PERIOD, PageFormat
 from vllm_fox.pages.manager import StreamPageManager
-from vllm_fox.pages.messages import PageReport
+from vllm_fox.pages.messages import PageReport, TableUpdate
 from vllm_fox.pages.spec import PageGeometry, StreamPageSpec
 
 LAYERS, HEADS, DIM, PAGE = 24, 24, 64, 64
-REQUESTS, TOKENS = 64, 16_384
+PAGE_BYTES = PageFormat(PAGE, DIM, torch.bfloat16, 1, True, torch.bfloat16).page_bytes
+REQUESTS, TOKENS, CHUNK = 256, 16_384, 8_192
 
 
 def fox_manager(num_blocks: int, max_model_len: int = 2 * TOKENS) -> StreamPageManager:
@@ -33,16 +37,17 @@ def fox_manager(num_blocks: int, max_model_len: int = 2 * TOKENS) -> StreamPageM
         num_kv_heads=HEADS,
         head_size=DIM,
         dtype=torch.bfloat16,
+        kv_dtype=torch.bfloat16,
         dcp_sharded=False,
         tokens_per_state=PAGE,
-        state_content_bytes=17_024,
+        state_content_bytes=PAGE_BYTES,
         num_gates=1,
         token_shift=True,
         num_layers=LAYERS,
         num_ranks=1,
         num_slots=256,
         max_model_len=max_model_len,
-        max_step_tokens=8192,
+        max_step_tokens=CHUNK,
         release=True,
     )
     return StreamPageManager(spec, **common(num_blocks))
@@ -70,7 +75,19 @@ def ask(manager: SingleTypeKVCacheManager, request: str, tokens: int) -> None:
     manager.allocate_new_blocks(request, tokens, tokens)
 
 
-def run(steps: int) -> dict[str, list[float]]:
+def live_windows(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Live window of every stream in tokens, a sixth of the KV in all, and the phase in which its pages die."""
+    window = np.minimum(rng.exponential(TOKENS / 6, (rows, LAYERS * HEADS)), TOKENS * 2)
+    return window, rng.integers(0, PAGE, window.shape)
+
+
+def reported(update: TableUpdate, rows: np.ndarray, lengths: np.ndarray, window: Any, phase: Any) -> PageReport:
+    """The report of a step's due rows, whose requests have ``lengths`` tokens."""
+    starts = np.maximum((lengths[:, None] - window[rows] - phase[rows]) // PAGE, 0).astype(np.int32)
+    return PageReport(update.step, update.slots, update.epochs, 0, torch.from_numpy(starts), None)
+
+
+def decode(steps: int) -> dict[str, list[float]]:
     """Times of each part, in ms per step."""
     blocks = REQUESTS * (TOKENS // PAGE + steps // PAGE + 2) + 1
     fox, dense = fox_manager(blocks), dense_manager(blocks)
@@ -81,35 +98,62 @@ def run(steps: int) -> dict[str, list[float]]:
         dense.num_cached_block[name] = 0
         ask(fox, name, length)
         ask(dense, name, length)
-    rng = np.random.default_rng(0)
-    # A live window per stream; a sixth of the KV is live in all, and each window has its own phase.
-    window = np.minimum(rng.exponential(TOKENS / 6, (REQUESTS, LAYERS * HEADS)), TOKENS * 2)
-    phase = rng.integers(0, PAGE, window.shape)
-    update = fox.take_update(names)
-    times: dict[str, list[float]] = {
-        "fox allocate": [],
-        "fox update": [],
-        "fox report": [],
-        "dense allocate": [],
-    }
+    window, phase = live_windows(np.random.default_rng(0), REQUESTS)
+    update, rows = fox.take_update(dict.fromkeys(names, TOKENS)), np.arange(REQUESTS)
+    times: dict[str, list[float]] = {key: [] for key in ("allocate", "update", "report", "dense allocate")}
     for step in range(-1, steps):
+        report = reported(update, rows, lengths[rows] + step, window, phase)
         now = lengths + step + 1
-        starts = np.maximum((now[:, None] - window - phase) // PAGE, 0).astype(np.int32)
-        report = PageReport(update.step, update.slots, update.epochs, 0, torch.from_numpy(starts), None)
         t0 = time.perf_counter()
         fox.apply(report)
         t1 = time.perf_counter()
         for name, length in zip(names, now.tolist()):
             ask(fox, name, length)
         t2 = time.perf_counter()
-        update = fox.take_update(names)
+        update = fox.take_update(dict.fromkeys(names, 1))
         t3 = time.perf_counter()
         for name, length in zip(names, now.tolist()):
             ask(dense, name, length)
         t4 = time.perf_counter()
+        rows = np.flatnonzero(now % LIVE_RANGE_PERIOD == 0)
         if step >= 0:  # the first report frees the prompts' dead pages at once
             for key, value in zip(times, (t2 - t1, t3 - t2, t1 - t0, t4 - t3)):
                 times[key].append(1e3 * value)
+    return times
+
+
+def prefill(steps: int) -> dict[str, list[float]]:
+    """The same for steps that each read a chunk of a prompt; a finished prompt's request ends 32 prompts later."""
+    blocks = 40 * (TOKENS // PAGE + 2)
+    fox, dense = fox_manager(blocks), dense_manager(blocks)
+    window, phase = live_windows(np.random.default_rng(0), 1)
+    times: dict[str, list[float]] = {key: [] for key in ("allocate", "update", "report", "free")}
+    times |= {"dense allocate": [], "dense free": []}
+    update, length = fox.take_update({}), 0
+    for step in range(steps):
+        prompt, part = divmod(step, TOKENS // CHUNK)
+        name, ends = f"request-{prompt}", f"request-{prompt - 32}"
+        if part == 0:
+            dense.num_cached_block[name] = 0
+        report = reported(update, np.zeros(len(update.slots), int), np.array([length]), window, phase)
+        length = (part + 1) * CHUNK
+        t0 = time.perf_counter()
+        fox.apply(report)
+        t1 = time.perf_counter()
+        if part == 0 and prompt >= 32:
+            fox.pop_blocks_for_free(ends)
+        t2 = time.perf_counter()
+        ask(fox, name, length)
+        t3 = time.perf_counter()
+        update = fox.take_update({name: CHUNK})
+        t4 = time.perf_counter()
+        ask(dense, name, length)
+        t5 = time.perf_counter()
+        if part == 0 and prompt >= 32:
+            dense.block_pool.free_blocks(reversed(dense.pop_blocks_for_free(ends)))
+        t6 = time.perf_counter()
+        for key, value in zip(times, (t3 - t2, t4 - t3, t1 - t0, t2 - t1, t5 - t4, t6 - t5)):
+            times[key].append(1e3 * value)
     return times
 
 
@@ -118,21 +162,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=512)
     parser.add_argument("--out", default="results/scheduler_cost.json")
     args = parser.parse_args()
-    times = run(args.steps)
-    times["fox total"] = [sum(parts) for parts in zip(*(times[k] for k in times if k.startswith("fox")))]
-    times["added by fox"] = [a - b for a, b in zip(times["fox total"], times["dense allocate"])]
-    print(f"ms per step; {REQUESTS} requests of {TOKENS} tokens, {LAYERS} layers of {HEADS} heads, page {PAGE}")
-    print(f"{'':16}{'median':>9}{'mean':>9}{'p99':>9}")
-    figures = {}
-    for name, values in times.items():
-        row = statistics.median(values), statistics.mean(values), float(np.percentile(values, 99))
-        figures[name] = dict(zip(("median", "mean", "p99"), row))
-        print(f"{name:16}" + "".join(f"{value:9.3f}" for value in row))
+    print(f"ms per step; {LAYERS} layers of {HEADS} heads, pages of {PAGE} tokens")
+    figures: dict[str, Any] = {}
+    for phase, times in (("decode", decode(args.steps)), ("prefill", prefill(args.steps))):
+        ours = [values for key, values in times.items() if not key.startswith("dense")]
+        vllm = [values for key, values in times.items() if key.startswith("dense")]
+        times["total"] = [sum(parts) for parts in zip(*ours)]
+        times["added"] = [total - sum(parts) for total, *parts in zip(times["total"], *vllm)]
+        print(f"{phase:16}{'median':>9}{'mean':>9}{'p99':>9}")
+        figures[phase] = {}
+        for name, values in times.items():
+            row = statistics.median(values), statistics.mean(values), float(np.percentile(values, 99))
+            figures[phase][name] = dict(zip(("median", "mean", "p99"), row))
+            print(f"  {name:14}" + "".join(f"{value:9.3f}" for value in row))
 
     print("page table as a share of the KV memory (256 slots):")
     for length in (16_384, 32_768, 131_072):
         for gib in (8, 64, 120):
-            blocks = (gib << 30) // (LAYERS * HEADS * 17_024)
+            blocks = (gib << 30) // (LAYERS * HEADS * PAGE_BYTES)
             spec = fox_manager(2, length).kv_cache_spec
             share = PageGeometry.of(spec, blocks).table_bytes / (gib << 30)
             figures[f"table share, {length} tokens, {gib} GiB"] = share

@@ -227,7 +227,8 @@ def scheduler(llm: Any, args: argparse.Namespace) -> dict[str, Any]:
             outputs = llm.llm_engine.step()
             phases[phase].append((time.perf_counter() - start, spent[-1]))
             waiting -= {output.request_id for output in outputs}
-    result: dict[str, Any] = {"requests": args.requests, "prompt": args.prompt, "output": args.output}
+    phases["all"] = phases["prompts"] + phases["decode"]
+    result: dict[str, Any] = {}
     for phase, steps in phases.items():
         seconds, plugin = (sum(column) for column in zip(*steps))
         result[phase] = {
@@ -256,10 +257,9 @@ def report(args: argparse.Namespace) -> None:
             )
     for one in found:
         if one["command"] == "scheduler":
-            for phase in ("prompts", "decode"):
-                row = one["result"][phase]
+            for phase, row in one["result"].items():
                 print(
-                    f"scheduler, {phase}: {row['plugin_ms']:.2f} ms of a step of {row['step_ms']:.1f} ms, "
+                    f"scheduler, {phase} steps: {row['plugin_ms']:.2f} ms of a step of {row['step_ms']:.1f} ms, "
                     f"{100 * row['share']:.1f} %"
                 )
     if args.plot:
@@ -324,7 +324,7 @@ def main() -> None:
     side = commands.add_parser("scheduler", parents=[common])
     side.add_argument("--requests", type=int, default=256)
     side.add_argument("--prompt", type=int, default=16384)
-    side.add_argument("--output", type=int, default=64)
+    side.add_argument("--output", type=int, default=1024)
     joined = commands.add_parser("report")
     joined.add_argument("files", nargs="+")
     joined.add_argument("--plot")
@@ -333,7 +333,7 @@ def main() -> None:
         report(args)
         return
     # A forked process inherits locks of threads that do not exist in it.
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if args.command == "scheduler":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         args.system = "fox"

@@ -14,6 +14,13 @@ from vllm_fox.kernels.paged import TABLE_CHUNK
 
 Int32 = np.ndarray
 
+MANY_PAGES = 4
+"""Pages a stream that a request frees at once from which on whole table chunks are looked through for them,
+instead of looking up each page."""
+
+SPARSE = 4
+"""But not if fewer than one in so many of those looked through would be freed."""
+
 
 class OutOfPages(RuntimeError):
     """The pool was asked for more than it has; callers check :meth:`PagePool.can_extend` first."""
@@ -139,8 +146,14 @@ class PagePool:
             top = int(self._num_free[rank])
             ids[rank] = self._free[rank, top - taken : top].reshape(count, self.streams)
         self._num_free -= taken
-        # entries[chunk, :, :, offset] is [count, ranks, streams]
-        self._entries[chunk, :, :, offset] = ids.transpose(1, 0, 2)
+        if count == 1:
+            self._entries[chunk[0], :, :, offset[0]] = ids[:, 0]
+        else:
+            by_stream, at = ids.transpose(0, 2, 1), 0
+            while at < count:  # a table chunk at a time
+                behind = min(count, at + TABLE_CHUNK - int(offset[at]))
+                self._entries[chunk[at], :, :, offset[at] : offset[at] + behind - at] = by_stream[:, :, at:behind]
+                at = behind
         self.num_pages[slot] = first + count
         self.live_pages[slot] += taken
         self.allocated_total += taken * self.ranks
@@ -163,7 +176,7 @@ class PagePool:
         moved = np.flatnonzero(starts > old)
         row, stream = np.divmod(moved, self.streams)
         slot = slots[row]
-        low = old.ravel()[moved]
+        low = old.ravel()[moved]  # int32
         # The newest page always lives, whatever a report says.
         high = np.minimum(starts.ravel()[moved], self.num_pages[slot] - 1)
         if (high <= low).any():
@@ -172,10 +185,16 @@ class PagePool:
         if not row.size:
             return 0
         self.start[slot, rank, stream] = high
-        freed = self._free_range(rank, slot, stream, low, high)
+        counts = np.bincount(row, weights=high - low, minlength=len(slots)).astype(np.int64)
+        self.live_pages[slots, rank] -= counts
+        freed = int(counts.sum())
         self.released_total += freed
-        counts = np.bincount(row, weights=high - low, minlength=len(slots))
-        self.live_pages[slots, rank] -= counts.astype(np.int64)
+        many = counts >= MANY_PAGES * self.streams
+        for index in np.flatnonzero(many).tolist():
+            mine = row == index
+            self._free_block(rank, int(slots[index]), stream[mine], low[mine], high[mine])
+        few = ~many[row] if many.any() else slice(None)
+        self._free_ranges(rank, slot[few], stream[few], low[few], high[few])
         crossed = low // TABLE_CHUNK != high // TABLE_CHUNK
         if crossed.any():
             self._free_dead_chunks(np.unique(slot[crossed]))
@@ -184,10 +203,9 @@ class PagePool:
     def close(self, slot: int) -> None:
         """Take back all that ``slot`` holds, and the slot. What its epoch's reports say later is ignored."""
         count = int(self.num_pages[slot])
-        streams = np.arange(self.streams)
+        streams, high = np.arange(self.streams), np.full(self.streams, count, dtype=np.int32)
         for rank in range(self.ranks):
-            low = self.start[slot, rank]
-            self._free_range(rank, np.full(self.streams, slot), streams, low, np.full(self.streams, count))
+            self._free_block(rank, slot, streams, self.start[slot, rank], high)
         self._free_chunks_between(slot, -(-count // TABLE_CHUNK))
         self._first_chunk[slot] = 0
         self.start[slot] = 0
@@ -196,27 +214,42 @@ class PagePool:
         self.epoch[slot] += 1
         self._free_slots.append(slot)
 
-    def _free_range(
+    def _free_block(self, rank: int, slot: int, stream: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        """Free pages ``low:high`` of many streams of one slot: a prompt's dead pages, or all that a request has."""
+        first, last = int(low.min()) // TABLE_CHUNK, -(-int(high.max()) // TABLE_CHUNK)
+        total = int((high - low).sum())
+        if total * SPARSE < (last - first) * TABLE_CHUNK * len(stream):
+            self._free_ranges(rank, np.full(len(stream), slot), stream, low, high)
+            return
+        ids = self._entries[self._chunk_of[slot, first:last], rank]  # [chunks, streams, TABLE_CHUNK]
+        if len(stream) < self.streams:
+            ids = ids[:, stream]
+        page = np.arange(first * TABLE_CHUNK, last * TABLE_CHUNK, dtype=np.int32).reshape(-1, 1, TABLE_CHUNK)
+        # low <= page < high in one comparison: a negative difference is a huge unsigned number.
+        dead = (page - low[:, None]).view(np.uint32) < (high - low).astype(np.uint32)[:, None]
+        self._push(rank, ids[dead])
+
+    def _free_ranges(
         self, rank: int, slot: np.ndarray, stream: np.ndarray, low: np.ndarray, high: np.ndarray
-    ) -> int:
-        """Push the ids of pages ``low:high`` of each (slot, stream) back on the rank's stack.
+    ) -> None:
+        """Free pages ``low:high`` of each (slot, stream).
 
         A decode step moves most ranges by a single page: then there is nothing to spread out.
         """
         counts = (high - low).astype(np.int64)
-        total = int(counts.sum())
-        if not total:
-            return 0
-        page = low
-        if total != len(counts) or counts.min() != 1:
+        total, page = int(counts.sum()), low
+        if total != len(counts) or (total and counts.min() != 1):
             which = np.repeat(np.arange(len(counts)), counts)
             page = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts) + low[which]
             slot, stream = slot[which], stream[which]
         chunk = self._chunk_of[slot, page // TABLE_CHUNK]
+        self._push(rank, self._entries[chunk, rank, stream, page % TABLE_CHUNK])
+
+    def _push(self, rank: int, ids: np.ndarray) -> None:
+        """Put page ids back on the rank's stack."""
         top = int(self._num_free[rank])
-        self._free[rank, top : top + total] = self._entries[chunk, rank, stream, page % TABLE_CHUNK]
-        self._num_free[rank] = top + total
-        return total
+        self._free[rank, top : top + len(ids)] = ids
+        self._num_free[rank] = top + len(ids)
 
     def _free_dead_chunks(self, slots: np.ndarray) -> None:
         """Table chunks before every stream's live range can serve other requests."""
