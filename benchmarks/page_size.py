@@ -34,11 +34,11 @@ def main() -> None:
             start = time.perf_counter()
             run_until_decoding(llm)
             prefill = time.perf_counter() - start
-            live = manager(llm).pool.used
+            live = manager(llm).pool.used_total
             start = time.perf_counter()
             run_to_the_end(llm)
             decode = time.perf_counter() - start
-            dense = spec.streams * args.prompt / size
+            dense = sum(spec.streams) * args.prompt / size
             rows.append(
                 {
                     "page_size": size,

@@ -43,8 +43,8 @@ def fox_manager(num_blocks: int, max_model_len: int = 2 * TOKENS) -> StreamPageM
         state_content_bytes=PAGE_BYTES,
         num_gates=1,
         token_shift=True,
-        num_layers=LAYERS,
-        num_ranks=1,
+        stage_layers=(LAYERS,),
+        tensor_ranks=1,
         num_slots=256,
         max_model_len=max_model_len,
         max_step_tokens=CHUNK,
@@ -181,7 +181,7 @@ def main() -> None:
         for gib in (8, 64, 120):
             blocks = (gib << 30) // (LAYERS * HEADS * PAGE_BYTES)
             spec = fox_manager(2, length).kv_cache_spec
-            share = PageGeometry.of(spec, blocks).table_bytes / (gib << 30)
+            share = PageGeometry.of(spec, blocks).table_bytes(0) / (gib << 30)
             figures[f"table share, {length} tokens, {gib} GiB"] = share
             print(f"  {length:7} tokens a request, {gib:4} GiB: {100 * share:.2f} %")
     save(args.out, figures)

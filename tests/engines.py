@@ -141,7 +141,8 @@ def assert_all_free(llm: LLM) -> None:
     assert not pages._slot_of and not pages._prompt_pages and not pages._room
     for rank in range(pool.ranks):
         ids = torch.from_numpy(pool.free_ids(rank).copy()).sort().values
-        assert torch.equal(ids, torch.arange(pool.streams, pool.streams + pool.capacity, dtype=torch.int32))
+        first = pool.streams[rank]
+        assert torch.equal(ids, torch.arange(first, first + pool.capacity[rank], dtype=torch.int32))
 
 
 def compiled_kernels() -> dict[str, int]:

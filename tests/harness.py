@@ -43,10 +43,8 @@ class OneLayer:
         self.raw_pages = self.raw.view(num_pages, form.page_bytes)
         max_chunks = -(-max_pages // TABLE_CHUNK)
         self.pool = PagePool(
-            num_pages=num_pages,
-            padding_pages=heads,
-            ranks=1,
-            streams=heads,
+            num_blocks=num_pages // heads,
+            streams=[heads],
             num_slots=num_slots,
             num_chunks=num_slots * max_chunks + 1,
             max_chunks=max_chunks,
@@ -96,7 +94,7 @@ class OneLayer:
                 ).to(self.device)
                 by_column = self.table.entries.transpose(1, 2)
                 by_column[torch.from_numpy(columns.chunk).long(), torch.from_numpy(columns.offset).long()] = (
-                    torch.from_numpy(columns.ids[0]).to(self.device)
+                    torch.from_numpy(columns.ids).to(self.device)
                 )
         device = self.device
         batch = Batch.of(

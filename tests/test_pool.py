@@ -10,19 +10,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from vllm_fox.pages.pool import OutOfPages, PagePool
 
-RANKS, STREAMS, PADDING = 2, 3, 3
+BLOCKS, STREAMS = 41, (3, 2)  # the ranks of pipeline stages with three and two layers
+RANKS = len(STREAMS)
 
 
-def make_pool(num_pages: int = 123, num_slots: int = 4, num_chunks: int = 12) -> PagePool:
-    return PagePool(
-        num_pages=num_pages,
-        padding_pages=PADDING,
-        ranks=RANKS,
-        streams=STREAMS,
-        num_slots=num_slots,
-        num_chunks=num_chunks,
-        max_chunks=4,
-    )
+def make_pool() -> PagePool:
+    return PagePool(num_blocks=BLOCKS, streams=STREAMS, num_slots=4, num_chunks=12, max_chunks=4)
+
+
+def starts_of(page: int, rank: int) -> np.ndarray:
+    """A report on one slot: all streams of a rank begin to live at ``page``."""
+    return np.full((1, STREAMS[rank]), page)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -31,9 +29,9 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool()
-        self.open: dict[int, np.ndarray] = {}  # slot -> our own copy of start [RANKS, STREAMS]
+        self.open: dict[int, list[np.ndarray]] = {}  # slot -> our own copy of each rank's starts
         self.mail: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []  # reports under way
-        self.pages: dict[int, list[np.ndarray]] = {}  # slot -> ids [RANKS, STREAMS] of each page index
+        self.pages: dict[int, list[np.ndarray]] = {}  # slot -> ids [streams] of each page index
 
     @rule(count=st.integers(1, 20))
     @precondition(lambda self: self.pool.has_free_slot)
@@ -42,7 +40,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         slot = self.pool.open()
         assert slot not in self.open and slot != 0
-        self.open[slot] = np.zeros((RANKS, STREAMS), dtype=np.int64)
+        self.open[slot] = [np.zeros(count, dtype=np.int64) for count in STREAMS]
         self.pages[slot] = []
         self._grow(slot, count)
 
@@ -60,8 +58,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _grow(self, slot: int, count: int) -> None:
         columns = self.pool.extend(slot, count)
-        assert columns.ids.shape == (RANKS, count, STREAMS)
-        self.pages[slot] += list(columns.ids.transpose(1, 0, 2))
+        assert columns.ids.shape == (count, sum(STREAMS))
+        self.pages[slot] += list(columns.ids)
 
     @rule(data=st.data(), rank=st.integers(0, RANKS - 1))
     @precondition(lambda self: self.open)
@@ -69,7 +67,8 @@ class PoolMachine(RuleBasedStateMachine):
         """A worker looks at the live ranges of some slots; the scheduler will hear of it later."""
         slots = data.draw(st.lists(st.sampled_from(sorted(self.open)), min_size=1, unique=True))
         starts = [
-            [data.draw(st.integers(0, max(len(self.pages[slot]) - 1, 0))) for _ in range(STREAMS)] for slot in slots
+            [data.draw(st.integers(0, max(len(self.pages[slot]) - 1, 0))) for _ in range(STREAMS[rank])]
+            for slot in slots
         ]
         slots_array = np.array(slots)
         self.mail.append((rank, slots_array, self.pool.epoch[slots_array].copy(), np.array(starts)))
@@ -105,23 +104,23 @@ class PoolMachine(RuleBasedStateMachine):
             for slot, starts in self.open.items():
                 held = self.pool.held_ids(slot, rank)
                 mine = [
-                    page[rank, stream]
-                    for stream in range(STREAMS)
-                    for page in self.pages[slot][starts[rank, stream] :]
+                    page[self.pool.columns[rank]][stream]
+                    for stream in range(STREAMS[rank])
+                    for page in self.pages[slot][starts[rank][stream] :]
                 ]
                 assert sorted(held.tolist()) == sorted(mine)
                 assert int(self.pool.live_pages[slot, rank]) == len(mine)
                 owned.append(held)
             everything = np.sort(np.concatenate(owned))
-            assert np.array_equal(everything, np.arange(PADDING, 123))
+            assert np.array_equal(everything, np.arange(STREAMS[rank], BLOCKS * STREAMS[rank]))
 
     @invariant()
     def counts_are_true(self) -> None:
-        used = [123 - PADDING - len(self.pool.free_ids(rank)) for rank in range(RANKS)]
-        assert self.pool.used == max(used)
+        used = [(BLOCKS - 1) * STREAMS[rank] - len(self.pool.free_ids(rank)) for rank in range(RANKS)]
+        assert self.pool.used_blocks == max(-(-pages // count) for pages, count in zip(used, STREAMS))
         assert self.pool.used_total == sum(used)
         if not self.open:
-            assert self.pool.used == 0 and not self.pool.live_pages.any()
+            assert self.pool.used_blocks == 0 and not self.pool.live_pages.any()
             assert len(self.pool._free_chunks) == 11 and len(self.pool._free_slots) == 4
 
 
@@ -133,36 +132,28 @@ def test_old_life_cannot_free_pages_of_the_new_one() -> None:
     pool = make_pool()
     slot = pool.open()
     pool.extend(slot, 8)
-    late = (0, np.array([slot]), pool.epoch[[slot]].copy(), np.full((1, STREAMS), 7))
+    late = (0, np.array([slot]), pool.epoch[[slot]].copy(), starts_of(7, 0))
     pool.close(slot)
     assert pool.open() == slot  # preempted and resumed in the same slot
     pool.extend(slot, 8)
     assert pool.release(*late) == 0
-    assert pool.used == 8 * STREAMS
-    assert pool.release(0, np.array([slot]), pool.epoch[[slot]], late[3]) == 7 * STREAMS
+    assert pool.used_total == 8 * sum(STREAMS)
+    assert pool.release(0, np.array([slot]), pool.epoch[[slot]], late[3]) == 7 * STREAMS[0]
 
 
 def test_newest_page_is_never_freed() -> None:
     pool = make_pool()
     slot = pool.open()
     pool.extend(slot, 3)
-    pool.release(0, np.array([slot]), pool.epoch[[slot]], np.full((1, STREAMS), 99))
-    assert len(pool.held_ids(slot, 0)) == STREAMS
+    pool.release(0, np.array([slot]), pool.epoch[[slot]], starts_of(99, 0))
+    assert len(pool.held_ids(slot, 0)) == STREAMS[0]
 
 
 def test_table_chunks_come_back_while_the_request_runs() -> None:
     """A request can run for ever on two table chunks, if it forgets."""
-    pool = PagePool(
-        num_pages=PADDING + STREAMS * 40,
-        padding_pages=PADDING,
-        ranks=1,
-        streams=STREAMS,
-        num_slots=1,
-        num_chunks=4,
-        max_chunks=100,
-    )
+    pool = PagePool(num_blocks=BLOCKS, streams=STREAMS[:1], num_slots=1, num_chunks=4, max_chunks=100)
     slot = pool.open()
     for page in range(1000):
         pool.extend(slot, 1)
-        pool.release(0, np.array([slot]), pool.epoch[[slot]], np.full((1, STREAMS), page - 3))
-    assert pool.used == 4 * STREAMS
+        pool.release(0, np.array([slot]), pool.epoch[[slot]], starts_of(page - 3, 0))
+    assert pool.used_total == 4 * STREAMS[0]

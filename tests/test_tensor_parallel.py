@@ -52,8 +52,8 @@ def serve(model: str, ranks: int) -> dict[str, Any]:
         # The shortest prompt is through first; all are running by the time it has answered some tokens.
         run_until_decoding(llm, count=len(prompts), tokens=4)
         pool = manager(llm).pool
-        used = [pool.capacity - len(pool.free_ids(rank)) for rank in range(pool.ranks)]
-        held = pool.num_pages.sum().item() * pool.streams
+        used = [int(pool.capacity[rank]) - len(pool.free_ids(rank)) for rank in range(pool.ranks)]
+        held = (pool.num_pages.sum() * pool.streams).tolist()
         finished = run_to_the_end(llm)
         assert_all_free(llm)
         answers = [finished[str(name)] for name in range(len(prompts))]

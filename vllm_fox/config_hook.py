@@ -50,7 +50,6 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             f"--kv-cache-dtype {cache.cache_dtype} (but {', '.join(_kv_cache_dtypes(vllm_config))})",
         ),
         (getattr(cache, "kv_offloading_size", None), "KV offloading (--kv-offloading-size)"),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism (--pipeline-parallel-size)"),
         (parallel.decode_context_parallel_size > 1, "context parallelism (--decode-context-parallel-size)"),
         (parallel.prefill_context_parallel_size > 1, "context parallelism (--prefill-context-parallel-size)"),
     ]
@@ -61,6 +60,12 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     if heads % ranks and ranks % heads:
         raise ValueError(
             f"--tensor-parallel-size {ranks} does not divide the model's {heads} KV heads: choose a divisor."
+        )
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    if parallel.pipeline_parallel_size > layers:
+        raise ValueError(
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size} is more than the model's {layers} layers: "
+            f"choose at most {layers}."
         )
 
 

@@ -166,7 +166,6 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         return FoxAttentionBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        layers = vllm_config.compilation_config.static_forward_context.values()
         return make_spec(
             vllm_config,
             num_kv_heads=self.num_kv_heads,
@@ -175,7 +174,6 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
             token_shift=any(self.shift),
-            num_layers=sum(isinstance(layer, ForgettingAttention) for layer in layers),
             release=self.release,
         )
 

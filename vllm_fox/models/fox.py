@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import islice
 from typing import ClassVar
 
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
 from vllm.sequence import IntermediateTensors
 
 from vllm_fox.architecture import Architecture
@@ -211,17 +219,25 @@ class ForgettingTransformerBlock(nn.Module):
     }
 )
 class ForgettingTransformerModel(nn.Module):
-    """Embeddings, layers and final norm."""
+    """Embeddings, layers and final norm, or a pipeline stage's part of them."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        arch = Architecture.from_config(vllm_config.model_config.hf_config)
-        self.embeddings = VocabParallelEmbedding(arch.vocab_size, arch.hidden_size, prefix=f"{prefix}.embeddings")
-        self.layers = nn.ModuleList(
-            ForgettingTransformerBlock(vllm_config, arch, prefix=f"{prefix}.layers.{index}")
-            for index in range(arch.num_layers)
+        arch, stage = Architecture.from_config(vllm_config.model_config.hf_config), get_pp_group()
+        self.embeddings: nn.Module = PPMissingLayer()
+        if stage.is_first_rank or (stage.is_last_rank and arch.tied_embeddings):
+            self.embeddings = VocabParallelEmbedding(
+                arch.vocab_size, arch.hidden_size, prefix=f"{prefix}.embeddings"
+            )
+        self.first_layer, self.end_layer, self.layers = make_layers(
+            arch.num_layers,
+            lambda prefix: ForgettingTransformerBlock(vllm_config, arch, prefix=prefix),
+            prefix=f"{prefix}.layers",
         )
-        self.norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
+        self.norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps) if stage.is_last_rank else PPMissingLayer()
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], arch.hidden_size
+        )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[T] to [T, hidden]."""
@@ -233,21 +249,28 @@ class ForgettingTransformerModel(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """[T] token ids (or [T, hidden] embeddings) and [T] positions to [T, hidden]."""
-        if inputs_embeds is not None:
+    ) -> torch.Tensor | IntermediateTensors:
+        """[T] token ids (or [T, hidden] embeddings, or what the stage before returned) and [T] positions to
+        [T, hidden], or to what the next stage needs."""
+        residual: torch.Tensor | None = None
+        if not get_pp_group().is_first_rank:
+            assert intermediate_tensors is not None
+            x, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        elif inputs_embeds is not None:
             x = inputs_embeds
         else:
             assert input_ids is not None
             x = self.embed_input_ids(input_ids)
-        residual: torch.Tensor | None = None
-        for layer in self.layers:
+        for layer in islice(self.layers, self.first_layer, self.end_layer):
             x, residual = layer(positions, x, residual)
+        if not get_pp_group().is_last_rank:
+            assert residual is not None
+            return IntermediateTensors({"hidden_states": x, "residual": residual})
         x, _ = self.norm(x, residual)
         return x
 
 
-class ForgettingTransformerForCausalLM(nn.Module):
+class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
     """A FoX language model of either checkpoint dialect, as vLLM loads and runs it."""
 
     # Only safetensors, which hold no code; and not other .safetensors files that lie beside the model.
@@ -263,11 +286,15 @@ class ForgettingTransformerForCausalLM(nn.Module):
         self.config = vllm_config.model_config.hf_config
         self.arch = Architecture.from_config(self.config)
         self.model = ForgettingTransformerModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.lm_head = ParallelLMHead(
-            self.arch.vocab_size, self.arch.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
-        )
-        if self.arch.tied_embeddings:
-            self.lm_head = self.lm_head.tie_weights(self.model.embeddings)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        self.lm_head: nn.Module = PPMissingLayer()
+        if get_pp_group().is_last_rank:
+            head = ParallelLMHead(
+                self.arch.vocab_size, self.arch.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+            )
+            self.lm_head = head
+            if isinstance(self.model.embeddings, VocabParallelEmbedding) and self.arch.tied_embeddings:
+                self.lm_head = head.tie_weights(self.model.embeddings)
         self.logits_processor = LogitsProcessor(self.arch.vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -280,8 +307,8 @@ class ForgettingTransformerForCausalLM(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """[T] token ids (or [T, hidden] embeddings) and [T] positions to [T, hidden]."""
+    ) -> torch.Tensor | IntermediateTensors:
+        """As :meth:`ForgettingTransformerModel.forward`."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -291,7 +318,7 @@ class ForgettingTransformerForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint and fix what follows from its weights (see :func:`.weights.load_checkpoint`)."""
         filled = load_checkpoint(self, self.arch, weights)
-        for layer in self.model.layers:
+        for layer in islice(self.model.layers, self.model.first_layer, self.model.end_layer):
             assert isinstance(layer, ForgettingTransformerBlock)
             layer.attn.set_logit_bound(layer.attn_norm.weight)
         return filled

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from vllm_fox.architecture import OFFICIAL, Architecture, expected_weights, is_derived_weight
 
@@ -38,7 +39,7 @@ def load_checkpoint(model: nn.Module, arch: Architecture, weights: Iterable[tupl
         weights: names and tensors of the checkpoint, in any order.
 
     Returns:
-        Names of the parameters that were filled: all of them.
+        Names of the parameters that were filled: all that this pipeline stage has.
 
     Raises:
         ValueError: tensors are missing, unexpected, of a wrong shape or of a quantised dtype. One message
@@ -61,6 +62,8 @@ def load_checkpoint(model: nn.Module, arch: Architecture, weights: Iterable[tupl
             problems.append(f"tensor {name} is {tensor.dtype}, expected float16, bfloat16 or float32")
             continue
         for target, part, piece in _destinations(arch, name, tensor):
+            if is_pp_missing_parameter(target, model):
+                continue  # another pipeline stage's
             param = params[target]
             loader: Callable[..., None] = getattr(param, "weight_loader", default_weight_loader)
             loader(param, piece) if part is None else loader(param, piece, part)

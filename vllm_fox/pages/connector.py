@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
@@ -55,7 +55,8 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         layers = self._vllm_config.compilation_config.static_forward_context
         geometry = PageGeometry.of(spec, self._kv_cache_config.num_blocks)
         device = next(iter(kv_caches.values())).device
-        self._tables = DeviceTables(geometry, get_tensor_model_parallel_rank(), device)
+        rank = get_pp_group().rank_in_group * spec.tensor_ranks + get_tensor_model_parallel_rank()
+        self._tables = DeviceTables(geometry, rank, device)
         attention = [layers[name] for name in kv_caches]
         scheduler, compilation = self._vllm_config.scheduler_config, self._vllm_config.compilation_config
         # A CUDA graph's batch is padded to the next captured size.

@@ -42,9 +42,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         spec = kv_cache_spec
         geometry = PageGeometry.of(spec, block_pool.num_gpu_blocks)
         self.pool = PagePool(
-            num_pages=geometry.num_pages,
-            padding_pages=geometry.streams,
-            ranks=spec.num_ranks,
+            num_blocks=block_pool.num_gpu_blocks,
             streams=geometry.streams,
             num_slots=geometry.num_slots,
             num_chunks=geometry.num_chunks,
@@ -169,7 +167,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         if freed:
             slots = report.slots[self.pool.epoch[report.slots] == report.epochs]
             pages = self.pool.num_pages[slots]
-            self.live_share.observe(pages, self.pool.live_pages[slots].max(1) / (pages * self.pool.streams))
+            self.live_share.observe(pages, self.pool.live_blocks(slots) / pages)
             self._settle()
 
     @property
@@ -196,15 +194,14 @@ class StreamPageManager(SingleTypeKVCacheManager):
         for other, target in self._prompt_pages.items():
             slot = self._slot_of.get(other, 0)
             if slot and other != request_id:
-                held = int(self.pool.live_pages[slot].max()) // self.pool.streams
+                held = int(self.pool.live_blocks(slot))
                 need += max(0, self.live_share.peak(target, self._chunk_pages) - held)
         # A lone request is always let in: its peak is at most what start-up checked to fit.
         return need + len(self._slot_of)
 
     def _settle(self) -> None:
         """Hold as many blocks of vLLM's pool as the pages in use fill."""
-        target = cdiv(self.pool.used, self.pool.streams)
-        change = target - len(self._held_blocks)
+        change = self.pool.used_blocks - len(self._held_blocks)
         if change > 0:
             self._held_blocks += self.block_pool.get_new_blocks(change)
         elif change < 0:

@@ -16,8 +16,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from .pool import Columns
 
 
-def _join(parts: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
-    return np.concatenate(parts, axis) if parts else np.empty(0, dtype=np.int32)
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
 
 @dataclass
@@ -30,7 +30,7 @@ class TableUpdate(KVConnectorMetadata):
         opened: [o] slots given to new (or resumed) requests; their live range starts at page 0.
         chunk_slot, chunk_index, chunk_id: [c] table chunks given to slots.
         column_chunk, column_offset: [n] where in the table the new page indices stand.
-        ids: [ranks, n, streams] their page ids.
+        ids: [n, streams of all ranks] their page ids.
     """
 
     step: int
@@ -46,8 +46,7 @@ class TableUpdate(KVConnectorMetadata):
 
     def __repr__(self) -> str:
         """Short: vLLM prints it when a step fails, and the arrays may hold a million ids."""
-        pages = self.ids.shape[1] if self.ids.ndim == 3 else 0
-        return f"TableUpdate(step={self.step}, rows={len(self.slots)}, page columns={pages})"
+        return f"TableUpdate(step={self.step}, rows={len(self.slots)}, page columns={len(self.ids)})"
 
     @classmethod
     def of(
@@ -70,7 +69,7 @@ class TableUpdate(KVConnectorMetadata):
             chunk_id=_join([c.new_chunk for c in columns]),
             column_chunk=_join([c.chunk for c in columns]),
             column_offset=_join([c.offset for c in columns]),
-            ids=_join([c.ids for c in columns], axis=1),
+            ids=_join([c.ids for c in columns]),
         )
 
 

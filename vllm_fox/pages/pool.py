@@ -6,6 +6,7 @@ a long request thousands of pages. Nothing here knows vLLM.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,7 @@ class Columns:
         slot: the request's slot.
         new_chunk_index, new_chunk: [m] table chunks the slot was given, and their index in the request.
         chunk, offset: [n] where in the table each page index stands.
-        ids: [ranks, n, streams] page ids.
+        ids: [n, streams of all ranks] page ids.
     """
 
     slot: int
@@ -48,57 +49,54 @@ class Columns:
 class PagePool:
     """Page ids, page table and live ranges of all running requests.
 
-    Every tensor-parallel rank has its own page ids (a head that has died on one rank frees memory there, whatever
-    its neighbours do). Slot 0, chunk 0 and the first ``padding_pages`` pages are never handed out.
+    Every rank, be it of a pipeline stage or of a tensor-parallel group, has its own page ids (a head that has died
+    on one rank frees memory there, whatever its neighbours do). The streams of all ranks stand one after the other:
+    ``columns[rank]`` are a rank's. Slot 0, chunk 0 and the first block of each rank's pages are never handed out.
 
     Args:
-        num_pages: page ids per rank, padding included.
-        padding_pages: page ids ``[0, padding_pages)`` are padding.
-        ranks: tensor-parallel ranks.
-        streams: streams on each rank.
+        num_blocks: blocks of vLLM's pool, the null block included; a block is a page for every stream.
+        streams: streams of each rank.
         num_slots: requests that may run at once.
         num_chunks: table chunks, padding chunk included.
         max_chunks: table chunks that the longest request needs.
     """
 
     def __init__(
-        self,
-        *,
-        num_pages: int,
-        padding_pages: int,
-        ranks: int,
-        streams: int,
-        num_slots: int,
-        num_chunks: int,
-        max_chunks: int,
+        self, *, num_blocks: int, streams: Sequence[int], num_slots: int, num_chunks: int, max_chunks: int
     ) -> None:
-        self.ranks, self.streams = ranks, streams
-        self.capacity = num_pages - padding_pages
-        # Stacks: [: num_free] of each row are the free ids. Low ids are on top, so that a light load stays dense.
-        ids = np.arange(num_pages - 1, padding_pages - 1, -1, dtype=np.int32)
-        self._free = np.tile(ids, (ranks, 1))
-        self._num_free = np.full(ranks, self.capacity, dtype=np.int64)
-        self._entries = np.zeros((num_chunks, ranks, streams, TABLE_CHUNK), dtype=np.int32)
+        self.streams = np.array(streams, dtype=np.int64)
+        self.ranks = len(streams)
+        ends = np.cumsum(streams).tolist()
+        self.columns = [slice(end - count, end) for end, count in zip(ends, streams)]
+        self.capacity = (num_blocks - 1) * self.streams
+        # Each rank's stack: [: num_free] are its free ids. Low ids are on top, so that a light load stays dense.
+        self._free = [np.arange(num_blocks * n - 1, n - 1, -1, dtype=np.int32) for n in streams]
+        self._num_free = self.capacity.copy()
+        self._entries = np.zeros((num_chunks, ends[-1], TABLE_CHUNK), dtype=np.int32)
         self._chunk_of = np.zeros((num_slots + 1, max_chunks), dtype=np.int32)
         self._first_chunk = np.zeros(num_slots + 1, dtype=np.int32)
         self._free_chunks = list(range(num_chunks - 1, 0, -1))
         self._free_slots = list(range(num_slots, 0, -1))
-        self.start = np.zeros((num_slots + 1, ranks, streams), dtype=np.int32)
+        self.start = np.zeros((num_slots + 1, ends[-1]), dtype=np.int32)
         self.num_pages = np.zeros(num_slots + 1, dtype=np.int32)
-        self.live_pages = np.zeros((num_slots + 1, ranks), dtype=np.int64)
+        self.live_pages = np.zeros((num_slots + 1, self.ranks), dtype=np.int64)
         self.epoch = np.zeros(num_slots + 1, dtype=np.int64)
         self.allocated_total = 0
         self.released_total = 0
 
     @property
-    def used(self) -> int:
-        """Pages in use on the rank that uses most."""
-        return int(self.capacity - self._num_free.min())
+    def used_blocks(self) -> int:
+        """Blocks that the pages in use fill on the fullest rank."""
+        return int((-(-(self.capacity - self._num_free) // self.streams)).max())
 
     @property
     def used_total(self) -> int:
         """Pages in use, summed over the ranks."""
         return int((self.capacity - self._num_free).sum())
+
+    def live_blocks(self, slots: np.ndarray | int) -> np.ndarray:
+        """[R] (or one number) blocks that the live pages of each slot fill on the rank where they fill most."""
+        return (self.live_pages[slots] / self.streams).max(-1)
 
     @property
     def has_free_slot(self) -> bool:
@@ -112,7 +110,7 @@ class PagePool:
         """Whether ``slot`` (0: a new one) can get ``count`` more pages in every stream."""
         return (
             (slot != 0 or self.has_free_slot)
-            and count * self.streams <= int(self._num_free.min())
+            and bool((count * self.streams <= self._num_free).all())
             and self._chunks_missing(slot, count) <= len(self._free_chunks)
         )
 
@@ -131,7 +129,7 @@ class PagePool:
     def extend(self, slot: int, count: int) -> Columns:
         """Give ``slot`` its next ``count`` pages in every stream of every rank."""
         if not self.can_extend(slot, count):
-            raise OutOfPages(f"{count} pages in each of {self.streams} streams")
+            raise OutOfPages(f"{count} pages in each of {self.streams.sum()} streams")
         first = int(self.num_pages[slot])
         missing = self._chunks_missing(slot, count)
         index = np.arange(-(-first // TABLE_CHUNK), -(-first // TABLE_CHUNK) + missing, dtype=np.int32)
@@ -140,23 +138,22 @@ class PagePool:
 
         page = np.arange(first, first + count)
         chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], (page % TABLE_CHUNK).astype(np.int32)
-        taken = count * self.streams
-        ids = np.empty((self.ranks, count, self.streams), dtype=np.int32)
-        for rank in range(self.ranks):
-            top = int(self._num_free[rank])
-            ids[rank] = self._free[rank, top - taken : top].reshape(count, self.streams)
-        self._num_free -= taken
+        ids = np.empty((count, self._entries.shape[1]), dtype=np.int32)
+        for free, top, columns in zip(self._free, self._num_free.tolist(), self.columns):
+            taken = count * (columns.stop - columns.start)
+            ids[:, columns] = free[top - taken : top].reshape(count, -1)
+        self._num_free -= count * self.streams
         if count == 1:
-            self._entries[chunk[0], :, :, offset[0]] = ids[:, 0]
+            self._entries[chunk[0], :, offset[0]] = ids[0]
         else:
-            by_stream, at = ids.transpose(0, 2, 1), 0
+            at = 0
             while at < count:  # a table chunk at a time
                 behind = min(count, at + TABLE_CHUNK - int(offset[at]))
-                self._entries[chunk[at], :, :, offset[at] : offset[at] + behind - at] = by_stream[:, :, at:behind]
+                self._entries[chunk[at], :, offset[at] : offset[at] + behind - at] = ids[at:behind].T
                 at = behind
         self.num_pages[slot] = first + count
-        self.live_pages[slot] += taken
-        self.allocated_total += taken * self.ranks
+        self.live_pages[slot] += count * self.streams
+        self.allocated_total += ids.size
         return Columns(slot, index, chunks, chunk, offset, ids)
 
     def release(self, rank: int, slots: np.ndarray, epochs: np.ndarray, starts: np.ndarray) -> int:
@@ -164,7 +161,7 @@ class PagePool:
 
         Args:
             slots, epochs: [R] the rows of the report and the incarnation that each speaks of.
-            starts: [R, streams] first live page; pages before it are dead.
+            starts: [R, streams of the rank] first live page; pages before it are dead.
 
         Returns:
             Pages freed.
@@ -172,9 +169,11 @@ class PagePool:
         current = self.epoch[slots] == epochs
         if not current.all():
             slots, starts = slots[current], starts[current]
-        old = self.start[:, rank].take(slots, axis=0)
+        columns, streams = self.columns[rank], int(self.streams[rank])
+        old = self.start[slots, columns]
         moved = np.flatnonzero(starts > old)
-        row, stream = np.divmod(moved, self.streams)
+        row, stream = np.divmod(moved, streams)
+        stream += columns.start
         slot = slots[row]
         low = old.ravel()[moved]  # int32
         # The newest page always lives, whatever a report says.
@@ -184,12 +183,12 @@ class PagePool:
             row, stream, slot, low, high = (part[valid] for part in (row, stream, slot, low, high))
         if not row.size:
             return 0
-        self.start[slot, rank, stream] = high
+        self.start[slot, stream] = high
         counts = np.bincount(row, weights=high - low, minlength=len(slots)).astype(np.int64)
         self.live_pages[slots, rank] -= counts
         freed = int(counts.sum())
         self.released_total += freed
-        many = counts >= MANY_PAGES * self.streams
+        many = counts >= MANY_PAGES * streams
         for index in np.flatnonzero(many).tolist():
             mine = row == index
             self._free_block(rank, int(slots[index]), stream[mine], low[mine], high[mine])
@@ -203,9 +202,9 @@ class PagePool:
     def close(self, slot: int) -> None:
         """Take back all that ``slot`` holds, and the slot. What its epoch's reports say later is ignored."""
         count = int(self.num_pages[slot])
-        streams, high = np.arange(self.streams), np.full(self.streams, count, dtype=np.int32)
-        for rank in range(self.ranks):
-            self._free_block(rank, slot, streams, self.start[slot, rank], high)
+        for rank, columns in enumerate(self.columns):
+            low, streams = self.start[slot, columns], np.arange(columns.start, columns.stop)
+            self._free_block(rank, slot, streams, low, np.full_like(low, count))
         self._free_chunks_between(slot, -(-count // TABLE_CHUNK))
         self._first_chunk[slot] = 0
         self.start[slot] = 0
@@ -221,9 +220,10 @@ class PagePool:
         if total * SPARSE < (last - first) * TABLE_CHUNK * len(stream):
             self._free_ranges(rank, np.full(len(stream), slot), stream, low, high)
             return
-        ids = self._entries[self._chunk_of[slot, first:last], rank]  # [chunks, streams, TABLE_CHUNK]
-        if len(stream) < self.streams:
-            ids = ids[:, stream]
+        columns = self.columns[rank]
+        ids = self._entries[self._chunk_of[slot, first:last], columns]  # [chunks, streams, TABLE_CHUNK]
+        if len(stream) < ids.shape[1]:
+            ids = ids[:, stream - columns.start]
         page = np.arange(first * TABLE_CHUNK, last * TABLE_CHUNK, dtype=np.int32).reshape(-1, 1, TABLE_CHUNK)
         # low <= page < high in one comparison: a negative difference is a huge unsigned number.
         dead = (page - low[:, None]).view(np.uint32) < (high - low).astype(np.uint32)[:, None]
@@ -243,17 +243,17 @@ class PagePool:
             page = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts) + low[which]
             slot, stream = slot[which], stream[which]
         chunk = self._chunk_of[slot, page // TABLE_CHUNK]
-        self._push(rank, self._entries[chunk, rank, stream, page % TABLE_CHUNK])
+        self._push(rank, self._entries[chunk, stream, page % TABLE_CHUNK])
 
     def _push(self, rank: int, ids: np.ndarray) -> None:
         """Put page ids back on the rank's stack."""
         top = int(self._num_free[rank])
-        self._free[rank, top : top + len(ids)] = ids
+        self._free[rank][top : top + len(ids)] = ids
         self._num_free[rank] = top + len(ids)
 
     def _free_dead_chunks(self, slots: np.ndarray) -> None:
         """Table chunks before every stream's live range can serve other requests."""
-        ends = self.start[slots].reshape(len(slots), -1).min(1) // TABLE_CHUNK
+        ends = self.start[slots].min(1) // TABLE_CHUNK
         passed = ends > self._first_chunk[slots]
         for slot, end in zip(slots[passed].tolist(), ends[passed].tolist()):
             self._free_chunks_between(slot, end)
@@ -269,9 +269,9 @@ class PagePool:
         count = int(self.num_pages[slot])
         page = np.arange(count)
         chunk = self._chunk_of[slot, page // TABLE_CHUNK]
-        ids = self._entries[chunk, rank, :, page % TABLE_CHUNK]
-        return ids[page[:, None] >= self.start[slot, rank][None, :]]
+        ids = self._entries[chunk, :, page % TABLE_CHUNK][:, self.columns[rank]]
+        return ids[page[:, None] >= self.start[slot, self.columns[rank]][None, :]]
 
     def free_ids(self, rank: int) -> np.ndarray:
         """Page ids free on ``rank`` (for checks and tests)."""
-        return self._free[rank, : int(self._num_free[rank])]
+        return self._free[rank][: int(self._num_free[rank])]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -22,15 +23,16 @@ TABLE_SHARE = 0.01
 class StreamPageSpec(AttentionSpec):
     """One layer's part of a block ("slab"): one page for each of its KV heads.
 
-    vLLM counts blocks of ``num_layers * num_kv_heads`` pages. Which page belongs to whom is decided by
-    :class:`~vllm_fox.pages.manager.StreamPageManager`; vLLM's pool only keeps the count.
+    vLLM counts blocks of a page for every layer and KV head of a worker. Which page belongs to whom is decided by
+    :class:`~vllm_fox.pages.manager.StreamPageManager`; vLLM's pool only keeps the count. The spec is the same for
+    all layers of all workers, as vLLM asks for.
 
     Attributes (besides AttentionSpec's):
         num_gates: query heads that share a KV head.
         token_shift: pages keep the last token's raw k and v.
         kv_dtype: of K and V in the pages; ``dtype`` is the model's.
-        num_layers: attention layers on a worker.
-        num_ranks: tensor-parallel ranks, each with page ids of its own.
+        stage_layers: attention layers of each pipeline stage.
+        tensor_ranks: tensor-parallel ranks of a stage, with ``num_kv_heads`` heads each.
         num_slots: requests that may run at once.
         max_model_len, max_step_tokens: longest request, and tokens of one step.
         release: whether dead pages are given back while a request runs.
@@ -39,8 +41,8 @@ class StreamPageSpec(AttentionSpec):
     num_gates: int
     token_shift: bool
     kv_dtype: torch.dtype
-    num_layers: int
-    num_ranks: int
+    stage_layers: tuple[int, ...]
+    tensor_ranks: int
     num_slots: int
     max_model_len: int
     max_step_tokens: int
@@ -53,9 +55,9 @@ class StreamPageSpec(AttentionSpec):
         )
 
     @property
-    def streams(self) -> int:
-        """Streams on one rank."""
-        return self.num_layers * self.num_kv_heads
+    def streams(self) -> tuple[int, ...]:
+        """Streams of every rank: the tensor-parallel ranks of the first stage, then of the next."""
+        return tuple(n * self.num_kv_heads for n in self.stage_layers for _ in range(self.tensor_ranks))
 
     @property
     def uses_slot_mapping(self) -> bool:
@@ -68,31 +70,36 @@ class StreamPageSpec(AttentionSpec):
 
 @dataclass(frozen=True)
 class PageGeometry:
-    """Sizes of pool and page table, derived the same way by the scheduler and by every worker."""
+    """Sizes of the page table, derived the same way by the scheduler and by every worker.
 
-    num_pages: int
-    streams: int
+    Attributes:
+        streams: of each rank.
+    """
+
+    streams: tuple[int, ...]
     num_slots: int
     max_chunks: int
     num_chunks: int
 
     @classmethod
     def of(cls, spec: StreamPageSpec, num_blocks: int) -> PageGeometry:
-        """Geometry of a pool of ``num_blocks`` slabs; block 0, vLLM's null block, is padding."""
+        """Geometry for a pool of ``num_blocks`` slabs; block 0, vLLM's null block, is padding."""
         max_chunks = cdiv(cdiv(spec.max_model_len, spec.block_size), TABLE_CHUNK)
-        # Entries, plus the two small arrays (chunk numbers and live ranges) that grow with the slots.
-        budget = num_blocks * spec.streams * spec.page_format.page_bytes * TABLE_SHARE
-        budget -= 4 * (spec.num_slots + 1) * (max_chunks + spec.streams)
-        affordable = int(budget // (4 * spec.streams * TABLE_CHUNK))
-        # At least one request of full length: it needs far less table than its pages take.
-        num_chunks = 1 + min(spec.num_slots * max_chunks, max(affordable - 1, max_chunks))
-        return cls(num_blocks * spec.streams, spec.streams, spec.num_slots, max_chunks, num_chunks)
 
-    @property
-    def table_bytes(self) -> int:
-        """Device memory of the page table on one rank."""
-        slots = self.num_slots + 1
-        return 4 * (slots * (self.max_chunks + self.streams) + self.num_chunks * self.streams * TABLE_CHUNK)
+        def affordable(streams: int) -> int:
+            # Entries, plus the two small arrays (chunk numbers and live ranges) that grow with the slots.
+            budget = num_blocks * streams * spec.page_format.page_bytes * TABLE_SHARE
+            budget -= 4 * (spec.num_slots + 1) * (max_chunks + streams)
+            return int(budget // (4 * streams * TABLE_CHUNK))
+
+        # At least one request of full length: it needs far less table than its pages take.
+        most = max(min(map(affordable, spec.streams)) - 1, max_chunks)
+        return cls(spec.streams, spec.num_slots, max_chunks, 1 + min(spec.num_slots * max_chunks, most))
+
+    def table_bytes(self, rank: int) -> int:
+        """Device memory of the page table on a rank."""
+        slots, streams = self.num_slots + 1, self.streams[rank]
+        return 4 * (slots * (self.max_chunks + streams) + self.num_chunks * streams * TABLE_CHUNK)
 
 
 def make_spec(
@@ -104,11 +111,12 @@ def make_spec(
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
     token_shift: bool,
-    num_layers: int,
     release: bool,
 ) -> StreamPageSpec:
     """The spec of one layer; ``num_kv_heads`` is the rank's own count."""
-    page_size = vllm_config.cache_config.block_size
+    page_size, parallel = vllm_config.cache_config.block_size, vllm_config.parallel_config
+    layers, stages = vllm_config.model_config.get_total_num_hidden_layers(), parallel.pipeline_parallel_size
+    bounds = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
     form = PageFormat(page_size, head_dim, dtype, num_gates, token_shift, kv_dtype)
     return StreamPageSpec(
         block_size=page_size,
@@ -122,8 +130,8 @@ def make_spec(
         num_gates=num_gates,
         token_shift=token_shift,
         kv_dtype=kv_dtype,
-        num_layers=num_layers,
-        num_ranks=vllm_config.parallel_config.tensor_parallel_size,
+        stage_layers=tuple(end - start for start, end in bounds),
+        tensor_ranks=parallel.tensor_parallel_size,
         num_slots=vllm_config.scheduler_config.max_num_seqs,
         max_model_len=vllm_config.model_config.max_model_len,
         max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,

@@ -19,16 +19,18 @@ class DeviceTables:
     """
 
     def __init__(self, geometry: PageGeometry, rank: int, device: torch.device) -> None:
-        slots = geometry.num_slots + 1
+        slots, streams = geometry.num_slots + 1, geometry.streams[rank]
         self.rank, self.device = rank, device
+        first = sum(geometry.streams[:rank])
+        self._columns = slice(first, first + streams)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.table = PageTable(
             chunk_of=zeros(slots, geometry.max_chunks),
-            entries=zeros(geometry.num_chunks, geometry.streams, TABLE_CHUNK),
-            first_live=zeros(slots, geometry.streams),
+            entries=zeros(geometry.num_chunks, streams, TABLE_CHUNK),
+            first_live=zeros(slots, streams),
         )
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
@@ -50,7 +52,7 @@ class DeviceTables:
                 self._to_device(update.column_chunk).long(),
                 self._to_device(update.column_offset).long(),
             )
-            by_column[where] = self._to_device(update.ids[self.rank])
+            by_column[where] = self._to_device(update.ids[:, self._columns])
 
     def report(self, update: TableUpdate) -> PageReport:
         """First live pages of the step's slots, after its forward pass; the copy is asynchronous on a GPU."""
