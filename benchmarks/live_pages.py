@@ -38,7 +38,7 @@ def trace(
         while llm.llm_engine.has_unfinished_requests():
             llm.llm_engine.step()
             pages = manager(llm).pool
-            rows["blocks"].append(pages.used / pages.streams)
+            rows["blocks"].append(pages.used_blocks)
             rows["running"].append(len(scheduler(llm).running))
         rows["budget"] = [num_blocks(llm)]
     return rows

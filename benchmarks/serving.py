@@ -49,16 +49,19 @@ SYSTEMS = ("fox", "fox-unpruned", "dense")
 class Recorder:
     """Takes the place of vLLM's stat loggers: what the scheduler said after each step."""
 
-    steps: int = 0
     peak_running: int = 0
     peak_usage: float = 0.0
     preemptions: int = 0
     step_ends: list[float] = field(default_factory=list)
+    # Of every step: prompt tokens read, tokens answered, requests running, share of the KV blocks in use.
+    loads: list[tuple[int, int, int, float]] = field(default_factory=list)
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, **_: Any) -> None:
         """Called by the engine for every output of the engine core."""
-        self.steps += 1
         self.step_ends.append(time.perf_counter())
+        read, answered = (0, 0) if iteration_stats is None else _tokens(iteration_stats)
+        running, usage = scheduler_stats.num_running_reqs, scheduler_stats.kv_cache_usage
+        self.loads.append((read, answered, running, round(usage, 5)))
         self.peak_running = max(self.peak_running, scheduler_stats.num_running_reqs)
         self.peak_usage = max(self.peak_usage, scheduler_stats.kv_cache_usage)
         if iteration_stats is not None:
@@ -66,6 +69,10 @@ class Recorder:
 
     def log(self) -> None:
         """Nothing is logged."""
+
+
+def _tokens(iteration_stats: Any) -> tuple[int, int]:
+    return iteration_stats.num_prompt_tokens, iteration_stats.num_generation_tokens
 
 
 def make_engine(args: argparse.Namespace, longest: int) -> Any:
@@ -153,14 +160,12 @@ def throughput(llm: Any, args: argparse.Namespace) -> dict[str, Any]:
         "peak_running": recorder.peak_running,
         "peak_kv_usage": recorder.peak_usage,
         "preemptions": recorder.preemptions,
-        "steps": recorder.steps,
-        "median_step_ms": 1e3 * _median_gap(recorder.step_ends),
+        "steps": [
+            (round(end - begin, 6), *load)
+            for begin, end, load in zip([start, *recorder.step_ends], recorder.step_ends, recorder.loads)
+        ],
+        "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
     }
-
-
-def _median_gap(times: list[float]) -> float:
-    gaps = [b - a for a, b in zip(times, times[1:])]
-    return statistics.median(gaps) if gaps else 0.0
 
 
 def latency(llm: Any, args: argparse.Namespace) -> list[dict[str, float]]:
@@ -343,7 +348,7 @@ def main() -> None:
         result = {"latency": latency(llm, args), "throughput": throughput(llm, args)}
     figures = {"command": args.command, "system": args.system, "caption": CAPTION, "options": vars(args)}
     figures["result"] = result
-    print(json.dumps(result), flush=True)
+    print({key: value for key, value in result.get("throughput", result).items() if key != "steps"}, flush=True)
     if args.save:
         save(args.save, figures)
 

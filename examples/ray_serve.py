@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""An OpenAI-compatible endpoint of engines that come and go with the load (Ray Serve).
+
+    python examples/ray_serve.py --model examples/fox-tiny --min-replicas 1 --max-replicas 4
+    curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
+        -d '{"model": "fox-tiny", "prompt": "def main():", "max_tokens": 32}'
+
+Every replica is one engine on --tensor-parallel-size times --pipeline-parallel-size GPUs. Ray Serve starts another
+when the running ones have more than --target-requests requests each, and stops one when they have fewer. On a
+cluster run it on any node (RAY_ADDRESS); docs/distributed.md has the same as a Kubernetes manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def llm_config(args: argparse.Namespace, on_gpu: bool) -> Any:
+    """What Ray Serve needs to know of one model."""
+    from ray.serve.llm import LLMConfig
+
+    engine = {
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "pipeline_parallel_size": args.pipeline_parallel_size,
+        **args.engine_args,
+    }
+    machine: dict[str, Any] = {}
+    if not on_gpu:
+        # What vLLM's CPU build would take of a machine that others use too.
+        for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
+            os.environ.setdefault(name, value)
+        machine = {
+            "accelerator_config": {"kind": "cpu"},
+            "placement_group_config": {"bundle_per_worker": {"CPU": 0.8}},
+        }
+    passed_on = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "HF_", "OMP_"))}
+    return LLMConfig(
+        model_loading_config={"model_id": args.name, "model_source": args.model},
+        engine_kwargs=engine,
+        deployment_config={
+            "autoscaling_config": {
+                "min_replicas": args.min_replicas,
+                "max_replicas": args.max_replicas,
+                "target_ongoing_requests": args.target_requests,
+            },
+            # Beyond this a replica's queue is full, and requests wait for another.
+            "max_ongoing_requests": 4 * args.target_requests,
+        },
+        runtime_env={"env_vars": passed_on},
+        **machine,
+    )
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Start, say where, and stay until interrupted."""
+    import ray
+    from ray import serve
+    from ray.serve.llm import build_openai_app
+
+    ray.init(log_to_driver=args.verbose, logging_level=logging.INFO if args.verbose else logging.ERROR)
+    unit = "GPU" if ray.cluster_resources().get("GPU", 0) > 0 else "CPU"
+    size = args.tensor_parallel_size * args.pipeline_parallel_size
+    if ray.cluster_resources()[unit] < size * args.min_replicas:
+        sys.exit(
+            f"ray_serve: --min-replicas {args.min_replicas} of {size} {unit}s each are more than the cluster's "
+            f"{ray.cluster_resources()[unit]:.0f} {unit}s."
+        )
+    serve.start(http_options={"host": args.host, "port": args.port})
+    # The web front needs little of a CPU.
+    ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
+    config = llm_config(args, on_gpu=unit == "GPU")
+    serve.run(build_openai_app({"llm_configs": [config], "ingress_deployment_config": ingress}), name=args.name)
+    print(f"{args.name} at http://{args.host}:{args.port}/v1 (Ctrl-C stops it)", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        serve.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default=str(Path(__file__).resolve().parent / "fox-tiny"))
+    parser.add_argument("--name", help="for clients (default: the last part of --model)")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--min-replicas", type=int, default=1)
+    parser.add_argument("--max-replicas", type=int, default=1)
+    parser.add_argument("--target-requests", type=int, default=64, help="requests at once on a replica")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine")
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vLLM's engine arguments, JSON")
+    parser.add_argument("--verbose", action="store_true", help="show the logs of Ray and the engines")
+    args = parser.parse_args()
+    if not 1 <= args.min_replicas <= args.max_replicas:
+        parser.error(f"--min-replicas {args.min_replicas} --max-replicas {args.max_replicas}: give 1 <= min <= max")
+    if Path(args.model).exists():
+        args.model = str(Path(args.model).resolve())
+    args.name = args.name or Path(args.model).name
+    serve(args)
+
+
+if __name__ == "__main__":
+    main()
