@@ -230,7 +230,7 @@ def check(paths: list[str]) -> None:
         engine, figures = read_run(path)
         run, options = figures["result"]["throughput"], figures["options"]
         requests = offline(options["requests"], options["prompt"], options["output"])
-        replicas = options.get("data_parallel", 1)
+        replicas = options["data_parallel_size"]
         cluster = simulate(engine, replicas, requests)
         seconds = max(one.end for one in requests)
         a, b, c, d = engine.cost

@@ -4,26 +4,32 @@ Each engine runs in a process of its own; their results are joined at the end:
 
 python -m benchmarks.serving run --system fox --save results/serving_fox.json
 python -m benchmarks.serving run --system dense --save results/serving_dense.json
-python -m benchmarks.serving run --system fox-unpruned --save results/serving_fox_unpruned.json
+python -m benchmarks.serving run --system fox-unpruned --latency --save results/serving_fox_unpruned.json
 python -m benchmarks.serving scheduler --save results/serving_scheduler.json
 python -m benchmarks.serving report results/serving_*.json --plot docs/serving.png
+
+Several GPUs: --tensor-parallel-size, --pipeline-parallel-size, --data-parallel-size, --executor ray.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from vllm import LLM, AsyncEngineArgs, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 from benchmarks.checkpoint import Geometry, ready, write_fox, write_llama
 from benchmarks.record import save
@@ -45,61 +51,70 @@ PLUGIN_METHODS = [
 SYSTEMS = ("fox", "fox-unpruned", "dense")
 
 
-@dataclass
-class Recorder:
-    """Takes the place of vLLM's stat loggers: what the scheduler said after each step."""
+class Recorder(StatLoggerBase):
+    """What the scheduler of one engine said after each step."""
 
-    peak_running: int = 0
-    peak_usage: float = 0.0
-    preemptions: int = 0
-    step_ends: list[float] = field(default_factory=list)
-    # Of every step: prompt tokens read, tokens answered, requests running, share of the KV blocks in use.
-    loads: list[tuple[int, int, int, float]] = field(default_factory=list)
+    engines: ClassVar[list[Recorder]] = []
 
-    def record(self, scheduler_stats: Any, iteration_stats: Any, **_: Any) -> None:
-        """Called by the engine for every output of the engine core."""
-        self.step_ends.append(time.perf_counter())
-        read, answered = (0, 0) if iteration_stats is None else _tokens(iteration_stats)
-        running, usage = scheduler_stats.num_running_reqs, scheduler_stats.kv_cache_usage
-        self.loads.append((read, answered, running, round(usage, 5)))
-        self.peak_running = max(self.peak_running, scheduler_stats.num_running_reqs)
-        self.peak_usage = max(self.peak_usage, scheduler_stats.kv_cache_usage)
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        self.restart()
+        Recorder.engines.append(self)
+
+    def restart(self) -> None:
+        self.start = time.perf_counter()
+        self.preemptions = 0
+        # Seconds, prompt tokens read, tokens answered, requests running, share of the KV blocks in use.
+        self.steps: list[tuple[float, int, int, int, float]] = []
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        if scheduler_stats is None:
+            return
+        now, read, answered = time.perf_counter(), 0, 0
         if iteration_stats is not None:
+            read, answered = iteration_stats.num_prompt_tokens, iteration_stats.num_generation_tokens
             self.preemptions += iteration_stats.num_preempted_reqs
+        running, usage = scheduler_stats.num_running_reqs, scheduler_stats.kv_cache_usage
+        self.steps.append((round(now - self.start, 6), read, answered, running, round(usage, 5)))
+        self.start = now
 
-    def log(self) -> None:
+    def log_engine_initialized(self) -> None:
         """Nothing is logged."""
 
 
-def _tokens(iteration_stats: Any) -> tuple[int, int]:
-    return iteration_stats.num_prompt_tokens, iteration_stats.num_generation_tokens
-
-
-def make_engine(args: argparse.Namespace, longest: int) -> Any:
-    """An LLM of the system asked for; the same flags for all."""
-    from vllm import LLM
-
+def engine_options(args: argparse.Namespace, longest: int) -> dict[str, Any]:
+    """Engine arguments of the system asked for; the same flags for all."""
     size, folder = Geometry(args.layers, args.hidden, args.heads), Path(args.models)
     options: dict[str, Any] = {
         "dtype": "bfloat16",
         "max_model_len": longest,
         "max_num_seqs": args.max_num_seqs,
         "max_num_batched_tokens": args.max_num_batched_tokens,
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "pipeline_parallel_size": args.pipeline_parallel_size,
+        "data_parallel_size": args.data_parallel_size,
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
         "seed": 0,
     }
+    if args.executor == "ray" and args.data_parallel_size > 1:
+        options["data_parallel_backend"] = "ray"
+    elif args.executor is not None:
+        options["distributed_executor_backend"] = args.executor
     if torch.cuda.is_available():
         options["gpu_memory_utilization"] = args.gpu_memory_utilization
     if args.system == "dense":
+        options["load_format"] = "dummy"
         if torch.cuda.is_available():
             options["attention_backend"] = "FLASH_ATTN"
         model = ready(folder / f"llama-{size.name}", write_llama, size)
-        return LLM(model=str(model), load_format="dummy", **options)
+    else:
+        model = ready(folder / f"fox-{size.name}", write_fox, size)
     if args.system == "fox-unpruned":
         options["additional_config"] = {"fox": {"log_pruning_tolerance": None, "release": False}}
-    return LLM(model=str(ready(folder / f"fox-{size.name}", write_fox, size)), **options)
+    return {"model": str(model), **options}
 
 
 def prompt(tokens: int, seed: int) -> list[int]:
@@ -107,78 +122,62 @@ def prompt(tokens: int, seed: int) -> list[int]:
     return torch.randint(10, 32000, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def add(llm: Any, name: str, tokens: list[int], output: int) -> None:
-    """Hand the engine a greedy request of exactly ``output`` tokens."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
-    llm.llm_engine.add_request(name, {"prompt_token_ids": tokens}, params)
+def greedy(output: int, kind: RequestOutputKind) -> SamplingParams:
+    """Exactly ``output`` tokens."""
+    return SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False, output_kind=kind)
 
 
-def run(llm: Any, seen: Callable[[Any], None], limit: float = float("inf")) -> bool:
-    """Step until nothing is left or ``limit`` seconds have passed; whether all was done."""
-    start = time.perf_counter()
-    while llm.llm_engine.has_unfinished_requests():
-        for output in llm.llm_engine.step():
-            seen(output)
-        if time.perf_counter() - start > limit:
-            return False
-    return True
+async def ask(engine: AsyncLLM, name: str, tokens: list[int], output: int) -> None:
+    """One request, from its prompt to its last token."""
+    params = greedy(output, RequestOutputKind.FINAL_ONLY)
+    async for _ in engine.generate({"prompt_token_ids": tokens}, params, name):
+        pass
 
 
-def throughput(llm: Any, args: argparse.Namespace) -> dict[str, Any]:
+async def throughput(engine: AsyncLLM, args: argparse.Namespace) -> dict[str, Any]:
     """Total time for many long prompts, and how many ran at once."""
-    warm = min(args.prompt, args.max_num_batched_tokens) + 8
-    for index in range(4):
-        add(llm, f"warm-up {index}", prompt(warm, args.requests + index), min(16, args.output))
-    run(llm, lambda output: None)
-    llm.llm_engine.logger_manager = recorder = Recorder()
-    answered: dict[str, int] = {}
-    finished: list[str] = []
-
-    def seen(output: Any) -> None:
-        answered[output.request_id] = len(output.outputs[0].token_ids)
-        if output.finished:
-            finished.append(output.request_id)
-
+    warm = [prompt(min(args.prompt, args.max_num_batched_tokens) + 8, args.requests + n) for n in range(4)]
+    await asyncio.gather(*(ask(engine, f"warm-up {n}", one, min(16, args.output)) for n, one in enumerate(warm)))
     prompts = [prompt(args.prompt, index) for index in range(args.requests)]
+    for recorder in Recorder.engines:
+        recorder.restart()
     start = time.perf_counter()
-    for index, tokens in enumerate(prompts):
-        add(llm, str(index), tokens, args.output)
-    added = time.perf_counter()
-    complete = run(llm, seen, args.limit_seconds or float("inf"))
+    tasks = [asyncio.create_task(ask(engine, str(n), one, args.output)) for n, one in enumerate(prompts)]
+    done, left = await asyncio.wait(tasks, timeout=args.limit_seconds)
     seconds = time.perf_counter() - start
+    for task in done:
+        task.result()
+    for task in left:
+        task.cancel()
+    steps = [recorder.steps for recorder in Recorder.engines]
+    read, answered = (sum(step[column] for one in steps for step in one) for column in (1, 2))
     return {
-        "complete": complete,
+        "complete": not left,
         "seconds": seconds,
-        "seconds_to_add": added - start,
-        "finished_requests": len(finished),
-        "prompts_read": len(answered),
-        "output_tokens": sum(answered.values()),
-        "output_tokens_per_second": sum(answered.values()) / seconds,
-        "prompt_tokens_per_second": len(answered) * args.prompt / seconds,
-        "peak_running": recorder.peak_running,
-        "peak_kv_usage": recorder.peak_usage,
-        "preemptions": recorder.preemptions,
-        "steps": [
-            (round(end - begin, 6), *load)
-            for begin, end, load in zip([start, *recorder.step_ends], recorder.step_ends, recorder.loads)
-        ],
-        "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "finished_requests": len(done),
+        "prompt_tokens": read,
+        "output_tokens": answered,
+        "output_tokens_per_second": answered / seconds,
+        "prompt_tokens_per_second": read / seconds,
+        "peak_running": sum(max(step[3] for step in one) for one in steps),
+        "peak_kv_usage": max(step[4] for one in steps for step in one),
+        "preemptions": sum(recorder.preemptions for recorder in Recorder.engines),
+        "blocks": engine.vllm_config.cache_config.num_gpu_blocks,
+        "steps": steps[0],
     }
 
 
-def latency(llm: Any, args: argparse.Namespace) -> list[dict[str, float]]:
+async def latency(engine: AsyncLLM, lengths: list[int]) -> list[dict[str, float]]:
     """One request at a time: milliseconds to the first token, and for each token after it."""
     rows = []
-    for length in args.latency:
+    params = greedy(LATENCY_OUTPUT, RequestOutputKind.DELTA)
+    for length in lengths:
         first, each = [], []
         for repeat in range(LATENCY_REPEATS + 1):
-            times: list[float] = []
-            tokens = prompt(length, repeat)
+            times, tokens = [], prompt(length, repeat)
             start = time.perf_counter()
-            add(llm, f"{length} {repeat}", tokens, LATENCY_OUTPUT)
-            run(llm, lambda output, times=times: times.append(time.perf_counter()))
+            async for _ in engine.generate({"prompt_token_ids": tokens}, params, f"{length} {repeat}"):
+                times.append(time.perf_counter())
             if repeat:  # the first warms up
                 first.append(times[0] - start)
                 each.append((times[-1] - times[0]) / (LATENCY_OUTPUT - 1))
@@ -191,6 +190,16 @@ def latency(llm: Any, args: argparse.Namespace) -> list[dict[str, float]]:
         )
         print(rows[-1], flush=True)
     return rows
+
+
+async def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Latency, then throughput, of one engine."""
+    options = engine_options(args, max([args.prompt + args.output] + [n + LATENCY_OUTPUT for n in args.latency]))
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options), stat_loggers=[Recorder])
+    try:
+        return {"latency": await latency(engine, args.latency), "throughput": await throughput(engine, args)}
+    finally:
+        engine.shutdown()
 
 
 @contextmanager
@@ -214,22 +223,23 @@ def timed_methods(target: Any, names: list[str], spent: list[float]) -> Iterator
             delattr(target, name)
 
 
-def scheduler(llm: Any, args: argparse.Namespace) -> dict[str, Any]:
+def scheduler(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """What the plugin costs on the scheduler's side, with the engine core in this process."""
-    core = llm.llm_engine.engine_core.engine_core
-    (manager,) = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    engine: Any = llm.llm_engine
+    (manager,) = engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers
     waiting = {str(index) for index in range(args.requests)}
     for name in sorted(waiting):
-        add(llm, name, prompt(args.prompt, int(name)), args.output)
+        tokens = {"prompt_token_ids": prompt(args.prompt, int(name))}
+        engine.add_request(name, tokens, greedy(args.output, RequestOutputKind.CUMULATIVE))
     spent: list[float] = []
     # Steps that read prompts, and steps of decode alone: (seconds, of which in the plugin).
     phases: dict[str, list[tuple[float, float]]] = {"prompts": [], "decode": []}
     with timed_methods(manager, PLUGIN_METHODS, spent):
-        while llm.llm_engine.has_unfinished_requests():
+        while engine.has_unfinished_requests():
             phase = "prompts" if waiting else "decode"
             spent.append(0.0)
             start = time.perf_counter()
-            outputs = llm.llm_engine.step()
+            outputs = engine.step()
             phases[phase].append((time.perf_counter() - start, spent[-1]))
             waiting -= {output.request_id for output in outputs}
     phases["all"] = phases["prompts"] + phases["decode"]
@@ -318,6 +328,9 @@ def main() -> None:
     common.add_argument("--max-num-seqs", type=int, default=256)
     common.add_argument("--max-num-batched-tokens", type=int, default=8192)
     common.add_argument("--gpu-memory-utilization", type=float, default=0.8)
+    for name in ("tensor", "pipeline", "data"):
+        common.add_argument(f"--{name}-parallel-size", type=int, default=1)
+    common.add_argument("--executor", choices=["mp", "ray"])
     common.add_argument("--save", help="JSON file for the result")
     one = commands.add_parser("run", parents=[common])
     one.add_argument("--system", choices=SYSTEMS, required=True)
@@ -342,10 +355,9 @@ def main() -> None:
     if args.command == "scheduler":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         args.system = "fox"
-        result = scheduler(make_engine(args, args.prompt + args.output), args)
+        result = scheduler(LLM(**engine_options(args, args.prompt + args.output)), args)
     else:
-        llm = make_engine(args, max([args.prompt + args.output] + [n + LATENCY_OUTPUT for n in args.latency]))
-        result = {"latency": latency(llm, args), "throughput": throughput(llm, args)}
+        result = asyncio.run(run(args))
     figures = {"command": args.command, "system": args.system, "caption": CAPTION, "options": vars(args)}
     figures["result"] = result
     print({key: value for key, value in result.get("throughput", result).items() if key != "steps"}, flush=True)

@@ -31,11 +31,11 @@ def test_chunked_prefill_then_decode(gates: str, page_size: int) -> None:
     layer = OneLayer(page_size=page_size, shift=True, threshold=-2 * bound - math.log(300) - 10, logit_bound=bound)
     slot = layer.open()
     out, at = [], 0
-    for size in [1, 37, 100, 146, *[1] * 16]:
+    # Token by token over a page's end; the interpreter is slow.
+    for size in [1, 37, 100, 146, *[1] * (6 if INTERPRETED else 16)]:
         out += layer.step([(slot, cut(inputs, at, at + size))])
         at += size
-    assert at == 300
-    close(torch.cat(out), formula(inputs), 3e-5 if gates == "floor" else 1e-5)
+    close(torch.cat(out), formula(cut(inputs, 0, at)), 3e-5 if gates == "floor" else 1e-5)
     freed = layer.pool.released_total
     if gates == "never":
         assert freed == 0

@@ -67,7 +67,6 @@ def test_bad_settings(tiny: Path, fox: Any, message: str) -> None:
             "--kv-transfer-config",
         ),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2"),
-        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
     ],
 )
@@ -82,6 +81,11 @@ def test_block_size_is_ours(tiny: Path) -> None:
     message = refused(tiny, block_size=32)
     assert "--block-size 32 is not used" in message and '"page_size": 32' in message
     assert configure(tiny, {"page_size": 32}, block_size=32).cache_config.block_size == 32
+
+
+def test_a_stage_has_a_layer(tiny: Path) -> None:
+    message = refused(tiny, pipeline_parallel_size=9, distributed_executor_backend="mp")
+    assert "--pipeline-parallel-size 9" in message and "choose at most" in message
 
 
 def test_tensor_parallel_size_must_divide_the_heads(tiny: Path) -> None:

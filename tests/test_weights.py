@@ -25,6 +25,7 @@ import plugin_setup
 from tests.checkpoints import VARIANTS, make_checkpoint, make_config, make_weights
 from vllm_fox.models.bounds import projection_bound, qk_norm_bound
 from vllm_fox.models.fox import ForgettingTransformerForCausalLM
+from vllm_fox.models.head_order import deal, memory_score
 from vllm_fox.models.heads import HeadShare
 
 
@@ -191,8 +192,30 @@ def test_heads_are_split_over_ranks(total: int, ranks: int, shares: list[tuple[i
     whole = torch.arange(total * 3.0)
     for rank, (start, count) in enumerate(shares):
         share = HeadShare.split(total, ranks, rank)
-        assert (share.start, share.count) == (start, count)
+        assert share.heads == list(range(start, start + count))
         assert torch.equal(share.take(whole), whole[start * 3 : (start + count) * 3])
+
+
+def test_a_rank_takes_the_heads_it_was_given() -> None:
+    share = HeadShare(4, [2, 0])
+    assert share.take(torch.arange(12)).tolist() == [6, 7, 8, 0, 1, 2]
+
+
+def test_ranks_get_fast_and_slow_heads_alike() -> None:
+    score = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0])
+    assert deal(score, 2, layer=0) == [0, 1, 3, 2, 4, 5]  # 5, 2 and 1 against 4, 3 and 0
+    assert deal(score, 2, layer=1) == [2, 4, 5, 0, 1, 3]
+    assert deal(score, 3, layer=0) == [0, 5, 1, 2, 3, 4]
+    assert deal(torch.zeros(4), 1, layer=3) == [0, 1, 2, 3]
+
+
+def test_memory_score() -> None:
+    """Higher for a larger bias and for larger weights; a KV head counts as its most remembering query head."""
+    weight, norm = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]), torch.tensor([1.0, 2.0])
+    bias = torch.tensor([0.0, 0.0, 0.25, -0.5])
+    assert memory_score(weight, bias, norm, groups=1).tolist() == [1.0, 4.0, 2.0, -4.0]
+    assert memory_score(weight, bias, norm, groups=2).tolist() == [4.0, 2.0]
+    assert memory_score(None, bias, None, groups=2).tolist() == [0.0, 2.0]
 
 
 # The bounds. Queries and keys here are made from inputs x = D x_hat with ||x_hat|| = sqrt(n), random ones

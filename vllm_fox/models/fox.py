@@ -11,7 +11,11 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
@@ -20,6 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
+    extract_layer_index,
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
@@ -31,6 +36,7 @@ from vllm_fox.attention.layer import ForgettingAttention
 from vllm_fox.kernels.cache_write import rotate
 
 from .bounds import projection_bound, qk_norm_bound
+from .head_order import deal, memory_score
 from .heads import HeadNorm, HeadProjection, HeadShare
 from .weights import load_checkpoint
 
@@ -86,6 +92,9 @@ class ForgettingSelfAttention(nn.Module):
         hidden, dim = arch.hidden_size, arch.head_dim
         heads, kv_heads = HeadShare.of_rank(arch.num_heads), HeadShare.of_rank(arch.num_kv_heads)
         self.arch, self.heads, self.kv_heads = arch, heads, kv_heads
+        self.layer = extract_layer_index(prefix)
+        # All ranks' query heads, rank by rank.
+        self.head_order = list(range(arch.num_heads))
         parts = {
             "q": (heads, dim, arch.qkv_bias),
             "k": (kv_heads, dim, arch.qkv_bias),
@@ -138,6 +147,28 @@ class ForgettingSelfAttention(nn.Module):
         out = self.attn(q, parts["k"], parts["v"], gate, parts.get("k_shift"), parts.get("v_shift"))
         out, _ = self.o_proj(self._gate_output(out, parts.get("output_gate")))
         return out
+
+    def arrange_heads(self, gate: torch.Tensor | None, bias: torch.Tensor, input_norm: torch.Tensor | None) -> None:
+        """Before weights are filled in: choose this rank's heads, so that all ranks forget equally much.
+
+        Args:
+            gate: [all heads, hidden] weight of the forget gates' projection; None where they are constants.
+            bias: [all heads].
+            input_norm: [hidden] weight of the norm before the projection; None with ``gate``.
+        """
+        ranks, groups = get_tensor_model_parallel_world_size(), self.arch.num_heads // self.arch.num_kv_heads
+        if ranks == 1 or ranks > self.arch.num_kv_heads:
+            return
+        order = deal(memory_score(gate, bias, input_norm, groups), ranks, self.layer)
+        own = self.kv_heads.count * get_tensor_model_parallel_rank()
+        self.kv_heads.heads = order[own : own + self.kv_heads.count]
+        self.head_order = [head * groups + g for head in order for g in range(groups)]
+        own *= groups
+        self.heads.heads = self.head_order[own : own + self.heads.count]
+
+    def arrange_output(self, weight: torch.Tensor) -> torch.Tensor:
+        """[hidden, all heads * d] of the output projection, its columns in the order of the ranks' heads."""
+        return weight.unflatten(1, (self.arch.num_heads, -1))[:, self.head_order].flatten(1)
 
     def _gate_logits(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         """[T, heads] x with log f = logsigmoid(x)."""
@@ -317,8 +348,12 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint and fix what follows from its weights (see :func:`.weights.load_checkpoint`)."""
-        filled = load_checkpoint(self, self.arch, weights)
-        for layer in islice(self.model.layers, self.model.first_layer, self.model.end_layer):
-            assert isinstance(layer, ForgettingTransformerBlock)
-            layer.attn.set_logit_bound(layer.attn_norm.weight)
+        blocks: dict[int, ForgettingTransformerBlock] = {}
+        for index in range(self.model.first_layer, self.model.end_layer):
+            block = self.model.layers[index]
+            assert isinstance(block, ForgettingTransformerBlock)
+            blocks[index] = block
+        filled = load_checkpoint(self, self.arch, {index: block.attn for index, block in blocks.items()}, weights)
+        for block in blocks.values():
+            block.attn.set_logit_bound(block.attn_norm.weight)
         return filled

@@ -10,23 +10,25 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.utils import set_weight_attrs
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeadShare:
     """The heads of this tensor-parallel rank.
 
     Attributes:
         total: heads of the model.
-        start: the rank's first.
-        count: how many it has. With fewer heads than ranks (KV heads only) several ranks have the same one.
+        heads: the rank's. With fewer heads than ranks (KV heads only) several ranks have the same one.
     """
 
     total: int
-    start: int
-    count: int
+    heads: list[int]
+
+    @property
+    def count(self) -> int:
+        return len(self.heads)
 
     @classmethod
     def of_rank(cls, total: int) -> HeadShare:
-        """This process's share of ``total`` heads."""
+        """This process's share of ``total`` heads, in the model's order."""
         return cls.split(total, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
 
     @classmethod
@@ -34,13 +36,12 @@ class HeadShare:
         """A rank's share; heads divide ranks or ranks heads, as the plugin's config hook has made sure."""
         if total >= ranks:
             count = total // ranks
-            return cls(total, rank * count, count)
-        return cls(total, rank // (ranks // total), 1)
+            return cls(total, list(range(rank * count, (rank + 1) * count)))
+        return cls(total, [rank // (ranks // total)])
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a tensor whose first dimension is heads, or heads times something."""
-        width = tensor.shape[0] // self.total
-        return tensor.narrow(0, self.start * width, self.count * width)
+        return tensor.unflatten(0, (self.total, -1))[self.heads].flatten(0, 1)
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """A parameter [count, \\*shape] that loads its part of a checkpoint's tensor."""

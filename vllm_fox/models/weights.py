@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from vllm_fox.architecture import OFFICIAL, Architecture, expected_weights, is_derived_weight
+
+if TYPE_CHECKING:
+    from .fox import ForgettingSelfAttention
 
 _LISTED = 10
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,12 +34,18 @@ _RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
 )
 
 
-def load_checkpoint(model: nn.Module, arch: Architecture, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+def load_checkpoint(
+    model: nn.Module,
+    arch: Architecture,
+    attention: Mapping[int, ForgettingSelfAttention],
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> set[str]:
     """Fill the model's parameters.
 
     Args:
         model: the vLLM model.
         arch: what it was built from.
+        attention: its attention modules by layer.
         weights: names and tensors of the checkpoint, in any order.
 
     Returns:
@@ -48,6 +58,7 @@ def load_checkpoint(model: nn.Module, arch: Architecture, weights: Iterable[tupl
     expected = expected_weights(arch)
     params = dict(model.named_parameters())
     missing, problems, filled = dict(expected), [], set()
+    arranger = _Arranger(arch, attention)
     for name, tensor in weights:
         if is_derived_weight(arch, name):
             continue
@@ -61,13 +72,14 @@ def load_checkpoint(model: nn.Module, arch: Architecture, weights: Iterable[tupl
         if tensor.dtype not in _DTYPES:
             problems.append(f"tensor {name} is {tensor.dtype}, expected float16, bfloat16 or float32")
             continue
-        for target, part, piece in _destinations(arch, name, tensor):
-            if is_pp_missing_parameter(target, model):
-                continue  # another pipeline stage's
-            param = params[target]
-            loader: Callable[..., None] = getattr(param, "weight_loader", default_weight_loader)
-            loader(param, piece) if part is None else loader(param, piece, part)
-            filled.add(target)
+        for ready_name, ready in arranger.arranged(name, tensor):
+            for target, part, piece in _destinations(arch, ready_name, ready):
+                if is_pp_missing_parameter(target, model):
+                    continue  # another pipeline stage's
+                param = params[target]
+                loader: Callable[..., None] = getattr(param, "weight_loader", default_weight_loader)
+                loader(param, piece) if part is None else loader(param, piece, part)
+                filled.add(target)
     problems += [f"missing tensor {name}, expected {list(shape)}" for name, shape in missing.items()]
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
@@ -78,6 +90,41 @@ def load_checkpoint(model: nn.Module, arch: Architecture, weights: Iterable[tupl
             + "."
         )
     return filled
+
+
+class _Arranger:
+    """Holds a layer's attention tensors back until those are there which decide on the order of its heads."""
+
+    def __init__(self, arch: Architecture, attention: Mapping[int, ForgettingSelfAttention]) -> None:
+        gate = "fgate_proj" if arch.dialect == OFFICIAL else "f_proj"
+        self._weight, self._bias, self._norm = f"attn.{gate}.weight", f"attn.{gate}.bias", "attn_norm.weight"
+        self._deciding = {self._weight, self._bias, self._norm}
+        if arch.gate != "full":
+            self._bias = "attn.fgate_bias"
+            self._deciding = {self._bias}
+        # Without gates nothing is ever forgotten, in whatever order.
+        self._waiting: dict[int, dict[str, torch.Tensor]] = {n: {} for n in attention if arch.gate != "none"}
+        self._attention = attention
+
+    def arranged(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Takes a tensor of the checkpoint, gives those that can be filled in now."""
+        found = re.fullmatch(r"model\.layers\.(\d+)\.(attn.*)", name)
+        if not found or int(found[1]) not in self._attention:
+            yield name, tensor
+            return
+        layer, attention = int(found[1]), self._attention[int(found[1])]
+        ready = {found[2]: tensor}
+        if layer in self._waiting:
+            held = self._waiting[layer]
+            held.update(ready)
+            if not self._deciding <= held.keys():
+                return
+            attention.arrange_heads(held.get(self._weight), held[self._bias], held.get(self._norm))
+            ready = self._waiting.pop(layer)
+        for short, one in ready.items():
+            if short == "attn.o_proj.weight":
+                one = attention.arrange_output(one)
+            yield f"model.layers.{layer}.{short}", one
 
 
 def _destinations(
