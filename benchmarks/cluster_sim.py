@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import nnls
 
 from benchmarks.capacity import PAGE, live_share
 
@@ -197,6 +196,8 @@ TRAFFIC = {
 
 def read_run(path: str) -> tuple[Engine, dict]:
     """Fit an engine to a saved serving run; and the run."""
+    from scipy.optimize import nnls
+
     figures = json.loads(Path(path).read_text())["figures"]
     run, options = figures["result"]["throughput"], figures["options"]
     steps = np.array(run["steps"], dtype=float)  # seconds, prompt tokens, answered, running, usage

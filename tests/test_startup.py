@@ -88,9 +88,11 @@ def test_a_stage_has_a_layer(tiny: Path) -> None:
     assert "--pipeline-parallel-size 9" in message and "choose at most" in message
 
 
-def test_tensor_parallel_size_must_divide_the_heads(tiny: Path) -> None:
-    message = refused(tiny, tensor_parallel_size=3, distributed_executor_backend="mp")
-    assert "3" in message and "4" in message and "divi" in message
+@pytest.mark.parametrize("ranks", [3, 8])
+def test_tensor_parallel_size_must_divide_the_heads(tiny: Path, ranks: int) -> None:
+    """Uneven shares, and more ranks than heads."""
+    message = refused(tiny, tensor_parallel_size=ranks, distributed_executor_backend="mp")
+    assert str(ranks) in message and "4" in message and "divi" in message
     print(message)
 
 
