@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -76,12 +77,16 @@ def serve(args: argparse.Namespace) -> None:
     # The web front needs little of a CPU.
     ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
     config = llm_config(args, on_gpu=unit == "GPU")
-    serve.run(build_openai_app({"llm_configs": [config], "ingress_deployment_config": ingress}), name=args.name)
-    print(f"{args.name} at http://{args.host}:{args.port}/v1 (Ctrl-C stops it)", flush=True)
+    app = build_openai_app({"llm_configs": [config], "ingress_deployment_config": ingress})
     try:
+        serve.run(app, name=args.name)
+        print(f"{args.name} at http://{args.host}:{args.port}/v1 (Ctrl-C stops it)", flush=True)
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
+        print("stopping", flush=True)
+    finally:
         serve.shutdown()
 
 
