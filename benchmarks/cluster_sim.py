@@ -1,11 +1,12 @@
 """Throughput and latency of N engines, extrapolated from the measured steps of one.
 
-    python -m benchmarks.cluster_sim check results/serving_fox.json
+    python -m benchmarks.cluster_sim check results/serving_fox.json results/serving_fox_dp2.json
     python -m benchmarks.cluster_sim scale results/serving_fox.json --replicas 1 2 4 8 16 --traffic chat --load 0.8
 
 A step of an engine costs ``a + b * prompt tokens read + c * rows + d * KV blocks in use``. `check` fits a..d to the
 steps that a serving run recorded (non-negative least squares over stretches of 16 steps, since vLLM counts a prompt
-in the step that ends it), replays that run, and compares the total time. `scale` sends traffic to N such engines:
+in the step that ends it), simulates that run and any others of one or more such engines, and compares the total
+times. `scale` sends traffic to N such engines:
 
 * offline: the serving benchmark's requests, N times as many, all at once;
 * chat and code: prompts and answers log-normal with the medians of Azure's public traces (Patel et al., Splitwise,
@@ -226,21 +227,22 @@ def read_run(path: str) -> tuple[Engine, dict]:
 
 
 def check(paths: list[str]) -> None:
-    """Simulated against measured, for each saved run."""
+    """Simulated against measured, with the first run's engine, for each saved run."""
+    engine, figures = read_run(paths[0])
+    a, b, c, d = engine.cost
+    print(
+        f"{figures['system']}: a step {1e3 * a:.2f} ms + {1e6 * b:.2f} us a prompt token"
+        f" + {1e6 * c:.1f} us a row + {1e6 * d:.2f} us a KV block"
+    )
     for path in paths:
-        engine, figures = read_run(path)
+        figures = json.loads(Path(path).read_text())["figures"]
         run, options = figures["result"]["throughput"], figures["options"]
         requests = offline(options["requests"], options["prompt"], options["output"])
         replicas = options["data_parallel_size"]
         cluster = simulate(engine, replicas, requests)
         seconds = max(one.end for one in requests)
-        a, b, c, d = engine.cost
         print(
-            f"{figures['system']}, {replicas} engine(s): a step {1e3 * a:.2f} ms + {1e6 * b:.2f} us a prompt token"
-            f" + {1e6 * c:.1f} us a row + {1e6 * d:.2f} us a KV block"
-        )
-        print(
-            f"  total: simulated {seconds:.1f} s, measured {run['seconds']:.1f} s"
+            f"{replicas} engine(s): simulated {seconds:.1f} s, measured {run['seconds']:.1f} s"
             f" ({seconds / run['seconds']:.2f}x);"
             f" most at once: {sum(one.peak for one in cluster)}, {run['peak_running']}"
         )

@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,6 +48,8 @@ PLUGIN_METHODS = [
     "take_update",
     "apply",
 ]
+# What the plugin does on a worker: writing the page table before a step, reporting live ranges after it.
+WORKER_METHODS = ["bind_connector_metadata", "build_connector_worker_meta"]
 SYSTEMS = ("fox", "fox-unpruned", "dense")
 
 
@@ -223,10 +225,27 @@ def timed_methods(target: Any, names: list[str], spent: list[float]) -> Iterator
             delattr(target, name)
 
 
+def start_worker_timers(worker: Any) -> None:
+    """On a worker: time the plugin's part."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    stack, spent = ExitStack(), [0.0]
+    stack.enter_context(timed_methods(get_kv_transfer_group(), WORKER_METHODS, spent))
+    worker.fox_timers = (stack, spent)
+
+
+def stop_worker_timers(worker: Any) -> float:
+    """On a worker: seconds since :func:`start_worker_timers`."""
+    stack, spent = worker.fox_timers
+    stack.close()
+    return spent[0]
+
+
 def scheduler(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
-    """What the plugin costs on the scheduler's side, with the engine core in this process."""
+    """What the plugin costs on the scheduler's side, with the engine core in this process, and on the workers'."""
     engine: Any = llm.llm_engine
-    (manager,) = engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    core = engine.engine_core.engine_core
+    (manager,) = core.scheduler.kv_cache_manager.coordinator.single_type_managers
     waiting = {str(index) for index in range(args.requests)}
     for name in sorted(waiting):
         tokens = {"prompt_token_ids": prompt(args.prompt, int(name))}
@@ -234,7 +253,10 @@ def scheduler(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     spent: list[float] = []
     # Steps that read prompts, and steps of decode alone: (seconds, of which in the plugin).
     phases: dict[str, list[tuple[float, float]]] = {"prompts": [], "decode": []}
-    with timed_methods(manager, PLUGIN_METHODS, spent):
+    meeting = [0.0]
+    llm.collective_rpc(start_worker_timers)
+    aggregator = core.model_executor.kv_output_aggregator
+    with timed_methods(manager, PLUGIN_METHODS, spent), timed_methods(aggregator, ["aggregate"], meeting):
         while engine.has_unfinished_requests():
             phase = "prompts" if waiting else "decode"
             spent.append(0.0)
@@ -252,48 +274,76 @@ def scheduler(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
             "plugin_ms": 1e3 * plugin / len(steps),
             "share": plugin / seconds,
         }
+    seconds, steps = sum(step[0] for step in phases["all"]), len(phases["all"])
+    ranks = llm.collective_rpc(stop_worker_timers)
+    result["workers"] = {
+        "report_ms": [1e3 * report / steps for report in ranks],
+        "aggregate_ms": 1e3 * meeting[0] / steps,
+        "share": (max(ranks) + meeting[0]) / seconds,
+    }
     return result
+
+
+def label(figures: dict[str, Any]) -> str:
+    """System and layout of a saved run."""
+    options, parts = figures["options"], [figures["system"]]
+    for kind in ("tensor", "pipeline", "data"):
+        if (size := options[f"{kind}_parallel_size"]) > 1:
+            parts.append(f"{kind[0].upper()}P={size}")
+    return " ".join(parts + [options["executor"]] * (options["executor"] is not None))
 
 
 def report(args: argparse.Namespace) -> None:
     """Join saved results to tables."""
     found = [json.loads(Path(path).read_text())["figures"] for path in args.files]
-    runs = {one["system"]: one["result"] for one in found if one["command"] == "run"}
+    runs = {label(one): one["result"] for one in found if one["command"] == "run"}
     print(CAPTION)
-    _throughput_table({system: run["throughput"] for system, run in runs.items()})
+    _throughput_table({name: run["throughput"] for name, run in runs.items()})
     dense = {row["prompt"]: row for row in runs.get("dense", {}).get("latency", [])}
-    for system, one in runs.items():
+    for name, one in runs.items():
         for row in one["latency"]:
             to = dense.get(row["prompt"], row)
-            ratios = [row[name] / to[name] for name in ("first_token_ms", "per_token_ms")]
+            ratios = [row[column] / to[column] for column in ("first_token_ms", "per_token_ms")]
             print(
-                f"{system:<14}{row['prompt']:>8,} tokens: first token {row['first_token_ms']:8.1f} ms "
+                f"{name:<18}{row['prompt']:>8,} tokens: first token {row['first_token_ms']:8.1f} ms "
                 f"({ratios[0]:.2f}x dense), each after {row['per_token_ms']:.3f} ms ({ratios[1]:.2f}x dense)"
             )
     for one in found:
         if one["command"] == "scheduler":
-            for phase, row in one["result"].items():
-                print(
-                    f"scheduler, {phase} steps: {row['plugin_ms']:.2f} ms of a step of {row['step_ms']:.1f} ms, "
-                    f"{100 * row['share']:.1f} %"
-                )
+            _scheduler_lines(label(one), one["result"])
     if args.plot:
-        _plot(args.plot, {system: run["throughput"] for system, run in runs.items()})
+        _plot(args.plot, {name: run["throughput"] for name, run in runs.items()})
+
+
+def _scheduler_lines(name: str, result: dict[str, Any]) -> None:
+    workers = result["workers"]
+    for phase, row in result.items():
+        if phase != "workers":
+            print(
+                f"{name}, scheduler, {phase} steps: {row['plugin_ms']:.2f} ms of {row['step_ms']:.1f} ms, "
+                f"{100 * row['share']:.1f} %"
+            )
+    ranks = ", ".join(f"{each:.3f}" for each in workers["report_ms"])
+    print(
+        f"{name}, workers: page table and report {ranks} ms a step, aggregation {workers['aggregate_ms']:.3f} ms, "
+        f"{100 * workers['share']:.1f} %"
+    )
 
 
 def _throughput_table(total: dict[str, dict[str, Any]]) -> None:
-    heads = ("system", "seconds", "of fox", "tokens/s", "running", "of fox", "KV peak", "preempted")
-    print("".join(f"{head:>14}" for head in heads))
-    ours = total.get("fox")
-    for system, row in total.items():
-        time_ratio = f"{row['seconds'] / ours['seconds']:.2f}x" if ours else "-"
-        running_ratio = f"{row['peak_running'] / ours['peak_running']:.2f}x" if ours else "-"
+    heads = ("seconds", "of first", "tokens/s", "of first", "running", "of first", "KV peak", "preempted")
+    print(f"{'system':<18}" + "".join(f"{head:>11}" for head in heads))
+    first = next(iter(total.values()))
+    for name, row in total.items():
         seconds = f"{row['seconds']:.1f}" if row["complete"] else f"> {row['seconds']:.0f}"
-        cells = [system, seconds, time_ratio, f"{row['output_tokens_per_second']:.0f}", str(row["peak_running"])]
-        cells += [running_ratio, f"{100 * row['peak_kv_usage']:.1f} %", str(row["preemptions"])]
-        print("".join(f"{cell:>14}" for cell in cells))
+        rate = row["output_tokens_per_second"]
+        cells = [seconds, f"{row['seconds'] / first['seconds']:.2f}x", f"{rate:.0f}"]
+        cells += [f"{rate / first['output_tokens_per_second']:.2f}x", str(row["peak_running"])]
+        cells += [f"{row['peak_running'] / first['peak_running']:.2f}x", f"{100 * row['peak_kv_usage']:.1f} %"]
+        cells.append(str(row["preemptions"]))
+        print(f"{name:<18}" + "".join(f"{cell:>11}" for cell in cells))
         if not row["complete"]:
-            print(f"{'':>14}stopped: {row['finished_requests']} finished, {row['output_tokens']} tokens answered")
+            print(f"{'':<18}stopped: {row['finished_requests']} finished, {row['output_tokens']} tokens answered")
 
 
 def _plot(path: str, total: dict[str, dict[str, Any]]) -> None:
