@@ -2,10 +2,9 @@
 
 Each engine runs in a process of its own; their results are joined at the end:
 
-python -m benchmarks.serving run --system fox --save results/serving_fox.json
+python -m benchmarks.serving run --system fox --profile results/fox.folded --save results/serving_fox.json
 python -m benchmarks.serving run --system dense --save results/serving_dense.json
 python -m benchmarks.serving run --system fox-unpruned --latency --save results/serving_fox_unpruned.json
-python -m benchmarks.serving scheduler --save results/serving_scheduler.json
 python -m benchmarks.serving report results/serving_*.json --plot docs/serving.png
 
 Several GPUs: --tensor-parallel-size, --pipeline-parallel-size, --data-parallel-size, --executor ray.
@@ -20,18 +19,18 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from vllm import LLM, AsyncEngineArgs, SamplingParams
+from vllm import AsyncEngineArgs, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from benchmarks.checkpoint import Geometry, ready, write_fox, write_llama
+from benchmarks.engine_profile import check_py_spy, sampled, summary
 from benchmarks.record import save
 
 CAPTION = (
@@ -39,17 +38,7 @@ CAPTION = (
     "model's heads. Dense: Llama with the same layers, hidden size and heads, and an MLP that gives it as many "
     "parameters."
 )
-LATENCY_OUTPUT, LATENCY_REPEATS = 128, 3
-# What the scheduler calls of the plugin's page manager, itself or through the connector.
-PLUGIN_METHODS = [
-    "get_num_blocks_to_allocate",
-    "allocate_new_blocks",
-    "pop_blocks_for_free",
-    "take_update",
-    "apply",
-]
-# What the plugin does on a worker: writing the page table before a step, reporting live ranges after it.
-WORKER_METHODS = ["bind_connector_metadata", "build_connector_worker_meta"]
+LATENCY_OUTPUT, LATENCY_REPEATS = 128, 9
 SYSTEMS = ("fox", "fox-unpruned", "dense")
 
 
@@ -143,17 +132,19 @@ async def throughput(engine: AsyncLLM, args: argparse.Namespace) -> dict[str, An
     prompts = [prompt(args.prompt, index) for index in range(args.requests)]
     for recorder in Recorder.engines:
         recorder.restart()
-    start = time.perf_counter()
-    tasks = [asyncio.create_task(ask(engine, str(n), one, args.output)) for n, one in enumerate(prompts)]
-    done, left = await asyncio.wait(tasks, timeout=args.limit_seconds)
-    seconds = time.perf_counter() - start
+    with sampled(args.profile) if args.profile else nullcontext():
+        start = time.perf_counter()
+        tasks = [asyncio.create_task(ask(engine, str(n), one, args.output)) for n, one in enumerate(prompts)]
+        done, left = await asyncio.wait(tasks, timeout=args.limit_seconds)
+        seconds = time.perf_counter() - start
     for task in done:
         task.result()
     for task in left:
         task.cancel()
     steps = [recorder.steps for recorder in Recorder.engines]
     read, answered = (sum(step[column] for one in steps for step in one) for column in (1, 2))
-    return {
+    profile = {"profile": summary(args.profile)} if args.profile else {}
+    return profile | {
         "complete": not left,
         "seconds": seconds,
         "finished_requests": len(done),
@@ -169,28 +160,33 @@ async def throughput(engine: AsyncLLM, args: argparse.Namespace) -> dict[str, An
     }
 
 
-async def latency(engine: AsyncLLM, lengths: list[int]) -> list[dict[str, float]]:
+async def latency(engine: AsyncLLM, lengths: list[int]) -> list[dict[str, Any]]:
     """One request at a time: milliseconds to the first token, and for each token after it."""
-    rows = []
     params = greedy(LATENCY_OUTPUT, RequestOutputKind.DELTA)
-    for length in lengths:
-        first, each = [], []
-        for repeat in range(LATENCY_REPEATS + 1):
+    first: dict[int, list[float]] = {length: [] for length in lengths}
+    each: dict[int, list[float]] = {length: [] for length in lengths}
+    # Round after round, so that a slow spell of the machine does not fall on one length.
+    for repeat in range(LATENCY_REPEATS + 1):
+        for length in lengths:
             times, tokens = [], prompt(length, repeat)
             start = time.perf_counter()
             async for _ in engine.generate({"prompt_token_ids": tokens}, params, f"{length} {repeat}"):
                 times.append(time.perf_counter())
             if repeat:  # the first warms up
-                first.append(times[0] - start)
-                each.append((times[-1] - times[0]) / (LATENCY_OUTPUT - 1))
-        rows.append(
-            {
-                "prompt": length,
-                "first_token_ms": 1e3 * statistics.median(first),
-                "per_token_ms": 1e3 * statistics.median(each),
-            }
-        )
-        print(rows[-1], flush=True)
+                first[length].append(1e3 * (times[0] - start))
+                each[length].append(1e3 * (times[-1] - times[0]) / (LATENCY_OUTPUT - 1))
+    rows = [
+        {
+            "prompt": length,
+            "first_token_ms": statistics.median(first[length]),
+            "per_token_ms": statistics.median(each[length]),
+            "all_first_token_ms": first[length],
+            "all_per_token_ms": each[length],
+        }
+        for length in lengths
+    ]
+    for row in rows:
+        print(row, flush=True)
     return rows
 
 
@@ -199,89 +195,12 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     options = engine_options(args, max([args.prompt + args.output] + [n + LATENCY_OUTPUT for n in args.latency]))
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options), stat_loggers=[Recorder])
     try:
-        return {"latency": await latency(engine, args.latency), "throughput": await throughput(engine, args)}
+        result: dict[str, Any] = {"latency": await latency(engine, args.latency)}
+        if args.requests:
+            result["throughput"] = await throughput(engine, args)
+        return result
     finally:
         engine.shutdown()
-
-
-@contextmanager
-def timed_methods(target: Any, names: list[str], spent: list[float]) -> Iterator[None]:
-    """Add the seconds that an object's methods take to ``spent[-1]``."""
-    for name in names:
-        original = getattr(target, name)
-
-        def wrapped(*values: Any, original: Any = original, **named: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return original(*values, **named)
-            finally:
-                spent[-1] += time.perf_counter() - start
-
-        setattr(target, name, wrapped)
-    try:
-        yield
-    finally:
-        for name in names:
-            delattr(target, name)
-
-
-def start_worker_timers(worker: Any) -> None:
-    """On a worker: time the plugin's part."""
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    stack, spent = ExitStack(), [0.0]
-    stack.enter_context(timed_methods(get_kv_transfer_group(), WORKER_METHODS, spent))
-    worker.fox_timers = (stack, spent)
-
-
-def stop_worker_timers(worker: Any) -> float:
-    """On a worker: seconds since :func:`start_worker_timers`."""
-    stack, spent = worker.fox_timers
-    stack.close()
-    return spent[0]
-
-
-def scheduler(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
-    """What the plugin costs on the scheduler's side, with the engine core in this process, and on the workers'."""
-    engine: Any = llm.llm_engine
-    core = engine.engine_core.engine_core
-    (manager,) = core.scheduler.kv_cache_manager.coordinator.single_type_managers
-    waiting = {str(index) for index in range(args.requests)}
-    for name in sorted(waiting):
-        tokens = {"prompt_token_ids": prompt(args.prompt, int(name))}
-        engine.add_request(name, tokens, greedy(args.output, RequestOutputKind.CUMULATIVE))
-    spent: list[float] = []
-    # Steps that read prompts, and steps of decode alone: (seconds, of which in the plugin).
-    phases: dict[str, list[tuple[float, float]]] = {"prompts": [], "decode": []}
-    meeting = [0.0]
-    llm.collective_rpc(start_worker_timers)
-    aggregator = core.model_executor.kv_output_aggregator
-    with timed_methods(manager, PLUGIN_METHODS, spent), timed_methods(aggregator, ["aggregate"], meeting):
-        while engine.has_unfinished_requests():
-            phase = "prompts" if waiting else "decode"
-            spent.append(0.0)
-            start = time.perf_counter()
-            outputs = engine.step()
-            phases[phase].append((time.perf_counter() - start, spent[-1]))
-            waiting -= {output.request_id for output in outputs}
-    phases["all"] = phases["prompts"] + phases["decode"]
-    result: dict[str, Any] = {}
-    for phase, steps in phases.items():
-        seconds, plugin = (sum(column) for column in zip(*steps))
-        result[phase] = {
-            "steps": len(steps),
-            "step_ms": 1e3 * seconds / len(steps),
-            "plugin_ms": 1e3 * plugin / len(steps),
-            "share": plugin / seconds,
-        }
-    seconds, steps = sum(step[0] for step in phases["all"]), len(phases["all"])
-    ranks = llm.collective_rpc(stop_worker_timers)
-    result["workers"] = {
-        "report_ms": [1e3 * report / steps for report in ranks],
-        "aggregate_ms": 1e3 * meeting[0] / steps,
-        "share": (max(ranks) + meeting[0]) / seconds,
-    }
-    return result
 
 
 def label(figures: dict[str, Any]) -> str:
@@ -296,38 +215,31 @@ def label(figures: dict[str, Any]) -> str:
 def report(args: argparse.Namespace) -> None:
     """Join saved results to tables."""
     found = [json.loads(Path(path).read_text())["figures"] for path in args.files]
-    runs = {label(one): one["result"] for one in found if one["command"] == "run"}
+    latencies, totals = {}, {}
+    for one in found:
+        if rows := one["result"]["latency"]:
+            latencies[label(one)] = {row["prompt"]: row for row in rows}
+        if "throughput" in one["result"]:
+            totals[label(one)] = one["result"]["throughput"]
     print(CAPTION)
-    _throughput_table({name: run["throughput"] for name, run in runs.items()})
-    dense = {row["prompt"]: row for row in runs.get("dense", {}).get("latency", [])}
-    for name, one in runs.items():
-        for row in one["latency"]:
-            to = dense.get(row["prompt"], row)
+    if totals:
+        _throughput_table(totals)
+    for name, rows in latencies.items():
+        for length, row in rows.items():
+            to = latencies.get("dense", rows).get(length, row)
             ratios = [row[column] / to[column] for column in ("first_token_ms", "per_token_ms")]
             print(
-                f"{name:<18}{row['prompt']:>8,} tokens: first token {row['first_token_ms']:8.1f} ms "
+                f"{name:<18}{length:>8,} tokens: first token {row['first_token_ms']:8.1f} ms "
                 f"({ratios[0]:.2f}x dense), each after {row['per_token_ms']:.3f} ms ({ratios[1]:.2f}x dense)"
             )
-    for one in found:
-        if one["command"] == "scheduler":
-            _scheduler_lines(label(one), one["result"])
-    if args.plot:
-        _plot(args.plot, {name: run["throughput"] for name, run in runs.items()})
-
-
-def _scheduler_lines(name: str, result: dict[str, Any]) -> None:
-    workers = result["workers"]
-    for phase, row in result.items():
-        if phase != "workers":
+    for name, total in totals.items():
+        if share := total.get("profile"):
             print(
-                f"{name}, scheduler, {phase} steps: {row['plugin_ms']:.2f} ms of {row['step_ms']:.1f} ms, "
-                f"{100 * row['share']:.1f} %"
+                f"{name}, of the engine's time: scheduler's side of the plugin {100 * share['scheduler']:.1f} %, "
+                f"page table and reports on a worker {100 * share['worker']:.1f} %"
             )
-    ranks = ", ".join(f"{each:.3f}" for each in workers["report_ms"])
-    print(
-        f"{name}, workers: page table and report {ranks} ms a step, aggregation {workers['aggregate_ms']:.3f} ms, "
-        f"{100 * workers['share']:.1f} %"
-    )
+    if args.plot:
+        _plot(args.plot, totals)
 
 
 def _throughput_table(total: dict[str, dict[str, Any]]) -> None:
@@ -388,11 +300,8 @@ def main() -> None:
     one.add_argument("--prompt", type=int, default=16384)
     one.add_argument("--output", type=int, default=1024)
     one.add_argument("--limit-seconds", type=float, help="stop the many requests then, and say what was done")
+    one.add_argument("--profile", help="sample the engine's processes with py-spy, and save the folded stacks here")
     one.add_argument("--latency", type=int, nargs="*", default=[1024, 16384, 65536], help="prompt lengths")
-    side = commands.add_parser("scheduler", parents=[common])
-    side.add_argument("--requests", type=int, default=256)
-    side.add_argument("--prompt", type=int, default=16384)
-    side.add_argument("--output", type=int, default=1024)
     joined = commands.add_parser("report")
     joined.add_argument("files", nargs="+")
     joined.add_argument("--plot")
@@ -400,15 +309,12 @@ def main() -> None:
     if args.command == "report":
         report(args)
         return
+    if args.profile:
+        check_py_spy()
     # A forked process inherits locks of threads that do not exist in it.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    if args.command == "scheduler":
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        args.system = "fox"
-        result = scheduler(LLM(**engine_options(args, args.prompt + args.output)), args)
-    else:
-        result = asyncio.run(run(args))
-    figures = {"command": args.command, "system": args.system, "caption": CAPTION, "options": vars(args)}
+    result = asyncio.run(run(args))
+    figures = {"system": args.system, "caption": CAPTION, "options": vars(args)}
     figures["result"] = result
     print({key: value for key, value in result.get("throughput", result).items() if key != "steps"}, flush=True)
     if args.save:

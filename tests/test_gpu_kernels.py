@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from tests.harness import OneLayer, cut, formula, random_inputs
 from vllm_fox.kernels.paged import FP8
+from vllm_fox.pages.messages import TableUpdate
+from vllm_fox.pages.pool import PagePool
+from vllm_fox.pages.spec import PageGeometry
+from vllm_fox.pages.tables import DeviceTables
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,3 +105,25 @@ def test_many_ragged_rows_decode_together() -> None:
         end = n + more[row] + 1
         want = formula({name: x.cuda() for name, x in cut(data[row], 0, end).items()}).cpu()
         assert error(torch.cat((outs[row], last[row])), want[n:]) < 2e-2, row
+
+
+def test_table_updates_and_reports_wait_for_nothing() -> None:
+    """No host synchronisation (PyTorch raises at one), and the report holds what the step left."""
+    geometry = PageGeometry(streams=(6,), num_slots=4, max_chunks=8, num_chunks=30)
+    pool = PagePool(num_blocks=500, streams=[6], num_slots=4, num_chunks=30, max_chunks=8)
+    tables, slot = DeviceTables(geometry, 0, torch.device("cuda")), pool.open()
+    slots = np.array([slot])
+    tables.table.first_live.fill_(7)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step, (opened, count) in enumerate([([slot], 40), ([], 1), ([], 30)]):
+            update = TableUpdate.of(step, slots, pool.epoch[slots], opened, [pool.extend(slot, count)])
+            tables.apply(update)
+            report = tables.report(update)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (report.starts[0] == 0).all()
+    chunks = tables.table.chunk_of[slot].long()
+    entries = tables.table.entries[chunks].permute(0, 2, 1).reshape(-1, 6)[:71]
+    assert sorted(entries.flatten().tolist()) == sorted(pool.held_ids(slot, 0).tolist())

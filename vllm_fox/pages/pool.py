@@ -19,7 +19,7 @@ MANY_PAGES = 4
 """Pages a stream that a request frees at once from which on whole table chunks are looked through for them,
 instead of looking up each page."""
 
-SPARSE = 4
+SPARSE = 8
 """But not if fewer than one in so many of those looked through would be freed."""
 
 
@@ -72,7 +72,8 @@ class PagePool:
         # Each rank's stack: [: num_free] are its free ids. Low ids are on top, so that a light load stays dense.
         self._free = [np.arange(num_blocks * n - 1, n - 1, -1, dtype=np.int32) for n in streams]
         self._num_free = self.capacity.copy()
-        self._entries = np.zeros((num_chunks, ends[-1], TABLE_CHUNK), dtype=np.int32)
+        # All streams' ids of a page index stand together, as they are handed out; on the device a stream's do.
+        self._entries = np.zeros((num_chunks, TABLE_CHUNK, ends[-1]), dtype=np.int32)
         self._chunk_of = np.zeros((num_slots + 1, max_chunks), dtype=np.int32)
         self._first_chunk = np.zeros(num_slots + 1, dtype=np.int32)
         self._free_chunks = list(range(num_chunks - 1, 0, -1))
@@ -138,19 +139,12 @@ class PagePool:
 
         page = np.arange(first, first + count)
         chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], (page % TABLE_CHUNK).astype(np.int32)
-        ids = np.empty((count, self._entries.shape[1]), dtype=np.int32)
+        ids = np.empty((count, self._entries.shape[2]), dtype=np.int32)
         for free, top, columns in zip(self._free, self._num_free.tolist(), self.columns):
             taken = count * (columns.stop - columns.start)
             ids[:, columns] = free[top - taken : top].reshape(count, -1)
         self._num_free -= count * self.streams
-        if count == 1:
-            self._entries[chunk[0], :, offset[0]] = ids[0]
-        else:
-            at = 0
-            while at < count:  # a table chunk at a time
-                behind = min(count, at + TABLE_CHUNK - int(offset[at]))
-                self._entries[chunk[at], :, offset[at] : offset[at] + behind - at] = ids[at:behind].T
-                at = behind
+        self._entries[chunk, offset] = ids
         self.num_pages[slot] = first + count
         self.live_pages[slot] += count * self.streams
         self.allocated_total += ids.size
@@ -196,7 +190,9 @@ class PagePool:
         self._free_ranges(rank, slot[few], stream[few], low[few], high[few])
         crossed = low // TABLE_CHUNK != high // TABLE_CHUNK
         if crossed.any():
-            self._free_dead_chunks(np.unique(slot[crossed]))
+            changed = np.zeros(len(slots), dtype=bool)
+            changed[row[crossed]] = True
+            self._free_dead_chunks(slots[changed])
         return freed
 
     def close(self, slot: int) -> None:
@@ -220,14 +216,14 @@ class PagePool:
         if total * SPARSE < (last - first) * TABLE_CHUNK * len(stream):
             self._free_ranges(rank, np.full(len(stream), slot), stream, low, high)
             return
-        columns = self.columns[rank]
-        ids = self._entries[self._chunk_of[slot, first:last], columns]  # [chunks, streams, TABLE_CHUNK]
-        if len(stream) < ids.shape[1]:
-            ids = ids[:, stream - columns.start]
-        page = np.arange(first * TABLE_CHUNK, last * TABLE_CHUNK, dtype=np.int32).reshape(-1, 1, TABLE_CHUNK)
+        # Whole chunks, one page index after the other: [pages, streams of the rank].
+        columns, streams = self.columns[rank], int(self.streams[rank])
+        ids = self._entries[self._chunk_of[slot, first:last], :, columns].reshape(-1, streams)
+        start, length = np.zeros(streams, dtype=np.int32), np.zeros(streams, dtype=np.uint32)
+        start[stream - columns.start], length[stream - columns.start] = low, high - low
+        page = np.arange(first * TABLE_CHUNK, last * TABLE_CHUNK, dtype=np.int32)[:, None]
         # low <= page < high in one comparison: a negative difference is a huge unsigned number.
-        dead = (page - low[:, None]).view(np.uint32) < (high - low).astype(np.uint32)[:, None]
-        self._push(rank, ids[dead])
+        self._push(rank, ids[(page - start).view(np.uint32) < length])
 
     def _free_ranges(
         self, rank: int, slot: np.ndarray, stream: np.ndarray, low: np.ndarray, high: np.ndarray
@@ -242,8 +238,9 @@ class PagePool:
             which = np.repeat(np.arange(len(counts)), counts)
             page = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts) + low[which]
             slot, stream = slot[which], stream[which]
-        chunk = self._chunk_of[slot, page // TABLE_CHUNK]
-        self._push(rank, self._entries[chunk, stream, page % TABLE_CHUNK])
+        chunk = self._chunk_of[slot, page // TABLE_CHUNK].astype(np.int64)
+        at = (chunk * TABLE_CHUNK + page % TABLE_CHUNK) * self._entries.shape[2] + stream
+        self._push(rank, self._entries.ravel().take(at))
 
     def _push(self, rank: int, ids: np.ndarray) -> None:
         """Put page ids back on the rank's stack."""
@@ -269,7 +266,7 @@ class PagePool:
         count = int(self.num_pages[slot])
         page = np.arange(count)
         chunk = self._chunk_of[slot, page // TABLE_CHUNK]
-        ids = self._entries[chunk, :, page % TABLE_CHUNK][:, self.columns[rank]]
+        ids = self._entries[chunk, page % TABLE_CHUNK, self.columns[rank]]
         return ids[page[:, None] >= self.start[slot, self.columns[rank]][None, :]]
 
     def free_ids(self, rank: int) -> np.ndarray:

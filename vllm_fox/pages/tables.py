@@ -42,7 +42,8 @@ class DeviceTables:
     def apply(self, update: TableUpdate) -> None:
         """Write a step's changes, before its forward pass."""
         if update.opened.size:
-            self.table.first_live[self._to_device(update.opened)] = 0
+            # Not by assignment: PyTorch would copy the 0 from the host and wait for the step under way.
+            self.table.first_live.index_fill_(0, self._to_device(update.opened), 0)
         if update.chunk_slot.size:
             where = (self._to_device(update.chunk_slot), self._to_device(update.chunk_index).long())
             self.table.chunk_of[where] = self._to_device(update.chunk_id)

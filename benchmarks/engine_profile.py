@@ -1,0 +1,73 @@
+"""Where the processes of a running engine spend their time, sampled from outside by py-spy.
+
+``python -m benchmarks.serving run --profile FILE`` uses it; FILE holds py-spy's folded stacks, which flame-graph
+viewers read too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+RATE = 200  # samples a second
+PAGES = "vllm_fox/pages/"
+# What of it runs on a worker; all else is the scheduler's side.
+WORKER_FUNCTIONS = ("bind_connector_metadata", "build_connector_worker_meta", "__getstate__")
+
+
+def check_py_spy() -> str:
+    """py-spy's path; exits with a sentence if it is not installed."""
+    found = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
+    if found is None:
+        raise SystemExit("--profile needs py-spy, which is not installed: pip install py-spy")
+    return found
+
+
+@contextmanager
+def sampled(path: str) -> Iterator[None]:
+    """Sample this process and all that it started, waiting threads included, for as long as the block runs."""
+    options = ["--subprocesses", "--threads", "--idle", "--nonblocking", "--format", "raw", "--rate", str(RATE)]
+    command = [check_py_spy(), "record", *options, "--output", path, "--pid", str(os.getpid())]
+    spy = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        spy.send_signal(2)  # as Ctrl-C does: it writes its file and ends
+        spy.wait(timeout=60)
+
+
+def plugin_shares(path: str) -> dict[str, dict[str, float]]:
+    """By process, share of its main thread's time in each entry point of the plugin's page keeping.
+
+    The main threads of the engine core and of the workers are those that run the scheduler and the model.
+    """
+    samples: Counter[str] = Counter()
+    inside: dict[str, Counter[str]] = {}
+    for line in Path(path).read_text().splitlines():
+        stack, _, count = line.rpartition(" ")
+        frames = stack.split(";")
+        if not any("MainThread" in frame for frame in frames):
+            continue
+        process = next((frame for frame in reversed(frames) if frame.startswith("process ")), "process")
+        samples[process] += int(count)
+        entry = next((frame for frame in frames if PAGES in frame), None)
+        if entry is not None:
+            inside.setdefault(process, Counter())[entry.split(" ")[0].split(".")[-1]] += int(count)
+    return {
+        process: {name: count / samples[process] for name, count in entries.most_common()}
+        for process, entries in inside.items()
+    }
+
+
+def summary(path: str) -> dict[str, float]:
+    """Shares of the engine's time: the scheduler's side of the plugin, and the most that a worker spends."""
+    shares = plugin_shares(path)
+    scheduler = [sum(v for k, v in one.items() if k not in WORKER_FUNCTIONS) for one in shares.values()]
+    worker = [sum(v for k, v in one.items() if k in WORKER_FUNCTIONS) for one in shares.values()]
+    return {"scheduler": max(scheduler, default=0.0), "worker": max(worker, default=0.0)}
