@@ -15,9 +15,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from .pool import Columns
 
+_NOTHING = np.empty(0, dtype=np.int64)
+
 
 def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else _NOTHING
 
 
 @dataclass
@@ -57,14 +61,13 @@ class TableUpdate(KVConnectorMetadata):
         opened: Sequence[int],
         columns: Sequence[Columns],
     ) -> TableUpdate:
+        chunk_slot = _join([np.full(len(c.new_chunk), c.slot) for c in columns])
         return cls(
             step=step,
             slots=slots,
             epochs=epochs,
-            opened=np.array(opened, dtype=np.int64),
-            chunk_slot=np.repeat(
-                np.array([c.slot for c in columns], dtype=np.int64), [len(c.new_chunk) for c in columns]
-            ),
+            opened=np.array(opened, dtype=np.int64) if opened else _NOTHING,
+            chunk_slot=chunk_slot,
             chunk_index=_join([c.new_chunk_index for c in columns]),
             chunk_id=_join([c.new_chunk for c in columns]),
             column_chunk=_join([c.chunk for c in columns]),

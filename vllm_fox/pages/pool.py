@@ -19,7 +19,7 @@ MANY_PAGES = 4
 """Pages a stream that a request frees at once from which on whole table chunks are looked through for them,
 instead of looking up each page."""
 
-SPARSE = 8
+SPARSE = 16
 """But not if fewer than one in so many of those looked through would be freed."""
 
 
@@ -84,16 +84,13 @@ class PagePool:
         self.epoch = np.zeros(num_slots + 1, dtype=np.int64)
         self.allocated_total = 0
         self.released_total = 0
+        # Pages in use, summed over the ranks; counted along because every step asks.
+        self.used_total = 0
 
     @property
     def used_blocks(self) -> int:
         """Blocks that the pages in use fill on the fullest rank."""
         return int((-(-(self.capacity - self._num_free) // self.streams)).max())
-
-    @property
-    def used_total(self) -> int:
-        """Pages in use, summed over the ranks."""
-        return int((self.capacity - self._num_free).sum())
 
     def live_blocks(self, slots: np.ndarray | int) -> np.ndarray:
         """[R] (or one number) blocks that the live pages of each slot fill on the rank where they fill most."""
@@ -148,6 +145,7 @@ class PagePool:
         self.num_pages[slot] = first + count
         self.live_pages[slot] += count * self.streams
         self.allocated_total += ids.size
+        self.used_total += ids.size
         return Columns(slot, index, chunks, chunk, offset, ids)
 
     def release(self, rank: int, slots: np.ndarray, epochs: np.ndarray, starts: np.ndarray) -> int:
@@ -216,14 +214,16 @@ class PagePool:
         if total * SPARSE < (last - first) * TABLE_CHUNK * len(stream):
             self._free_ranges(rank, np.full(len(stream), slot), stream, low, high)
             return
-        # Whole chunks, one page index after the other: [pages, streams of the rank].
         columns, streams = self.columns[rank], int(self.streams[rank])
-        ids = self._entries[self._chunk_of[slot, first:last], :, columns].reshape(-1, streams)
         start, length = np.zeros(streams, dtype=np.int32), np.zeros(streams, dtype=np.uint32)
         start[stream - columns.start], length[stream - columns.start] = low, high - low
-        page = np.arange(first * TABLE_CHUNK, last * TABLE_CHUNK, dtype=np.int32)[:, None]
-        # low <= page < high in one comparison: a negative difference is a huge unsigned number.
-        self._push(rank, ids[(page - start).view(np.uint32) < length])
+        page = np.arange(first * TABLE_CHUNK, (first + 1) * TABLE_CHUNK, dtype=np.int32)[:, None]
+        # A table chunk at a time: what is looked at stays in the cache, and no temporary needs fresh memory.
+        for chunk in self._chunk_of[slot, first:last].tolist():
+            # start <= page < start + length in one comparison: a negative difference is a huge unsigned number.
+            dead = (page - start).view(np.uint32) < length
+            self._push(rank, self._entries[chunk, :, columns][dead])
+            page += TABLE_CHUNK
 
     def _free_ranges(
         self, rank: int, slot: np.ndarray, stream: np.ndarray, low: np.ndarray, high: np.ndarray
@@ -247,6 +247,7 @@ class PagePool:
         top = int(self._num_free[rank])
         self._free[rank][top : top + len(ids)] = ids
         self._num_free[rank] = top + len(ids)
+        self.used_total -= len(ids)
 
     def _free_dead_chunks(self, slots: np.ndarray) -> None:
         """Table chunks before every stream's live range can serve other requests."""
