@@ -1,0 +1,124 @@
+"""Forgetting attention over whole sequences and its gradients: plain PyTorch, a block of queries at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+ROWS = 512
+"""Queries whose weights are in memory at once."""
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_forget: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax over j <= i, D_ij >= threshold of ``scale * q_i . k_j + D_ij``, times v (FoX, arXiv 2503.02130, with
+    the pruning of ACP, arXiv 2504.06949), where D_ij is the sum of the log forget gates after j up to i.
+
+    Args:
+        q: [N, H, d], sequences one after the other.
+        k, v: [N, KV heads, d]; query head h reads KV head h // (H / KV heads).
+        log_forget: [N, H], at most 0, finite.
+        cu_seqlens: [S + 1] int: where each sequence begins, and N.
+        threshold: [H] float32; -inf prunes nothing.
+        scale: of the logits.
+
+    Returns:
+        out [N, H, d] in q's dtype, and the logarithm of the softmax's denominator [H, N], float32 or wider.
+    """
+    out, lse = torch.empty_like(q), _wide(q).new_empty(q.shape[1], q.shape[0])
+    for at, logits, _, value in _blocks(q, k, v, log_forget, cu_seqlens, threshold, scale):
+        lse[:, at] = logits.logsumexp(-1)
+        out[at] = (logits.softmax(-1) @ value).transpose(0, 1).to(q.dtype)
+    return out, lse
+
+
+def backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_forget: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v and log_forget, given that of ``out`` and what :func:`forward` took and returned."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    wide_q, wide_grad = _wide(q).transpose(0, 1), _wide(grad_out).transpose(0, 1)  # [H, N, d]
+    delta = (wide_grad * _wide(out).transpose(0, 1)).sum(-1)
+    grad_q = torch.zeros_like(wide_q)
+    grad_k, grad_v = torch.zeros_like(wide_q), torch.zeros_like(wide_q)
+    # Sum over queries of the logits' gradients, by key: what D_ij = c_i - c_j passes on to c_j, but for the sign.
+    column = torch.zeros_like(delta)
+    for at, logits, keys, value in _blocks(q, k, v, log_forget, cu_seqlens, threshold, scale):
+        weights = (logits - lse[:, at, None]).exp()
+        grad_v[:, keys] += weights.transpose(1, 2) @ wide_grad[:, at]
+        grad_logits = weights * (wide_grad[:, at] @ value.transpose(1, 2) - delta[:, at, None])
+        grad_q[:, at] = scale * (grad_logits @ _by_head(k, heads)[:, keys])
+        grad_k[:, keys] += scale * (grad_logits.transpose(1, 2) @ wide_q[:, at])
+        column[:, keys] += grad_logits.sum(1)
+
+    def to_kv(grad: torch.Tensor) -> torch.Tensor:
+        return grad.unflatten(0, (kv_heads, -1)).sum(1).transpose(0, 1).to(k.dtype)
+
+    grad_gate = gate_gradient(column, cu_seqlens).to(log_forget.dtype)
+    return grad_q.transpose(0, 1).to(q.dtype), to_kv(grad_k), to_kv(grad_v), grad_gate
+
+
+def gate_gradient(column: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Gradient of log_forget [N, H] from the sums [H, N] of the logits' gradients by key.
+
+    The gate of token t is part of D_ij for all j < t <= i. A row's gradients sum to zero, since a softmax does not
+    change if all its logits do alike, so all that reaches keys before t counts.
+    """
+    earlier = column.double().cumsum(1) - column  # of all sequences before as well
+    bounds = cu_seqlens.long()
+    first = bounds[:-1].clamp(max=column.shape[1] - 1)  # of an empty last sequence: not used
+    base = earlier[:, first].repeat_interleave(bounds.diff(), dim=1, output_size=column.shape[1])
+    return (earlier - base).T
+
+
+def _blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_forget: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: float,
+) -> Iterator[tuple[slice, torch.Tensor, slice, torch.Tensor]]:
+    """For each block of queries: where it is, its logits [H, queries, keys] (-inf: not seen), where the keys are
+    that any head sees, and their values [H, keys, d]."""
+    heads = q.shape[1]
+    bounds = cu_seqlens.tolist()
+    query, key, value = _wide(q).transpose(0, 1), _by_head(k, heads), _by_head(v, heads)
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        c = log_forget[start:end].double().cumsum(0).T  # [H, T], c_t = sum over s <= t of log f_s
+        for first in range(0, end - start, ROWS):
+            last = min(first + ROWS, end - start)
+            decay = c[:, first:last, None] - c[:, None, :last]
+            position = torch.arange(last, device=q.device)
+            seen = (position[first:, None] >= position) & (decay >= threshold[:, None, None])
+            oldest = int(seen.any(1).any(0).int().argmax())
+            at, keys = slice(start + first, start + last), slice(start + oldest, start + last)
+            logits = scale * (query[:, at] @ key[:, keys].transpose(1, 2)) + decay[..., oldest:].to(query.dtype)
+            yield at, logits.masked_fill(~seen[..., oldest:], float("-inf")), keys, value[:, keys]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[N, KV heads, d] to [H, N, d], wide."""
+    return _wide(x).transpose(0, 1).repeat_interleave(heads // x.shape[1], dim=0)

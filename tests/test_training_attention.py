@@ -1,0 +1,218 @@
+"""forgetting_attention, forward and backward, against the formula in float64: the twin, or the Triton kernels."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_fox.kernels import forgetting_attention
+from vllm_fox.kernels.training_attention import _forward
+from vllm_fox.kernels.training_attention.plan import Decay, key_tiles, query_tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+NAMES = ("out", "q", "k", "v", "log_forget")
+
+
+def make_inputs(
+    batch: int, length: int, heads: int, kv_heads: int, dim: int, gates: str = "mixed", seed: int = 0
+) -> list[torch.Tensor]:
+    """q, k, v and log_forget in float32; logits within a few units."""
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, length, n, dim, generator=rng) for n in (heads, kv_heads, kv_heads))
+    rate = {"mixed": torch.logspace(-4, 0.5, heads), "never": torch.zeros(heads), "all": torch.full((heads,), 40.0)}
+    log_forget = -torch.rand(batch, length, heads, generator=rng) * 2 * rate.get(gates, rate["mixed"])
+    if gates == "alternating":
+        log_forget = torch.where(torch.arange(length)[:, None] % 50 == 0, -60.0, log_forget * 1e-3)
+    return [q / 2, k / 2, v, log_forget]
+
+
+def formula(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_forget: torch.Tensor, bounds: list[int]
+) -> torch.Tensor:
+    """arXiv 2503.02130, equation by equation, [T, T] matrices in float64."""
+    out = []
+    groups = q.shape[2] // k.shape[2]
+    for one in zip(*(x.double() for x in (q, k, v, log_forget))):
+        for start, end in zip(bounds[:-1], bounds[1:]):
+            query, key, value = (x[start:end].transpose(0, 1) for x in one[:3])
+            key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+            c = one[3][start:end].cumsum(0).T
+            logits = query @ key.transpose(1, 2) / math.sqrt(q.shape[3]) + c[:, :, None] - c[:, None]
+            future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+            out.append((logits.masked_fill(future, -math.inf).softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(out).view(q.shape)
+
+
+def with_gradients(attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The output and the four gradients, for a fixed gradient of the output."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = attend(*leaves)
+    weight = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
+    out.backward(weight.to(out))
+    return [x.cpu() for x in (out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None))]
+
+
+def compare(
+    inputs: list[torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+    bounds: list[int] | None = None,
+    threshold: torch.Tensor | float | str | None = None,
+    allowed: float | None = None,
+) -> None:
+    """Output and gradients against the formula's."""
+    rounded = [x.to(dtype) for x in inputs[:3]] + [inputs[3]]
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+
+    def ours(*leaves: torch.Tensor) -> torch.Tensor:
+        return forgetting_attention(*leaves, cu_seqlens=cu_seqlens, threshold=threshold)
+
+    found = with_gradients(ours, [x.to(DEVICE) for x in rounded])
+    want = with_gradients(lambda *leaves: formula(*leaves, bounds or [0, inputs[0].shape[1]]), rounded)
+    for name, a, b in zip(NAMES, found, want, strict=True):
+        error = ((a.double() - b).norm() / b.norm().clamp(min=1e-12)).item()
+        # Rounding of the output reaches the gates' gradients through sums over the whole sequence.
+        assert error <= (allowed or TOLERANCE[dtype]) * (8 if name == "log_forget" else 1), (name, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gates", ["mixed", "never", "alternating"])
+def test_output_and_gradients(gates: str, dtype: torch.dtype) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16 dot product")
+    compare(make_inputs(2, 200, 2, 2, 64, gates), dtype)
+
+
+@pytest.mark.parametrize("kv_heads, dim", [(1, 32), (2, 128), (4, 256)])
+def test_grouped_heads_and_head_sizes(kv_heads: int, dim: int) -> None:
+    compare(make_inputs(1, 150, 4, kv_heads, dim))
+
+
+def test_packed_sequences() -> None:
+    """Of any lengths, empty ones too; each as if it were alone."""
+    compare(make_inputs(1, 300, 2, 1, 32), bounds=[0, 0, 1, 130, 300, 300])
+
+
+def test_everything_forgotten_at_once() -> None:
+    """Each token sees itself alone: gates have no gradient, and q and k none worth speaking of."""
+    inputs = [x.to(DEVICE) for x in make_inputs(1, 100, 2, 2, 32, "all")]
+    inputs[3] = torch.full_like(inputs[3], -math.inf)
+    out, *grads = with_gradients(forgetting_attention, inputs)
+    assert torch.equal(out, inputs[2].cpu())
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert grads[3].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("gates", ["mixed", "alternating"])
+def test_pruning_changes_nothing_that_counts(gates: str) -> None:
+    """By ACP's own rule, and with a threshold a head."""
+    inputs = make_inputs(1, 700, 2, 1, 32, gates)
+    compare(inputs, threshold="auto", allowed=1e-4)
+    compare(inputs, threshold=torch.tensor([-80.0, -30.0], device=DEVICE), allowed=1e-4)
+
+
+def test_what_is_forgotten_is_not_read() -> None:
+    """Keys that a query has forgotten may be NaN; gradients that come back for them are not read either."""
+    q, k, v, log_forget = (x.to(DEVICE) for x in make_inputs(1, 1300, 1, 1, 32))
+    log_forget[:] = -1e-3
+    log_forget[:, 640] = -200.0
+    late = slice(1024, None)
+    want = forgetting_attention(q, k, v, log_forget, threshold=-100.0)
+    k[:, :512], v[:, :512] = math.nan, math.nan
+    leaves = [x.requires_grad_() for x in (q, k, v, log_forget)]
+    found = forgetting_attention(*leaves, threshold=-100.0)
+    torch.testing.assert_close(found[:, late], want[:, late])
+    grads = torch.autograd.grad(found, leaves[:3], torch.ones_like(found))
+    assert all(torch.isfinite(grad[:, late]).all() for grad in grads)
+
+
+def test_results_repeat_bit_by_bit() -> None:
+    inputs = [x.to(DEVICE) for x in make_inputs(1, 300, 2, 1, 32)]
+    first, second = (with_gradients(forgetting_attention, inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_operator_is_a_good_citizen_of_pytorch() -> None:
+    """Schema, fake implementation, autograd registration; and no graph break under torch.compile."""
+    q, k, v, log_forget = (x.to(DEVICE) for x in make_inputs(1, 40, 2, 1, 32))
+    bounds = torch.tensor([0, 15, 40], dtype=torch.int32, device=DEVICE)
+    leaves = [x[0].clone().requires_grad_() for x in (q, k, v, log_forget)]
+    torch.library.opcheck(_forward, (*leaves, bounds, torch.full((2,), -math.inf, device=DEVICE), 0.2))
+    compiled = torch.compile(
+        lambda *x: forgetting_attention(*x, threshold="auto").square(), fullgraph=True, backend="aot_eager"
+    )
+    inputs = [q, k, v, log_forget]
+    plain = with_gradients(lambda *x: forgetting_attention(*x, threshold="auto").square(), inputs)
+    for a, b in zip(with_gradients(compiled, inputs), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="float64 runs the twin")
+def test_twin_in_float64() -> None:
+    """Its gradients against finite differences of its output."""
+    inputs = [x.double().requires_grad_() for x in make_inputs(1, 12, 2, 1, 32)]
+    assert torch.autograd.gradcheck(forgetting_attention, inputs)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(any),
+    rate=st.sampled_from([0.0, 0.05, 1.0, 30.0]),
+    threshold=st.sampled_from([-math.inf, -50.0, -5.0]),
+    size=st.sampled_from([16, 32]),
+    block=st.sampled_from([8, 16]),
+    seed=st.integers(0, 99),
+)
+def test_plan_visits_all_that_lives_and_little_else(
+    lengths: list[int], rate: float, threshold: float, size: int, block: int, seed: int
+) -> None:
+    """Every live pair is in a visited block; blocks before the first live pair of a tile are not visited."""
+    rng = torch.Generator().manual_seed(seed)
+    log_forget = -torch.rand(sum(lengths), 2, generator=rng) * rate
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    decay, limit = Decay.of(log_forget), torch.full((2,), threshold)
+    c = log_forget.double().cumsum(0).T
+    for make, by_query in ((query_tiles, True), (key_tiles, False)):
+        tiles, seen = make(decay, bounds, limit, size, block), 0
+        for tile, (start, begin, end) in enumerate(tiles.bounds.tolist()):
+            if start == end:
+                continue
+            assert begin in bounds and end in bounds and (start - begin) % size == 0
+            seen += min(size, end - start)
+            rows = torch.arange(start, min(start + size, end))
+            others = torch.arange(begin, end)
+            for head in range(2):
+                i, j = (rows[:, None], others[None]) if by_query else (others[None], rows[:, None])
+                live = (j <= i) & (c[head, i] - c[head, j] >= threshold)
+                blocks = (others - begin)[live.any(0)] // block
+                edge = blocks.min() if by_query else blocks.max()
+                assert tiles.limit[head, tile] == edge
+        assert seen == sum(lengths)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": torch.zeros(1, 5, 2, 48)}, r"q is \[1, 5, 2, 48\]: it must be \[B, T, H, d\] with d of 32"),
+        ({"k": torch.zeros(1, 5, 3, 32)}, r"k is \[1, 5, 3, 32\]: .* KV heads a divisor of 2"),
+        (
+            {"v": torch.zeros(1, 5, 2, 32, dtype=torch.float16)},
+            "v is torch.float16: it must be torch.float32, as q",
+        ),
+        ({"log_forget": torch.zeros(1, 5, 1)}, r"log_forget is \[1, 5, 1\]: it must be \[1, 5, 2\]"),
+        ({"threshold": "always"}, "threshold is 'always'"),
+        ({"threshold": torch.zeros(3)}, r"threshold is \[3\]: it must be \[2\]"),
+        ({"cu_seqlens": torch.zeros(3)}, "cu_seqlens is torch.float32"),
+    ],
+)
+def test_wrong_inputs_are_named(change: dict, message: str) -> None:
+    good = {name: torch.zeros(1, 5, 2, 32) for name in "qkv"} | {"log_forget": torch.zeros(1, 5, 2)}
+    with pytest.raises(ValueError, match=message):
+        forgetting_attention(**good | change)
