@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -68,6 +70,23 @@ def test_pages_come_back_while_the_request_runs(llm: LLM) -> None:
     assert metrics["vllm:kv_cache_usage_perc"].value == pytest.approx(usage(llm), abs=0.02)
     assert metrics["vllm:fox_kv_pages_released"].value == pool.released_total
     assert metrics["vllm:fox_kv_pages_live"].value == pool.used_total
+
+
+def test_transformers_model_gives_the_same_likelihoods(llm: LLM, fox_tiny: Path) -> None:
+    """One checkpoint, two implementations of its architecture; and the same greedy text."""
+    import vllm_fox.hf  # noqa: F401 (makes AutoModelForCausalLM know the model)
+
+    model = AutoModelForCausalLM.from_pretrained(fox_tiny, dtype=torch.float32).eval()
+    prompt = source_tokens(llm, 700, seed=5)
+    (out,) = generate(llm, [prompt], greedy(24, prompt_logprobs=1))
+    found = [at[token].logprob for at, token in zip(out.prompt_logprobs[1:], prompt[1:], strict=True)]
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].log_softmax(-1)
+    want = logits.gather(1, ids[0, 1:, None])[:, 0]
+    assert (torch.tensor(found) - want).abs().max() < 1e-3
+    text = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert text[0, len(prompt) :].tolist() == list(out.outputs[0].token_ids)
 
 
 def test_released_pages_serve_other_requests_at_once(llm: LLM) -> None:

@@ -13,7 +13,7 @@ FLOOR = -1024.0
 """A gate counts as at least e^-1024, far below what float32 tells from 0, so that -inf does not spread."""
 
 LOG_PRUNING_TOLERANCE = -10.0
-"""ACP's log eps: what ``threshold="auto"`` prunes weighs at most e^-10 of a query's attention in total."""
+"""ACP's own choice of log eps."""
 
 
 @torch.library.custom_op("vllm_fox::whole_sequence_attention", mutates_args=())
@@ -90,6 +90,7 @@ def forgetting_attention(
     scale: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
     threshold: torch.Tensor | float | str | None = None,
+    log_pruning_tolerance: float = LOG_PRUNING_TOLERANCE,
 ) -> torch.Tensor:
     """Causal softmax attention that forgets (FoX, arXiv 2503.02130), differentiable in its four tensors.
 
@@ -106,8 +107,9 @@ def forgetting_attention(
         cu_seqlens: [S + 1] int32 or int64 on q's device, from 0 to T, for S sequences packed one after the other;
             then B is 1.
         threshold: None prunes nothing. A number, or a tensor [H], prunes D_ij below it. "auto" finds a threshold a
-            head by ACP's rule, so that what is left out weighs at most e^-10 of a query's attention: -2 U - log L
-            - 10, with U the largest |q| times the largest |k| times scale and L the longest sequence.
+            head by ACP's rule, -2 U - log L + log_pruning_tolerance, with U the largest |q| times the largest |k|
+            times scale and L the longest sequence.
+        log_pruning_tolerance: log of what "auto" may leave out of a query's attention in total.
 
     Returns:
         [B, T, H, d] in q's dtype.
@@ -122,7 +124,7 @@ def forgetting_attention(
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
     if isinstance(threshold, str):
-        limit = _acp_threshold(q.detach(), k.detach(), cu_seqlens, scale)
+        limit = _acp_threshold(q.detach(), k.detach(), cu_seqlens, scale) + log_pruning_tolerance
     elif isinstance(threshold, torch.Tensor):
         limit = threshold.detach().float().expand(heads).contiguous()
     else:
@@ -133,11 +135,11 @@ def forgetting_attention(
 
 
 def _acp_threshold(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor, scale: float) -> torch.Tensor:
-    """[H] ACP's threshold from the largest norms of [N, H, d] and [N, KV heads, d]."""
+    """[H] ACP's -2 U - log L, with U from the largest norms of [N, H, d] and [N, KV heads, d]."""
     q_max, k_max = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax(0) for x in (q, k))
     bound = q_max * k_max.repeat_interleave(q.shape[1] // k.shape[1]) * scale
     longest = cu_seqlens.diff().max().clamp(min=1).float()
-    return -2 * bound - longest.log() + LOG_PRUNING_TOLERANCE
+    return -2 * bound - longest.log()
 
 
 def _check(q, k, v, log_forget, cu_seqlens, threshold) -> None:  # type: ignore[no-untyped-def]
