@@ -158,10 +158,11 @@ class ForgettingSelfAttention(nn.Module):
         k, last_k = self._shifted(self.k_proj, x, line, None if past is None else past.last[0])
         v, last_v = self._shifted(self.v_proj, x, line, None if past is None else past.last[1])
         if arch.qk_norm != "none":
-            q, k = (norm.wide(y.flatten(-2)).to(x.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+            # Under autocast x is wider than what projections return.
+            q, k = (norm.wide(y.flatten(-2)).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if arch.rope_base is not None:
             q, k = (rotate(y, line.positions, arch.rope_base) for y in (q, k))
-        log_forget = self._log_forget(x)
+        log_forget = self.log_forget(x)
         if past is not None:
             q, k, v, log_forget = (line.unpack(y) for y in (q, k, v, log_forget))
             out = line.pack(past.attend(q, k, v, log_forget, (last_k, last_v), dim**-0.5))
@@ -198,10 +199,10 @@ class ForgettingSelfAttention(nn.Module):
             before = before.index_copy(0, starts, last.to(before.dtype))
         assert isinstance(projection, ShiftedLinear)
         a = projection.shift_proj(x).sigmoid()[..., None]
-        return a * before + (1 - a) * y, y[ends]
+        return (a * before + (1 - a) * y).to(y.dtype), y[ends]
 
-    def _log_forget(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, H] float32 (or wider) log f."""
+    def log_forget(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, hidden], normed, to [N, H] float32 (or wider) log f."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.arch.gate == "none":
             return torch.zeros(len(x), self.arch.num_heads, dtype=wide, device=x.device)

@@ -1,0 +1,169 @@
+"""examples/train_fox.py: interrupted, killed and resumed runs, what it exports, and its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import vllm_fox.hf  # noqa: F401 (makes AutoModelForCausalLM know the model)
+from tests.engines import engine, generate, greedy
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "examples" / "train_fox.py"
+OPTIONS = [
+    "--cpu", "--layers=2", "--hidden=64", "--heads=2", "--vocab=400", "--context=128", "--batch=4",
+    "--micro-batch=2", "--steps=30", "--warmup=3", "--save-every=4", "--eval-every=10", "--eval-windows=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real text: some modules of the standard library, and a file that is no text."""
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("argparse", "ast", "bdb", "calendar", "cgi", "cmd", "codecs", "csv", "dis", "doctest", "enum"):
+        source = Path(sysconfig.get_paths()["stdlib"], f"{name}.py")
+        if source.exists():
+            shutil.copy(source, folder)
+    (folder / "image.bin").write_bytes(bytes(range(256)))
+    return folder
+
+
+def command(text: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), str(text), "--output", str(output), *OPTIONS, *more]
+
+
+def run(*args: str | Path, code: int = 0) -> str:
+    done = subprocess.run(command(*args), capture_output=True, text=True, cwd=ROOT)  # type: ignore[arg-type]
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def log(output: Path) -> list[dict]:
+    path = output / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def stopped_at(text: Path, output: Path, step: int, number: signal.Signals) -> int:
+    """Start a run, send a signal once a step is logged; the exit code."""
+    with subprocess.Popen(command(text, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(log(output)) < step and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        return process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("whole")
+    assert "is ready" in run(text, output)
+    return output
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["killed", "ctrl-c"])
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    text: Path, whole: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Loss by loss, gradient norm by gradient norm, weight by weight."""
+    assert stopped_at(text, tmp_path, 10, number) == code
+    assert 10 <= len(log(tmp_path)) < 30 and not (tmp_path / "model").exists()
+    run(text, tmp_path)
+    assert log(tmp_path) == log(whole)
+    first, second = ((folder / "model" / "model.safetensors").read_bytes() for folder in (whole, tmp_path))
+    assert first == second
+
+
+def test_it_learns_and_reports(whole: Path) -> None:
+    lines = log(whole)
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    validated = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in validated] == [10, 20, 30]
+    assert all(0 < line["live_share"] <= 1 for line in validated)
+    assert list((whole / "tensorboard").rglob("events.out.tfevents.*"))
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-28", "step-30"]
+
+
+def test_its_model_is_served_as_it_is(whole: Path) -> None:
+    folder = whole / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = "def main(argv=None):\n    "
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    want = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with engine(folder, max_model_len=128) as llm:
+        (out,) = generate(llm, [ids[0].tolist()], greedy(16))
+    assert list(out.outputs[0].token_ids) == want[0, ids.shape[1] :].tolist()
+
+
+def test_errors_name_what_is_wrong(text: Path, whole: Path, tmp_path: Path) -> None:
+    """One sentence each, and no traceback."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "a.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "a.txt").write_text("Too little.\n")
+    cases = [
+        ([tmp_path / "nowhere", tmp_path / "1"], "nowhere is not a folder"),
+        ([tmp_path / "empty", tmp_path / "2"], "no text to train on: it is empty"),
+        ([tmp_path / "binary", tmp_path / "3"], "none of its 1 files is UTF-8 text"),
+        ([tmp_path / "short", tmp_path / "4"], "too little text: .* Give more text, or a smaller --context"),
+        ([text, tmp_path / "5", "--heads", "3"], "num_heads"),
+        ([text, tmp_path / "6", "--batch", "3"], "--batch is 3: it must be a multiple of --micro-batch 2"),
+        ([text, whole, "--lr", "0.01"], "holds a run with --lr 0.001, not 0.01"),
+    ]
+    # In one process: each start would take seconds.
+    script = "import sys; sys.path.insert(0, 'examples'); import json, train_fox\n" + (
+        "for args in json.loads(sys.argv[1]):\n"
+        "    try: train_fox.main(args)\n"
+        "    except SystemExit as error: print('ERROR', error)\n"
+    )
+    arguments = [command(*args)[2:] for args, _ in cases]  # type: ignore[arg-type]
+    arguments.append([arg for arg in command(text, tmp_path / "7")[2:] if arg != "--cpu"])
+    messages = [*(message for _, message in cases), "No CUDA GPU was found"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
+    assert len(found) == len(messages), done.stdout + done.stderr[-3000:]
+    for line, message in zip(found, messages, strict=True):
+        assert re.search(message, line), (message, line)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(text: Path, tmp_path: Path) -> None:
+    """The second checkpoint finds no room: torch's own error, raised in its place."""
+    script = """if 1:
+        import sys; sys.path.insert(0, "examples")
+        import accelerate, train_fox
+        save, calls = accelerate.Accelerator.save_state, []
+        def full(self, folder):
+            calls.append(folder)
+            save(self, folder)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+        accelerate.Accelerator.save_state = full
+        train_fox.main(sys.argv[1:])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command(text, tmp_path)[2:]], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "is full: the checkpoint of step 8 was not written, step 4 is intact" in done.stderr
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-4"]
