@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from vllm_fox.hf import ForgettingTransformerForCausalLM, FoxConfig
+from vllm_fox.hf import ForgettingTransformerForCausalLM, FoxConfig, live_shares
 
 # What must be the same when a run goes on; the rest may change.
 FIXED = (
@@ -142,34 +142,17 @@ def validate(model: Any, accelerator: Accelerator, corpus: Corpus, args: argpars
     """Mean loss on held-out windows, and the share of (query, key) pairs that are alive there."""
     model.eval()
     windows = min(args.eval_windows, len(corpus.held_out) // args.context)
-    losses, shares = [], []
-    blocks = accelerator.unwrap_model(model).model.layers
-
-    def measure(block: Any, inputs: tuple, output: torch.Tensor) -> None:
-        shares.append(live_share(block, output))
-
-    hooks = [
-        block.attn_norm.register_forward_hook(lambda _, given, out, block=block: measure(block, given, out))
-        for block in blocks
-    ]
+    losses = []
     for index in range(windows):
         start = index * args.context
         ids = torch.from_numpy(corpus.held_out[start : start + args.context].astype("int64"))[None]
         ids = ids.to(accelerator.device)
         losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss.float())
-        for hook in hooks:  # one window tells enough about the gates
-            hook.remove()
+    values = {"validation_loss": torch.stack(losses).mean().item()}
+    if args.pruning:  # one window tells enough about the gates
+        values["live_share"] = live_shares(model, ids).mean().item()
     model.train()
-    return {"validation_loss": torch.stack(losses).mean().item(), "live_share": sum(shares) / len(shares)}
-
-
-def live_share(block: Any, x: torch.Tensor) -> float:
-    """Share of a layer's (query, key) pairs that ACP keeps, from its normed input [T, hidden]."""
-    threshold = block.attn.threshold(block.attn_norm.weight.float())
-    c = block.attn.log_forget(x).double().cumsum(0).T.contiguous()
-    first = torch.searchsorted(-c, -c + threshold[:, None].double())
-    query = torch.arange(c.shape[1], device=c.device)
-    return ((query + 1 - first.clamp(max=query)).sum() / (len(c) * (query + 1).sum())).item()
+    return values
 
 
 class Checkpoints:
@@ -345,7 +328,7 @@ def train(args: argparse.Namespace) -> None:
         finished = step + 1
         if args.eval_every and (finished % args.eval_every == 0 or finished == args.steps):
             values |= validate(model, accelerator, corpus, args)
-            shown = {"live": values["live_share"], "valid": values["validation_loss"]}
+            shown = {"live": values.get("live_share", 1.0), "valid": values["validation_loss"]}
         speed = args.batch * args.context / (time.perf_counter() - start)
         log.write(step=finished, **values)
         accelerator.log(values | {"tokens_per_second": speed}, step=finished)

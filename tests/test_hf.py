@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.checkpoints import make_checkpoint
 from tests.reference_model import reference_logits
 from vllm_fox.architecture import Architecture, expected_weights
-from vllm_fox.hf import ForgettingCache, ForgettingTransformerForCausalLM
+from vllm_fox.hf import ForgettingCache, ForgettingTransformerForCausalLM, live_shares
 
 PRO = {
     "use_output_gate": True, "use_output_norm": True, "qk_norm": True, "use_k_shift": True, "use_v_shift": True,
@@ -140,6 +140,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(pro: Any) -> None:
     for name, grad in grads[0].items():
         assert grad is not None and grad.abs().max() > 0, name
         torch.testing.assert_close(grad, grads[1][name])
+
+
+def test_live_shares_are_those_of_the_formula(pro: Any) -> None:
+    """Counted pair by pair from the first layer's gates."""
+    ids = tokens(1, 400)
+    found = live_shares(pro, ids)
+    assert found.shape == (2, 4)
+    block = pro.model.layers[0]
+    with torch.no_grad():
+        x = block.attn_norm(pro.model.embeddings(ids[0]))
+        c = block.attn.log_forget(x).double().cumsum(0)
+    threshold = block.attn.threshold(block.attn_norm.weight)
+    for head in range(4):
+        alive = (c[:, None, head] - c[None, :, head] >= threshold[head]).tril()
+        assert found[0, head] == pytest.approx(alive.sum().item() / (400 * 401 / 2))
+    assert found[0, 0] < 0.9 and found[0, 3] == 1  # gate biases of -1 and 14
 
 
 def test_wrong_arguments_are_named(pro: Any) -> None:

@@ -7,6 +7,7 @@ from vllm_fox.configs import FlaForgettingTransformerConfig, FoxConfig, register
 from vllm_fox.tokenizer import register_tokenizer
 
 from .cache import ForgettingCache
+from .live_share import live_shares
 from .modeling import FlaForgettingTransformerForCausalLM, ForgettingTransformerForCausalLM
 
 register_configs()
@@ -20,4 +21,5 @@ __all__ = [
     "ForgettingCache",
     "ForgettingTransformerForCausalLM",
     "FoxConfig",
+    "live_shares",
 ]

@@ -23,6 +23,9 @@ SPARSE = 16
 """But not if fewer than one in so many of those looked through would be freed."""
 
 
+_NOTHING = np.empty(0, dtype=np.int32)
+
+
 class OutOfPages(RuntimeError):
     """The pool was asked for more than it has; callers check :meth:`PagePool.can_extend` first."""
 
@@ -129,13 +132,9 @@ class PagePool:
         if not self.can_extend(slot, count):
             raise OutOfPages(f"{count} pages in each of {self.streams.sum()} streams")
         first = int(self.num_pages[slot])
-        missing = self._chunks_missing(slot, count)
-        index = np.arange(-(-first // TABLE_CHUNK), -(-first // TABLE_CHUNK) + missing, dtype=np.int32)
-        chunks = np.array([self._free_chunks.pop() for _ in range(missing)], dtype=np.int32)
-        self._chunk_of[slot, index] = chunks
-
+        index, chunks = self._take_chunks(slot, first, count)
         page = np.arange(first, first + count)
-        chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], (page % TABLE_CHUNK).astype(np.int32)
+        chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], page % TABLE_CHUNK
         ids = np.empty((count, self._entries.shape[2]), dtype=np.int32)
         for free, top, columns in zip(self._free, self._num_free.tolist(), self.columns):
             taken = count * (columns.stop - columns.start)
@@ -147,6 +146,17 @@ class PagePool:
         self.allocated_total += ids.size
         self.used_total += ids.size
         return Columns(slot, index, chunks, chunk, offset, ids)
+
+    def _take_chunks(self, slot: int, first: int, count: int) -> tuple[Int32, Int32]:
+        """Give ``slot`` the table chunks that pages ``first : first + count`` need: their indices and numbers."""
+        missing = self._chunks_missing(slot, count)
+        if not missing:
+            return _NOTHING, _NOTHING
+        held = -(-first // TABLE_CHUNK)
+        index = np.arange(held, held + missing, dtype=np.int32)
+        chunks = np.array([self._free_chunks.pop() for _ in range(missing)], dtype=np.int32)
+        self._chunk_of[slot, index] = chunks
+        return index, chunks
 
     def release(self, rank: int, slots: np.ndarray, epochs: np.ndarray, starts: np.ndarray) -> int:
         """Free the pages that ``rank`` has proved dead. Late, repeated or outdated reports do no harm.

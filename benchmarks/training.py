@@ -1,0 +1,220 @@
+"""Training with and without ACP, and the peers' kernels, on one GPU.
+
+python -m benchmarks.training kernels --gates gates.safetensors      # forward + backward of one layer, and peers
+python -m benchmarks.training steps runs/fox                         # tokens/s of a trained model by context
+python -m benchmarks.training curves runs/fox runs/fox-unpruned      # the losses of two runs, one --no-pruning
+python -m benchmarks.training patterns runs/fox --plot docs/forgetting.png
+
+`steps`, `curves` and `patterns` read what examples/train_fox.py wrote: gates of real training on real text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.peers import PREFILL, Prefill, live_pairs, load_gates, median_ms, pruning_threshold
+from benchmarks.record import save
+from vllm_fox.hf import live_shares
+from vllm_fox.kernels import forgetting_attention
+
+HEADS, DIM = 24, 64
+PEERS = ("official FoX", "official FoX, ACP", "fla", "SDPA (cuDNN)")
+STEP_TOKENS = 65536
+
+
+def backward_too(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], Any]:
+    """The call, and the gradients of its inputs for a gradient of its output."""
+    grad = torch.randn_like(call())
+    return lambda: torch.autograd.grad(call(), leaves, grad, allow_unused=True)
+
+
+def kernels(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of the forward pass, and of forward and backward, by length."""
+    figures: dict[str, Any] = {}
+    for length in args.lengths:
+        gates = load_gates(args.gates, HEADS, length)
+        leaves = [torch.randn(1, length, HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        leaves[:2] = [x / x.float().square().mean(-1, keepdim=True).sqrt().to(x) for x in leaves[:2]]  # as QK-norm
+        leaves.append(gates.log_forget[None].cuda())
+        for leaf in leaves:
+            leaf.requires_grad_()
+        bound = gates.logit_bound.cuda()
+        threshold = pruning_threshold(bound, length)
+        inputs = Prefill(leaves[0], leaves[1], leaves[2], leaves[3], bound)
+        calls: dict[str, Callable[[], torch.Tensor]] = {
+            "ours, ACP": lambda x=leaves, threshold=threshold: forgetting_attention(*x, threshold=threshold),
+            "ours, nothing pruned": lambda x=leaves: forgetting_attention(*x),
+        }
+        absent = {}
+        for peer in PREFILL:
+            if peer.label in PEERS:
+                call, why = peer.bind(inputs)
+                if call is None:
+                    absent[peer.label] = why
+                else:
+                    calls[peer.label] = call
+        times = {}
+        for name, call in calls.items():
+            with torch.no_grad():
+                forward = median_ms(call)
+            times[name] = {"forward": forward, "forward and backward": median_ms(backward_too(call, leaves))}
+        share = live_pairs(gates.log_forget, threshold, 64).share
+        figures[str(length)] = {"live_share": share, "gates": gates.source, "ms": times, "absent": absent}
+        print(f"{length:,} tokens, {100 * share:.1f} % of pairs live")
+        for name, row in times.items():
+            both, ours = row["forward and backward"], times["ours, ACP"]["forward and backward"]
+            print(f"  {name:24}{row['forward']:9.3f} ms{both:9.3f} ms with backward ({both / ours:.2f}x)")
+        for name, why in absent.items():
+            print(f"  {name:24} absent: {why}")
+    return figures
+
+
+def load(run: Path, pruning: bool, context: int | None = None) -> Any:
+    """A run's model in float32, as it was trained."""
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    model.config.log_pruning_tolerance = -10.0 if pruning else None
+    if context is not None:
+        model.config.max_position_embeddings = context
+    fresh = type(model)(model.config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def text(run: Path, tokens: int) -> torch.Tensor:
+    """[tokens] of the run's training text, from its start."""
+    data = np.load(run / "data" / "train.npy", mmap_mode="r")
+    return torch.from_numpy(np.resize(data, tokens).astype(np.int64))
+
+
+def steps(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of whole training steps, with and without ACP, taken in turns."""
+    figures = {}
+    for context in args.lengths:
+        rates: dict[bool, list[float]] = {True: [], False: []}
+        models = {pruning: load(args.run, pruning, context).cuda().train() for pruning in rates}
+        optimizers = {p: torch.optim.AdamW(m.parameters(), lr=0.0, fused=True) for p, m in models.items()}
+        if args.compile:
+            models = {p: torch.compile(m) for p, m in models.items()}
+        batch = text(args.run, max(STEP_TOKENS, context)).view(-1, context).cuda()
+        for repeat in range(args.repeats + 2):
+            for pruning, model in models.items():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for window in batch.split(max(1, args.micro_tokens // context)):
+                    with torch.autocast("cuda", dtype=torch.bfloat16):
+                        loss = model(input_ids=window, labels=window, use_cache=False).loss
+                    loss.backward()
+                optimizers[pruning].step()
+                optimizers[pruning].zero_grad()
+                torch.cuda.synchronize()
+                if repeat >= 2:
+                    rates[pruning].append(batch.numel() / (time.perf_counter() - start))
+        shares = live_shares(load(args.run, True, context).cuda().eval(), batch[:1])
+        row = {
+            "live_share": shares.mean().item(),
+            "tokens_per_second": {str(p): statistics.median(rate) for p, rate in rates.items()},
+        }
+        figures[str(context)] = row
+        with_acp, without = (statistics.median(rates[p]) for p in (True, False))
+        print(
+            f"{context:7,} tokens: {100 * row['live_share']:.1f} % of pairs live; "
+            f"{with_acp:,.0f} tokens/s with ACP, {without:,.0f} without ({with_acp / without:.2f}x)"
+        )
+    return figures
+
+
+def curves(args: argparse.Namespace) -> dict[str, Any]:
+    """Two runs from the same seed, with and without pruning: how far apart their losses are."""
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in args.runs]
+    losses = [[line["loss"] for line in log] for log in logs]
+    if len(losses[0]) != len(losses[1]):
+        raise SystemExit(f"the runs have {len(losses[0])} and {len(losses[1])} steps: give two of equal length.")
+    apart = statistics.mean(abs(a - b) for a, b in zip(*losses))
+    final = [next(line["validation_loss"] for line in reversed(log) if "validation_loss" in line) for log in logs]
+    print(f"{len(losses[0])} steps: losses {apart:.5f} nats apart; validation {final[0]:.4f}, {final[1]:.4f}")
+    if args.plot:
+        _plot_curves(args.plot, losses, [run.name for run in args.runs])
+    return {"mean_absolute_difference": apart, "validation": final, "losses": losses}
+
+
+def patterns(args: argparse.Namespace) -> dict[str, Any]:
+    """Live share by layer and head on the run's own text."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(args.run, True, args.context).to(device).eval()
+    shares = live_shares(model, text(args.run, args.context)[None].to(device))
+    for layer, row in enumerate(shares.tolist()):
+        print(f"layer {layer:2}: " + " ".join(f"{100 * share:5.1f}" for share in row))
+    if args.plot:
+        _plot_patterns(args.plot, shares)
+    return {"context": args.context, "live_share": shares.tolist()}
+
+
+def _figure(width: float) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, 3.2))
+
+
+def _plot_curves(path: str, losses: list[list[float]], names: list[str]) -> None:
+    figure, axis = _figure(6)
+    for loss, name, style in zip(losses, names, ("-", "--")):
+        axis.plot(range(1, len(loss) + 1), loss, style, label=name, linewidth=1)
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss, nats a token")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _plot_patterns(path: str, shares: torch.Tensor) -> None:
+    figure, axis = _figure(5)
+    image = axis.imshow(shares.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    axis.set_xlabel("head")
+    axis.set_ylabel("layer")
+    figure.colorbar(image, label="share of pairs that live")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("kernels")
+    one.add_argument("--gates", help="safetensors with log_forget and logit_bound; synthetic gates without")
+    one.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
+    two = commands.add_parser("steps")
+    two.add_argument("run", type=Path)
+    two.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    two.add_argument("--micro-tokens", type=int, default=32768)
+    two.add_argument("--repeats", type=int, default=5)
+    two.add_argument("--compile", action="store_true")
+    three = commands.add_parser("curves")
+    three.add_argument("runs", type=Path, nargs=2)
+    three.add_argument("--plot")
+    four = commands.add_parser("patterns")
+    four.add_argument("run", type=Path)
+    four.add_argument("--context", type=int, default=8192)
+    four.add_argument("--plot")
+    for command in (one, two, three, four):
+        command.add_argument("--save", help="JSON file for the figures")
+    args = parser.parse_args()
+    figures = {"kernels": kernels, "steps": steps, "curves": curves, "patterns": patterns}[args.command](args)
+    if args.save:
+        save(args.save, {"command": args.command, "figures": figures})
+
+
+if __name__ == "__main__":
+    main()
