@@ -205,7 +205,11 @@ def ready(folder: str | Path, write: Callable[[Path, Geometry], None], geometry:
         new = Path(scratch) / "model"
         new.mkdir()
         write(new, geometry)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:  # another process was faster
+            if not (folder / "config.json").is_file():
+                raise
     return folder
 
 

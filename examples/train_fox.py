@@ -296,6 +296,10 @@ def train(args: argparse.Namespace) -> None:
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer: Any = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    accelerator.print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {len(corpus.train):,} tokens, "
+        f"{accelerator.num_processes} processes on {accelerator.device.type}"
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
     checkpoints = Checkpoints(args.output / "checkpoints", accelerator)
     checkpoints.folder.mkdir(exist_ok=True)

@@ -86,6 +86,16 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     assert first == second
 
 
+def test_two_processes_share_a_step(text: Path, whole: Path, tmp_path: Path) -> None:
+    """Half of each batch each, the same losses up to the order of sums."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *command(text, tmp_path)[1:]]
+    done = subprocess.run(launch, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "2 processes on cpu" in done.stdout, done.stderr[-3000:]
+    for line, expected in zip(log(tmp_path), log(whole), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
 def test_it_learns_and_reports(whole: Path) -> None:
     lines = log(whole)
     assert [line["step"] for line in lines] == list(range(1, 31))
