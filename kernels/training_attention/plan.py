@@ -25,7 +25,8 @@ class Decay:
     @classmethod
     def of(cls, log_forget: torch.Tensor) -> Decay:
         """Of [N, H] log gates."""
-        c = log_forget.double().cumsum(0).T.contiguous()
+        # Along the last dimension, where PyTorch's GPU scan works in parallel.
+        c = log_forget.T.double().contiguous().cumsum(1)
         high = c.float()
         return cls(-c, high, (c - high).float())
 
