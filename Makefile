@@ -2,11 +2,13 @@
 #   DEVICE=cpu|gpu   which vLLM (default: gpu if nvidia-smi finds a GPU)
 #   PYTHON=python3   the interpreter to make .venv with, 3.11 to 3.14
 #   PIP_ARGS=...     more arguments for pip install, such as another index
+#   JOBS=2           processes that `make test` shares the test files out to (default on a GPU: none)
 #   ARGS=...         more arguments for the demo, pytest or vllm serve
 #   MODEL=...        what `make serve` serves (default: examples/fox-tiny)
 PYTHON ?= python3
 DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
 MODEL ?= examples/fox-tiny
+JOBS ?= $(if $(filter gpu,$(DEVICE)),0,2)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(DEVICE)
@@ -38,7 +40,7 @@ demo: setup
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 serve: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/serve.sh '$(MODEL)' $(ARGS)

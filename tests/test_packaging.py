@@ -70,7 +70,7 @@ def test_the_wheel_announces_the_plugin_and_requires_no_vllm_by_itself(wheel: Pa
     assert "[vllm.general_plugins]\nfox = plugin_setup:register" in entry_points
     required = [r for r in metadata.get_all("Requires-Dist") or [] if "extra ==" not in r]
     assert required == ["numpy"]
-    assert set(metadata.get_all("Provides-Extra") or []) == {"cpu", "gpu", "ray", "bench", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"cpu", "gpu", "ray", "train", "bench", "dev"}
     assert "Apache License" in licence
 
 
