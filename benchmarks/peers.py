@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+
+from vllm_fox.models import bounds
 
 Call = Callable[[], torch.Tensor]
 
@@ -120,7 +121,7 @@ def _one_line(error: Exception) -> str:
 
 def pruning_threshold(logit_bound: torch.Tensor, length: int) -> torch.Tensor:
     """[H]: pairs with D_ij below it are negligible, -2U - log(length) + LOG_TOLERANCE."""
-    return -2 * logit_bound - math.log(length) + LOG_TOLERANCE
+    return bounds.pruning_threshold(logit_bound, length, LOG_TOLERANCE)
 
 
 # ---- prefill ----

@@ -1,7 +1,7 @@
 """Pretrain a Forgetting Transformer (FoX Pro, arXiv 2503.02130) on any folder of text files.
 
     python examples/train_fox.py TEXT_FOLDER --output runs/fox                    # one GPU
-    accelerate launch --multi_gpu examples/train_fox.py TEXT_FOLDER --output ...  # DDP; FSDP as accelerate has it
+    torchrun --nproc-per-node 2 examples/train_fox.py TEXT_FOLDER --output ...    # two processes
     python examples/train_fox.py TEXT_FOLDER --output runs/tiny --cpu --layers 2 --hidden 64 --steps 20 ...
 
 Attention is vllm_fox's own, with Adaptive Computation Pruning (arXiv 2504.06949) forward and backward. Run the same

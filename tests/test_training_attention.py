@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from vllm_fox.kernels import forgetting_attention
 from vllm_fox.kernels.training_attention import _forward
@@ -119,7 +120,7 @@ def test_pruning_changes_nothing_that_counts(gates: str) -> None:
 
 
 def test_what_is_forgotten_is_not_read() -> None:
-    """Keys that a query has forgotten may be NaN; gradients that come back for them are not read either."""
+    """Keys that a query has forgotten may be NaN."""
     q, k, v, log_forget = (x.to(DEVICE) for x in make_inputs(1, 1300, 1, 1, 32))
     log_forget[:] = -1e-3
     log_forget[:, 640] = -200.0
@@ -133,6 +134,19 @@ def test_what_is_forgotten_is_not_read() -> None:
     assert all(torch.isfinite(grad[:, late]).all() for grad in grads)
 
 
+def test_who_has_forgotten_a_key_is_not_read_for_its_gradient() -> None:
+    """Gradients that arrive at late tokens may be NaN: keys that those have forgotten do not see them."""
+    q, k, v, log_forget = (x.to(DEVICE) for x in make_inputs(1, 1300, 1, 1, 32))
+    log_forget[:] = -1e-3
+    log_forget[:, 640] = -200.0
+    leaves = [x.requires_grad_() for x in (k, v)]
+    out = forgetting_attention(q, *leaves, log_forget, threshold=-100.0)
+    arriving = torch.ones_like(out)
+    arriving[:, 1024:] = math.nan
+    for grad in torch.autograd.grad(out, leaves, arriving):
+        assert torch.isfinite(grad[:, :512]).all() and grad[:, 1024:].isnan().any()
+
+
 def test_results_repeat_bit_by_bit() -> None:
     inputs = [x.to(DEVICE) for x in make_inputs(1, 300, 2, 1, 32)]
     first, second = (with_gradients(forgetting_attention, inputs) for _ in range(2))
@@ -144,7 +158,7 @@ def test_operator_is_a_good_citizen_of_pytorch() -> None:
     q, k, v, log_forget = (x.to(DEVICE) for x in make_inputs(1, 40, 2, 1, 32))
     bounds = torch.tensor([0, 15, 40], dtype=torch.int32, device=DEVICE)
     leaves = [x[0].clone().requires_grad_() for x in (q, k, v, log_forget)]
-    torch.library.opcheck(_forward, (*leaves, bounds, torch.full((2,), -math.inf, device=DEVICE), 0.2))
+    library.opcheck(_forward, (*leaves, bounds, torch.full((2,), -math.inf, device=DEVICE), 0.2))
     compiled = torch.compile(
         lambda *x: forgetting_attention(*x, threshold="auto").square(), fullgraph=True, backend="aot_eager"
     )

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import library
 
+from ..cache_write.reference import GATE_FLOOR
 from ..dispatch import use_triton
 from . import reference
-
-FLOOR = -1024.0
-"""A gate counts as at least e^-1024, far below what float32 tells from 0, so that -inf does not spread."""
 
 LOG_PRUNING_TOLERANCE = -10.0
 """ACP's own choice of log eps."""
 
 
-@torch.library.custom_op("vllm_fox::whole_sequence_attention", mutates_args=())
+@library.custom_op("vllm_fox::whole_sequence_attention", mutates_args=())
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -34,7 +33,7 @@ def _forward(
     return reference.forward(q, k, v, log_forget, cu_seqlens, threshold, scale)
 
 
-@torch.library.custom_op("vllm_fox::whole_sequence_attention_backward", mutates_args=())
+@library.custom_op("vllm_fox::whole_sequence_attention_backward", mutates_args=())
 def _backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,
@@ -129,7 +128,7 @@ def forgetting_attention(
         limit = threshold.detach().float().expand(heads).contiguous()
     else:
         limit = torch.full((heads,), -math.inf if threshold is None else threshold, device=q.device)
-    gates = log_forget.flatten(0, 1).clamp(min=FLOOR)
+    gates = log_forget.flatten(0, 1).clamp(min=GATE_FLOOR)
     out, _ = _forward(q, k, v, gates, cu_seqlens, limit, scale)
     return out.unflatten(0, (batch, length))
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import library, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_fox.kernels.paged import FP8, PageFormat, Pages, PageTable
+from vllm_fox.models.bounds import pruning_threshold, with_rounding
 from vllm_fox.pages.spec import make_spec
 from vllm_fox.settings import FoxSettings
 
@@ -91,13 +92,11 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         Args:
             bound: [num_heads] float32, U >= max |q . k| / sqrt(d) for every query and key there can be.
         """
-        # q and k are rounded to the page's dtype after the bound was proved for exact ones.
-        rounding = (1.0 + torch.finfo(self.dtype).eps) * (1.0 + torch.finfo(self.kv_dtype).eps)
-        bound = rounding * bound.double()
+        bound = with_rounding(bound, self.dtype, self.kv_dtype)
         self.logit_bound = bound.max().item()
         if self.tolerance is None:
             return
-        limit = -2.0 * bound - math.log(self.max_model_len) + self.tolerance
+        limit = pruning_threshold(bound, self.max_model_len, self.tolerance)
         self.threshold.copy_(limit.view(self.num_kv_heads, self.num_gates))
 
     def forward(
@@ -236,7 +235,7 @@ def _fake(
     return None
 
 
-_library = torch.library.Library("vllm_fox", "FRAGMENT")
+_library = library.Library("vllm_fox", "FRAGMENT")
 direct_register_custom_op(
     op_name="forgetting_attention",
     op_func=forgetting_attention,

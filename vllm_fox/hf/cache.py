@@ -117,7 +117,9 @@ class ForgettingLayer(CacheLayerMixin):
         """Nothing is allocated ahead."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("a forgetting layer needs gates: it is filled by the model")
+        raise TypeError(
+            "ForgettingLayer.update: keys and values alone are not enough, gates are needed too: use fill or attend."
+        )
 
 
 class ForgettingCache(Cache):

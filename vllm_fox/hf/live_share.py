@@ -30,7 +30,7 @@ def live_shares(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
 
     def measure(block: ForgettingTransformerBlock, normed: torch.Tensor) -> None:
         # While the block runs, its weights are whole even where they are sharded otherwise (FSDP).
-        threshold = block.attn.threshold(block.attn_norm.weight).double()
+        threshold = block.attn.threshold(block.attn_norm.weight)
         c = block.attn.log_forget(normed).double().cumsum(0).T.contiguous()
         first = torch.searchsorted(-c, -c + threshold[:, None])
         query = torch.arange(c.shape[1], device=c.device)

@@ -21,7 +21,7 @@ from vllm_fox.architecture import OFFICIAL, Architecture
 from vllm_fox.configs import FlaForgettingTransformerConfig, FoxConfig
 from vllm_fox.kernels import forgetting_attention
 from vllm_fox.kernels.cache_write import rotate
-from vllm_fox.models.bounds import projection_bound, qk_norm_bound
+from vllm_fox.models.bounds import projection_bound, pruning_threshold, qk_norm_bound, with_rounding
 
 from .cache import ForgettingCache
 
@@ -241,7 +241,8 @@ class ForgettingSelfAttention(nn.Module):
             w_q, w_k = (p.weight.unflatten(0, (-1, dim)) for p in (self.q_proj, k_proj))
             b_q, b_k = (p.bias.unflatten(0, (-1, dim)) if arch.qkv_bias else None for p in (self.q_proj, k_proj))
             bound = projection_bound(w_q, w_k, input_norm, b_q, b_k, rotated=arch.rope_base is not None)
-        return (-2 * bound - math.log(self.max_length) + arch.log_pruning_tolerance).to(device)
+        bound = with_rounding(bound, self.o_proj.weight.dtype, self.o_proj.weight.dtype)
+        return pruning_threshold(bound, self.max_length, arch.log_pruning_tolerance).to(device)
 
 
 class GatedMLP(nn.Module):

@@ -10,13 +10,15 @@ size, s(M) the largest singular value of M and D = diag(attn_norm.weight),
     without it, biases or RoPE         U = (s(W_q D) sqrt(n) + ||b_q||) (s(W_k D) sqrt(n) + ||b_k||) / sqrt(d)
     without it, neither                U = n s(D W_q^T W_k D) / sqrt(d)
 
-The statements are about exact arithmetic. The attention layer allows for the rounding of q and k themselves (shift,
+The statements are about exact arithmetic. :func:`with_rounding` allows for the rounding of q and k themselves (shift,
 norm, rotation). Bounds that go back to the projection's input also carry ``(1 + eps)^3``, eps being the dtype's
 machine epsilon: for q and for k, two roundings in the input norm's output and one in the projection's, each by at
 most eps / 2.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -69,6 +71,25 @@ def projection_bound(
     norm_q = _radius(factor_q, hidden, b_q)
     norm_k = _radius(factor_k, hidden, b_k).repeat_interleave(groups)
     return _up(slack * norm_q * norm_k / dim**0.5)
+
+
+def with_rounding(bound: torch.Tensor, q_dtype: torch.dtype, k_dtype: torch.dtype) -> torch.Tensor:
+    """A bound [...] for q and k that are rounded to these dtypes after it was proved for exact ones; in float64."""
+    return (1.0 + torch.finfo(q_dtype).eps) * (1.0 + torch.finfo(k_dtype).eps) * bound.double()
+
+
+def pruning_threshold(bound: torch.Tensor, max_length: int, log_tolerance: float) -> torch.Tensor:
+    """ACP's ``-2U - log L + log eps`` (eq. 5): pairs with D_ij below it are negligible.
+
+    Args:
+        bound: [...] U.
+        max_length: L, the longest context.
+        log_tolerance: log eps: what the pruned weights of a query may sum to.
+
+    Returns:
+        [...] in the dtype of ``bound``.
+    """
+    return -2.0 * bound - math.log(max_length) + log_tolerance
 
 
 def _factor(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

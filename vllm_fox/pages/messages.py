@@ -13,15 +13,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from .pool import Columns
-
-_NOTHING = np.empty(0, dtype=np.int64)
+from .pool import NOTHING, Columns
 
 
 def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
     if len(parts) == 1:
         return parts[0]
-    return np.concatenate(parts) if parts else _NOTHING
+    return np.concatenate(parts) if parts else NOTHING
 
 
 @dataclass
@@ -61,13 +59,12 @@ class TableUpdate(KVConnectorMetadata):
         opened: Sequence[int],
         columns: Sequence[Columns],
     ) -> TableUpdate:
-        chunk_slot = _join([np.full(len(c.new_chunk), c.slot) for c in columns])
         return cls(
             step=step,
             slots=slots,
             epochs=epochs,
-            opened=np.array(opened, dtype=np.int64) if opened else _NOTHING,
-            chunk_slot=chunk_slot,
+            opened=np.array(opened, dtype=np.int64) if opened else NOTHING,
+            chunk_slot=_join([np.full(len(c.new_chunk), c.slot) for c in columns]),
             chunk_index=_join([c.new_chunk_index for c in columns]),
             chunk_id=_join([c.new_chunk for c in columns]),
             column_chunk=_join([c.chunk for c in columns]),

@@ -23,7 +23,7 @@ SPARSE = 16
 """But not if fewer than one in so many of those looked through would be freed."""
 
 
-_NOTHING = np.empty(0, dtype=np.int32)
+NOTHING = np.empty(0, dtype=np.int32)
 
 
 class OutOfPages(RuntimeError):
@@ -151,7 +151,7 @@ class PagePool:
         """Give ``slot`` the table chunks that pages ``first : first + count`` need: their indices and numbers."""
         missing = self._chunks_missing(slot, count)
         if not missing:
-            return _NOTHING, _NOTHING
+            return NOTHING, NOTHING
         held = -(-first // TABLE_CHUNK)
         index = np.arange(held, held + missing, dtype=np.int32)
         chunks = np.array([self._free_chunks.pop() for _ in range(missing)], dtype=np.int32)
