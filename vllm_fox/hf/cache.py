@@ -117,9 +117,7 @@ class ForgettingLayer(CacheLayerMixin):
         """Nothing is allocated ahead."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(
-            "ForgettingLayer.update: keys and values alone are not enough, gates are needed too: use fill or attend."
-        )
+        raise TypeError("ForgettingLayer.update: gates are needed as well as keys and values: use fill or attend.")
 
 
 class ForgettingCache(Cache):

@@ -10,10 +10,10 @@ size, s(M) the largest singular value of M and D = diag(attn_norm.weight),
     without it, biases or RoPE         U = (s(W_q D) sqrt(n) + ||b_q||) (s(W_k D) sqrt(n) + ||b_k||) / sqrt(d)
     without it, neither                U = n s(D W_q^T W_k D) / sqrt(d)
 
-The statements are about exact arithmetic. :func:`with_rounding` allows for the rounding of q and k themselves (shift,
-norm, rotation). Bounds that go back to the projection's input also carry ``(1 + eps)^3``, eps being the dtype's
-machine epsilon: for q and for k, two roundings in the input norm's output and one in the projection's, each by at
-most eps / 2.
+The statements are about exact arithmetic. :func:`with_rounding` allows for the rounding of q and k themselves
+(shift, norm, rotation). Bounds that go back to the projection's input also carry ``(1 + eps)^3``, eps being the
+dtype's machine epsilon: for q and for k, two roundings in the input norm's output and one in the projection's, each
+by at most eps / 2.
 """
 
 from __future__ import annotations
