@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from hypothesis import strategies as st
 from torch import library
 
 from vllm_fox.kernels import forgetting_attention
-from vllm_fox.kernels.training_attention import _forward
-from vllm_fox.kernels.training_attention.plan import Decay, key_tiles, query_tiles
+from vllm_fox.kernels.training_attention import _forward, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -175,6 +175,15 @@ def test_twin_in_float64() -> None:
     assert torch.autograd.gradcheck(forgetting_attention, inputs)
 
 
+def planners() -> list[Any]:
+    """The plan in plain PyTorch, and where Triton runs, in Triton."""
+    if DEVICE == "cpu" and not INTERPRETED:
+        return [plan]
+    from vllm_fox.kernels.training_attention import plan_kernel
+
+    return [plan, plan_kernel]
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(any),
@@ -182,33 +191,50 @@ def test_twin_in_float64() -> None:
     threshold=st.sampled_from([-math.inf, -50.0, -5.0]),
     size=st.sampled_from([16, 32]),
     block=st.sampled_from([8, 16]),
+    kv_heads=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),
 )
 def test_plan_visits_all_that_lives_and_little_else(
-    lengths: list[int], rate: float, threshold: float, size: int, block: int, seed: int
+    lengths: list[int], rate: float, threshold: float, size: int, block: int, kv_heads: int, seed: int
 ) -> None:
-    """Every live pair is in a visited block; blocks before the first live pair of a tile are not visited."""
+    """A tile's limit is the block of the last pair that lives, and tiles with more work come first."""
     rng = torch.Generator().manual_seed(seed)
     log_forget = -torch.rand(sum(lengths), 2, generator=rng) * rate
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    decay, limit = Decay.of(log_forget), torch.full((2,), threshold)
     c = log_forget.double().cumsum(0).T
-    for make, by_query in ((query_tiles, True), (key_tiles, False)):
-        tiles, seen = make(decay, bounds, limit, size, block), 0
-        for tile, (start, begin, end) in enumerate(tiles.bounds.tolist()):
-            if start == end:
-                continue
-            assert begin in bounds and end in bounds and (start - begin) % size == 0
-            seen += min(size, end - start)
-            rows = torch.arange(start, min(start + size, end))
-            others = torch.arange(begin, end)
-            for head in range(2):
-                i, j = (rows[:, None], others[None]) if by_query else (others[None], rows[:, None])
-                live = (j <= i) & (c[head, i] - c[head, j] >= threshold)
-                blocks = (others - begin)[live.any(0)] // block
-                edge = blocks.min() if by_query else blocks.max()
-                assert tiles.limit[head, tile] == edge
-        assert seen == sum(lengths)
+    for planner in planners():
+        given = (
+            planner.running_sum(log_forget.to(DEVICE), bounds.to(DEVICE)),
+            bounds.to(DEVICE),
+            torch.full((2,), threshold, device=DEVICE),
+            size,
+            block,
+        )
+        for tiles, by_query in (
+            (planner.query_tiles(*given), True),
+            (planner.key_tiles(*given, kv_heads), False),
+        ):
+            seen, work = 0, torch.zeros(2, len(tiles.bounds), dtype=torch.int64)
+            for tile, (start, begin, end) in enumerate(tiles.bounds.tolist()):
+                if start == end:
+                    continue
+                assert begin in bounds and end in bounds and (start - begin) % size == 0
+                seen += min(size, end - start)
+                rows = torch.arange(start, min(start + size, end))
+                others = torch.arange(begin, end)
+                for head in range(2):
+                    i, j = (rows[:, None], others[None]) if by_query else (others[None], rows[:, None])
+                    live = (j <= i) & (c[head, i] - c[head, j] >= threshold)
+                    blocks = (others - begin)[live.any(0)] // block
+                    edge = blocks.min() if by_query else blocks.max()
+                    assert tiles.limit[head, tile] == edge
+                    own = (rows - begin).max() // block if by_query else (start - begin) // block
+                    work[head, tile] = (own - edge).abs() + 1
+            assert seen == sum(lengths)
+            if not by_query:
+                work = work.unflatten(0, (kv_heads, -1)).sum(1)
+            sorted_work = work.flatten()[tiles.order.cpu()]
+            assert (sorted_work.diff() <= 0).all() and len(set(tiles.order.tolist())) == work.numel()
 
 
 @pytest.mark.parametrize(

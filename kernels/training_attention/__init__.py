@@ -24,7 +24,7 @@ def _forward(
     cu_seqlens: torch.Tensor,
     threshold: torch.Tensor,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`.reference.forward`."""
     if use_triton(q.device) and q.dtype != torch.float64:
         from . import kernel
@@ -39,9 +39,9 @@ def _backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_forget: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    c: torch.Tensor,
     cu_seqlens: torch.Tensor,
     threshold: torch.Tensor,
     scale: float,
@@ -50,31 +50,32 @@ def _backward(
     if use_triton(q.device) and q.dtype != torch.float64:
         from . import kernel
 
-        return kernel.backward(grad_out, q, k, v, log_forget, out, lse, cu_seqlens, threshold, scale)
-    return reference.backward(grad_out, q, k, v, log_forget, out, lse, cu_seqlens, threshold, scale)
+        return kernel.backward(grad_out, q, k, v, out, lse, c, cu_seqlens, threshold, scale)
+    return reference.backward(grad_out, q, k, v, out, lse, c, cu_seqlens, threshold, scale)
 
 
 @_forward.register_fake
 def _(q, k, v, log_forget, cu_seqlens, threshold, scale):  # type: ignore[no-untyped-def]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=wide)
+    rows = (q.shape[1], q.shape[0])
+    return torch.empty_like(q), q.new_empty(rows, dtype=wide), q.new_empty((3, *rows), dtype=torch.float32)
 
 
 @_backward.register_fake
-def _(grad_out, q, k, v, log_forget, out, lse, cu_seqlens, threshold, scale):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, log_forget))
+def _(grad_out, q, k, v, out, lse, c, cu_seqlens, threshold, scale):  # type: ignore[no-untyped-def]
+    return *(x.new_empty(x.shape) for x in (q, k, v)), c.new_empty((q.shape[0], q.shape[1]))
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
+    q, k, v, log_forget, cu_seqlens, threshold, ctx.scale = inputs
+    ctx.gate_dtype = log_forget.dtype
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, threshold)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, grad_out, _):  # type: ignore[no-untyped-def]
-    q, k, v, log_forget, cu_seqlens, threshold, out, lse = ctx.saved_tensors
-    grads = _backward(grad_out, q, k, v, log_forget, out, lse, cu_seqlens, threshold, ctx.scale)
-    return *grads, None, None, None
+def _differentiate(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
+    *grads, grad_gate = _backward(grad_out, *ctx.saved_tensors, ctx.scale)
+    return *grads, grad_gate.to(ctx.gate_dtype), None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -129,7 +130,7 @@ def forgetting_attention(
     else:
         limit = torch.full((heads,), -math.inf if threshold is None else threshold, device=q.device)
     gates = log_forget.flatten(0, 1).clamp(min=GATE_FLOOR)
-    out, _ = _forward(q, k, v, gates, cu_seqlens, limit, scale)
+    out, _, _ = _forward(q, k, v, gates, cu_seqlens, limit, scale)
     return out.unflatten(0, (batch, length))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .plan import running_sum
+
 ROWS = 512
 """Queries whose weights are in memory at once."""
 
@@ -18,7 +20,7 @@ def forward(
     cu_seqlens: torch.Tensor,
     threshold: torch.Tensor,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """softmax over j <= i, D_ij >= threshold of ``scale * q_i . k_j + D_ij``, times v (FoX, arXiv 2503.02130, with
     the pruning of ACP, arXiv 2504.06949), where D_ij is the sum of the log forget gates after j up to i.
 
@@ -31,13 +33,15 @@ def forward(
         scale: of the logits.
 
     Returns:
-        out [N, H, d] in q's dtype, and the logarithm of the softmax's denominator [H, N], float32 or wider.
+        out [N, H, d] in q's dtype, the logarithm of the softmax's denominator [H, N], float32 or wider, and the
+        gates' running sum, as :func:`.plan.running_sum` has it.
     """
     out, lse = torch.empty_like(q), _wide(q).new_empty(q.shape[1], q.shape[0])
-    for at, logits, _, value in _blocks(q, k, v, log_forget, cu_seqlens, threshold, scale):
+    c = running_sum(log_forget, cu_seqlens)
+    for at, logits, _, value in _blocks(q, k, v, c, cu_seqlens, threshold, scale):
         lse[:, at] = logits.logsumexp(-1)
         out[at] = (logits.softmax(-1) @ value).transpose(0, 1).to(q.dtype)
-    return out, lse
+    return out, lse, c
 
 
 def backward(
@@ -45,14 +49,14 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_forget: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    c: torch.Tensor,
     cu_seqlens: torch.Tensor,
     threshold: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v and log_forget, given that of ``out`` and what :func:`forward` took and returned."""
+    """Gradients of q, k, v and log_forget (float32), from that of ``out`` and from what :func:`forward` saw."""
     heads, kv_heads = q.shape[1], k.shape[1]
     wide_q, wide_grad = _wide(q).transpose(0, 1), _wide(grad_out).transpose(0, 1)  # [H, N, d]
     delta = (wide_grad * _wide(out).transpose(0, 1)).sum(-1)
@@ -60,7 +64,7 @@ def backward(
     grad_k, grad_v = torch.zeros_like(wide_q), torch.zeros_like(wide_q)
     # Sum over queries of the logits' gradients, by key: what D_ij = c_i - c_j passes on to c_j, but for the sign.
     column = torch.zeros_like(delta)
-    for at, logits, keys, value in _blocks(q, k, v, log_forget, cu_seqlens, threshold, scale):
+    for at, logits, keys, value in _blocks(q, k, v, c, cu_seqlens, threshold, scale):
         weights = (logits - lse[:, at, None]).exp()
         grad_v[:, keys] += weights.transpose(1, 2) @ wide_grad[:, at]
         grad_logits = weights * (wide_grad[:, at] @ value.transpose(1, 2) - delta[:, at, None])
@@ -71,8 +75,8 @@ def backward(
     def to_kv(grad: torch.Tensor) -> torch.Tensor:
         return grad.unflatten(0, (kv_heads, -1)).sum(1).transpose(0, 1).to(k.dtype)
 
-    grad_gate = gate_gradient(column, cu_seqlens).to(log_forget.dtype)
-    return grad_q.transpose(0, 1).to(q.dtype), to_kv(grad_k), to_kv(grad_v), grad_gate
+    grads = grad_q.transpose(0, 1).to(q.dtype), to_kv(grad_k), to_kv(grad_v)
+    return *grads, gate_gradient(column, cu_seqlens).float()
 
 
 def gate_gradient(column: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -92,7 +96,7 @@ def _blocks(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_forget: torch.Tensor,
+    c: torch.Tensor,
     cu_seqlens: torch.Tensor,
     threshold: torch.Tensor,
     scale: float,
@@ -103,10 +107,10 @@ def _blocks(
     bounds = cu_seqlens.tolist()
     query, key, value = _wide(q).transpose(0, 1), _by_head(k, heads), _by_head(v, heads)
     for start, end in zip(bounds[:-1], bounds[1:]):
-        c = log_forget[start:end].double().cumsum(0).T  # [H, T], c_t = sum over s <= t of log f_s
+        sums = c[0, :, start:end].double() + c[1, :, start:end]  # c_t = sum over s <= t of log f_s
         for first in range(0, end - start, ROWS):
             last = min(first + ROWS, end - start)
-            decay = c[:, first:last, None] - c[:, None, :last]
+            decay = sums[:, first:last, None] - sums[:, None, :last]
             position = torch.arange(last, device=q.device)
             seen = (position[first:, None] >= position) & (decay >= threshold[:, None, None])
             oldest = int(seen.any(1).any(0).int().argmax())
