@@ -69,7 +69,7 @@ class TableUpdate(KVConnectorMetadata):
             chunk_id=_join([c.new_chunk for c in columns]),
             column_chunk=_join([c.chunk for c in columns]),
             column_offset=_join([c.offset for c in columns]),
-            ids=_join([c.ids for c in columns]),
+            ids=_join([c.ids for c in columns]) if columns else NOTHING[:, None],
         )
 
 
