@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from text_corpus import END, Corpus, prepare, window_order
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -38,8 +38,8 @@ from vllm_fox.hf import ForgettingTransformerForCausalLM, FoxConfig, live_shares
 
 # What must be the same when a run goes on; the rest may change.
 FIXED = (
-    "text", "layers", "hidden", "heads", "vocab", "context", "batch", "micro_batch", "steps", "warmup", "lr",
-    "weight_decay", "seed", "pruning",
+    "text", "layers", "hidden", "heads", "vocab", "context", "batch", "micro_batch", "steps", "warmup", "optimizer",
+    "lr", "weight_decay", "seed", "pruning", "compile",
 )  # fmt: skip
 KEEP = 2  # checkpoints
 
@@ -57,11 +57,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=2, help="windows at once on one device")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate; then a cosine to 0")
+    parser.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="muon: for the layers' matrices, AdamW for the rest",
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", help="train without ACP")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
     parser.add_argument("--eval-every", type=int, default=100, help="steps between validations")
     parser.add_argument("--eval-windows", type=int, default=16)
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -118,6 +125,29 @@ class Interruption:
             return self.asked
         flag = torch.tensor(float(self.asked), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum").item())
+
+
+def make_optimizers(model: Any, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """One for all weights, or Muon (torch.optim.Muon) for the layers' matrices and AdamW for the others."""
+    named = list(model.named_parameters())
+    # QK-norm's gains decay too: they set ACP's bound on logits, and what has no other pull drifts up.
+    decaying = [p for name, p in named if p.dim() > 1 or "q_norm" in name or "k_norm" in name]
+    matrices: list[torch.nn.Parameter] = []
+    if args.optimizer == "muon":
+        matrices = [p for name, p in named if p.dim() > 1 and ".layers." in name]
+    apart = {id(p) for p in matrices}
+    groups = [
+        {"params": [p for p in decaying if id(p) not in apart], "weight_decay": args.weight_decay},
+        {"params": [p for _, p in named if all(p is not d for d in decaying)], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
+    if matrices:
+        # Its steps are scaled to be as large as AdamW's, so one learning rate serves both.
+        muon = torch.optim.Muon(
+            matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append(muon)
+    return optimizers
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -272,6 +302,8 @@ def train(args: argparse.Namespace) -> None:
     accelerator = Accelerator(
         cpu=args.cpu, mixed_precision="no" if args.cpu else "bf16", log_with="tensorboard", project_dir=args.output
     )
+    if args.optimizer == "muon" and accelerator.distributed_type == DistributedType.FSDP:
+        raise SystemExit("--optimizer is muon, which needs whole matrices: under FSDP give --optimizer adamw.")
     per_step = args.micro_batch * accelerator.num_processes
     if args.batch % per_step:
         raise SystemExit(
@@ -292,15 +324,14 @@ def train(args: argparse.Namespace) -> None:
     model: Any = ForgettingTransformerForCausalLM(config)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer: Any = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    if args.compile:
+        model.compile(dynamic=False)
+    optimizers = make_optimizers(model, args)
     accelerator.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {len(corpus.train):,} tokens, "
         f"{accelerator.num_processes} processes on {accelerator.device.type}"
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
     checkpoints = Checkpoints(args.output / "checkpoints", accelerator)
     checkpoints.folder.mkdir(exist_ok=True)
     done = checkpoints.restore()
@@ -312,7 +343,7 @@ def train(args: argparse.Namespace) -> None:
     shown: dict[str, float] = {}
     for step in range(done, args.steps):
         start = time.perf_counter()
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, args)
         mine = batch_windows(step, corpus, args)[accelerator.process_index :: accelerator.num_processes]
         pieces = [mine[n : n + args.micro_batch] for n in range(0, len(mine), args.micro_batch)]
@@ -324,8 +355,9 @@ def train(args: argparse.Namespace) -> None:
             accelerator.backward(loss)
             total += loss.detach()
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         values = {"loss": accelerator.reduce(total, "mean").item(), "gradient_norm": float(norm)}
         if not math.isfinite(values["loss"]):
             raise SystemExit(f"The loss of step {step + 1} is {values['loss']}: try a smaller --lr than {args.lr}.")

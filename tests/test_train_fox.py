@@ -25,6 +25,7 @@ SCRIPT = ROOT / "examples" / "train_fox.py"
 OPTIONS = [
     "--cpu", "--layers=2", "--hidden=64", "--heads=2", "--vocab=400", "--context=128", "--batch=4",
     "--micro-batch=2", "--steps=30", "--warmup=3", "--save-every=4", "--eval-every=10", "--eval-windows=2",
+    "--optimizer=muon", "--lr=0.005",
 ]  # fmt: skip
 
 
@@ -96,6 +97,16 @@ def test_two_processes_share_a_step(text: Path, whole: Path, tmp_path: Path) -> 
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
+def test_compiled_or_with_another_optimizer(text: Path, whole: Path, tmp_path: Path) -> None:
+    """Compiled, the first steps give the same losses; AdamW's second step does not."""
+    run(text, tmp_path / "compiled", "--compile", "--steps=2", "--eval-every=0")
+    for line, expected in zip(log(tmp_path / "compiled"), log(whole)):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    run(text, tmp_path / "adamw", "--optimizer=adamw", "--steps=3", "--eval-every=0")
+    losses, expected = ([line["loss"] for line in log(folder)] for folder in (tmp_path / "adamw", whole))
+    assert losses[0] == expected[0] and losses[2] != expected[2]
+
+
 def test_it_learns_and_reports(whole: Path) -> None:
     lines = log(whole)
     assert [line["step"] for line in lines] == list(range(1, 31))
@@ -133,7 +144,7 @@ def test_errors_name_what_is_wrong(text: Path, whole: Path, tmp_path: Path) -> N
         ([tmp_path / "short", tmp_path / "4"], "too little text: .* Give more text, or a smaller --context"),
         ([text, tmp_path / "5", "--heads", "3"], "num_heads"),
         ([text, tmp_path / "6", "--batch", "3"], "--batch is 3: it must be a multiple of --micro-batch 2"),
-        ([text, whole, "--lr", "0.01"], "holds a run with --lr 0.001, not 0.01"),
+        ([text, whole, "--lr", "0.01"], "holds a run with --lr 0.005, not 0.01"),
     ]
     # In one process: each start would take seconds.
     script = "import sys; sys.path.insert(0, 'examples'); import json, train_fox\n" + (

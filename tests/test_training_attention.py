@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import library
 
 from vllm_fox.kernels import forgetting_attention
-from vllm_fox.kernels.training_attention import _forward, plan
+from vllm_fox.kernels.training_attention import _backward, _forward, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -158,7 +158,12 @@ def test_operator_is_a_good_citizen_of_pytorch() -> None:
     q, k, v, log_forget = (x.to(DEVICE) for x in make_inputs(1, 40, 2, 1, 32))
     bounds = torch.tensor([0, 15, 40], dtype=torch.int32, device=DEVICE)
     leaves = [x[0].clone().requires_grad_() for x in (q, k, v, log_forget)]
-    library.opcheck(_forward, (*leaves, bounds, torch.full((2,), -math.inf, device=DEVICE), 0.2))
+    limits = bounds, torch.full((2,), -math.inf, device=DEVICE), 0.2
+    library.opcheck(_forward, (*leaves, *limits))
+    with torch.no_grad():
+        saved = _forward(*leaves, *limits)
+    given = [x.detach() for x in (saved[0], *leaves[:3], *saved)]
+    library.opcheck(_backward, (*given, *limits))
     compiled = torch.compile(
         lambda *x: forgetting_attention(*x, threshold="auto").square(), fullgraph=True, backend="aot_eager"
     )

@@ -58,7 +58,7 @@ def _backward(
 def _(q, k, v, log_forget, cu_seqlens, threshold, scale):  # type: ignore[no-untyped-def]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = (q.shape[1], q.shape[0])
-    return torch.empty_like(q), q.new_empty(rows, dtype=wide), q.new_empty((3, *rows), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(rows, dtype=wide), q.new_empty((3, *rows), dtype=torch.float32)
 
 
 @_backward.register_fake

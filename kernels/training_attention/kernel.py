@@ -306,7 +306,7 @@ def forward(
     launch = launches(dim, q.dtype)[0]
     c = running_sum(log_forget, cu_seqlens)
     tiles = query_tiles(c, cu_seqlens, threshold, launch.tile, launch.block)
-    out, lse = torch.empty_like(q), torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
+    out, lse = q.new_empty(q.shape), torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
     _launch_forward(
         (len(tiles.order), 1, 1), (q, k, v, c, out, lse, tiles.bounds, tiles.limit, tiles.order),
         (tokens, len(tiles.bounds), scale), (), _constants(q, k, launch),
@@ -332,7 +332,7 @@ def backward(
     _, for_queries, for_keys = launches(dim, q.dtype)
     grad_out, column = grad_out.contiguous(), torch.empty_like(lse)
     terms = torch.empty(2, heads, tokens, dtype=torch.float32, device=q.device)
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     _launch_terms(
         (triton.cdiv(tokens, 32), heads, 1), (out, grad_out, lse, c, terms), (tokens,), (), (heads, dim, 32)
     )

@@ -36,7 +36,7 @@ def forward(
         out [N, H, d] in q's dtype, the logarithm of the softmax's denominator [H, N], float32 or wider, and the
         gates' running sum, as :func:`.plan.running_sum` has it.
     """
-    out, lse = torch.empty_like(q), _wide(q).new_empty(q.shape[1], q.shape[0])
+    out, lse = q.new_empty(q.shape), _wide(q).new_empty(q.shape[1], q.shape[0])
     c = running_sum(log_forget, cu_seqlens)
     for at, logits, _, value in _blocks(q, k, v, c, cu_seqlens, threshold, scale):
         lse[:, at] = logits.logsumexp(-1)
@@ -73,10 +73,10 @@ def backward(
         column[:, keys] += grad_logits.sum(1)
 
     def to_kv(grad: torch.Tensor) -> torch.Tensor:
-        return grad.unflatten(0, (kv_heads, -1)).sum(1).transpose(0, 1).to(k.dtype)
+        return grad.unflatten(0, (kv_heads, -1)).sum(1).transpose(0, 1).to(k.dtype).contiguous()
 
-    grads = grad_q.transpose(0, 1).to(q.dtype), to_kv(grad_k), to_kv(grad_v)
-    return *grads, gate_gradient(column, cu_seqlens).float()
+    grads = grad_q.transpose(0, 1).to(q.dtype).contiguous(), to_kv(grad_k), to_kv(grad_v)
+    return *grads, gate_gradient(column, cu_seqlens).float().contiguous()
 
 
 def gate_gradient(column: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

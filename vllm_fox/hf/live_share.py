@@ -41,7 +41,9 @@ def live_shares(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         for block in blocks
     ]
     try:
-        model(input_ids=input_ids, use_cache=False)
+        # Compiled code does not run hooks.
+        with torch.compiler.set_stance("force_eager"):
+            model(input_ids=input_ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
