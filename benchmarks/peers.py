@@ -14,6 +14,7 @@ FlashAttention 3 are imported when they are bound and not before. All peers have
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -141,6 +142,35 @@ def _official(inputs: Prefill, *, prune: bool, head_first: bool) -> Call:
         return out.transpose(1, 2) if head_first else out
 
     return call
+
+
+def official_model(config: Any, weights: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The official implementation's model, as loss of token windows [B, T].
+
+    Raises:
+        ImportError: its package is not installed.
+    """
+    from forgetting_transformer.model.forgetting_transformer.configuration_forgetting_transformer import (
+        ForgettingTransformerConfig,
+    )
+    from forgetting_transformer.model.forgetting_transformer.modeling_forgetting_transformer import (
+        ForgettingTransformerForCausalLM,
+    )
+
+    class Model(ForgettingTransformerForCausalLM):  # type: ignore[misc, valid-type]
+        _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012 (as transformers 5 wants them)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            after = torch.cat((input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)), 1)
+            out = super().forward(input_ids=input_ids, labels=after, use_cache=False, return_dict=True)
+            return out.loss.sum() / (input_ids.shape[0] * (input_ids.shape[1] - 1))
+
+    names = set(inspect.signature(ForgettingTransformerConfig.__init__).parameters)
+    # It takes KV heads for grouped ones, even as many as there are heads.
+    given = {name: value for name, value in config.to_dict().items() if name in names - {"num_kv_heads"}}
+    model = Model(ForgettingTransformerConfig(**given))
+    model.load_state_dict(weights)
+    return model
 
 
 def _fla(inputs: Prefill) -> Call:

@@ -22,7 +22,15 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.peers import PREFILL, Prefill, live_pairs, load_gates, median_ms, pruning_threshold
+from benchmarks.peers import (
+    PREFILL,
+    Prefill,
+    live_pairs,
+    load_gates,
+    median_ms,
+    official_model,
+    pruning_threshold,
+)
 from benchmarks.record import save
 from vllm_fox.hf import live_shares
 from vllm_fox.kernels import forgetting_attention
@@ -96,40 +104,89 @@ def text(run: Path, tokens: int) -> torch.Tensor:
     return torch.from_numpy(np.resize(data, tokens).astype(np.int64))
 
 
+class Loss(torch.nn.Module):
+    """Our model as loss of token windows [B, T]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        return loss
+
+
+def systems(args: argparse.Namespace, context: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """What trains the run's model, as loss of token windows; and what is missing, and why."""
+    found: dict[str, Any] = {}
+    for name, pruning in (("ours, ACP", True), ("ours, no ACP", False)):
+        found[name] = Loss(load(args.run, pruning, context))
+        if args.compile:
+            found[name].compile(dynamic=False)
+    try:
+        model = found["ours, ACP"].model
+        found["official, ACP"] = official_model(model.config, model.state_dict())
+    except ImportError as error:
+        return found, {"official, ACP": str(error)}
+    return found, {}
+
+
+def one_step(
+    loss_of: Any, optimizer: torch.optim.Optimizer, batch: torch.Tensor, windows: int
+) -> tuple[float, float]:
+    """Seconds of a step over a batch [B, T], ``windows`` at once, and its mean loss."""
+    torch.cuda.synchronize()
+    start, total = time.perf_counter(), 0.0
+    for part in batch.split(windows):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = loss_of(part)
+        (loss * len(part) / len(batch)).backward()
+        total += loss.detach() * len(part) / len(batch)
+    optimizer.step()
+    optimizer.zero_grad()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, float(total)
+
+
 def steps(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of whole training steps, with and without ACP, taken in turns."""
+    """Tokens a second of whole training steps, systems in turns, and the share of pairs that live."""
     figures = {}
     for context in args.lengths:
-        rates: dict[bool, list[float]] = {True: [], False: []}
-        models = {pruning: load(args.run, pruning, context).cuda().train() for pruning in rates}
-        optimizers = {p: torch.optim.AdamW(m.parameters(), lr=0.0, fused=True) for p, m in models.items()}
-        if args.compile:
-            models = {p: torch.compile(m) for p, m in models.items()}
+        models, absent = systems(args, context)
         batch = text(args.run, max(STEP_TOKENS, context)).view(-1, context).cuda()
+        optimizers, rates, losses = {}, {name: [] for name in models}, {}  # type: ignore[var-annotated]
+        for name, model in models.items():
+            model.cuda().train()
+            optimizers[name] = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
         for repeat in range(args.repeats + 2):
-            for pruning, model in models.items():
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                for window in batch.split(max(1, args.micro_tokens // context)):
-                    with torch.autocast("cuda", dtype=torch.bfloat16):
-                        loss = model(input_ids=window, labels=window, use_cache=False).loss
-                    loss.backward()
-                optimizers[pruning].step()
-                optimizers[pruning].zero_grad()
-                torch.cuda.synchronize()
+            for name in list(rates):
+                try:
+                    taken, losses[name] = one_step(
+                        models[name], optimizers[name], batch, max(1, args.micro_tokens // context)
+                    )
+                except Exception as error:  # whatever a peer's code raises, the others are still to be timed
+                    if name.startswith("ours"):
+                        raise
+                    absent[name] = f"{type(error).__name__}: {error}"[:200]
+                    del rates[name]
+                    continue
                 if repeat >= 2:
-                    rates[pruning].append(batch.numel() / (time.perf_counter() - start))
+                    rates[name].append(batch.numel() / taken)
         shares = live_shares(load(args.run, True, context).cuda().eval(), batch[:1])
-        row = {
+        speed = {name: statistics.median(rate) for name, rate in rates.items()}
+        figures[str(context)] = {
             "live_share": shares.mean().item(),
-            "tokens_per_second": {str(p): statistics.median(rate) for p, rate in rates.items()},
+            "compiled": args.compile,
+            "tokens_per_second": speed,
+            "losses": losses,
+            "absent": absent,
         }
-        figures[str(context)] = row
-        with_acp, without = (statistics.median(rates[p]) for p in (True, False))
-        print(
-            f"{context:7,} tokens: {100 * row['live_share']:.1f} % of pairs live; "
-            f"{with_acp:,.0f} tokens/s with ACP, {without:,.0f} without ({with_acp / without:.2f}x)"
-        )
+        print(f"{context:,} tokens: {100 * shares.mean().item():.1f} % of pairs live")
+        for name, rate in speed.items():
+            ratio = speed["ours, ACP"] / rate
+            print(f"  {name:16}{rate:12,.0f} tokens/s (ours with ACP {ratio:.2f}x), loss {losses[name]:.4f}")
+        for name, why in absent.items():
+            print(f"  {name:16} absent: {why}")
     return figures
 
 
@@ -200,7 +257,7 @@ def main() -> None:
     two.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     two.add_argument("--micro-tokens", type=int, default=32768)
     two.add_argument("--repeats", type=int, default=5)
-    two.add_argument("--compile", action="store_true")
+    two.add_argument("--compile", action="store_true", help="ours, by torch.compile")
     three = commands.add_parser("curves")
     three.add_argument("runs", type=Path, nargs=2)
     three.add_argument("--plot")
