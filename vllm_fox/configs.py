@@ -1,4 +1,4 @@
-"""Configuration classes of both checkpoint dialects, known to transformers' AutoConfig once registered."""
+"""Config classes of both FoX dialects and of DCP's GPT-2, known to transformers' AutoConfig once registered."""
 
 from __future__ import annotations
 
@@ -12,16 +12,8 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from .architecture import Architecture, resolve_intermediate_size
 
 
-class _ForgettingTransformerConfig(PretrainedConfig):
-    """What both dialects share: names that vLLM and transformers expect, and strictness about the fields."""
-
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
-
-    if TYPE_CHECKING:  # set from ``own``; an annotation here would become a dataclass field of transformers'
-        hidden_size: int
-        num_heads: int
-        num_kv_heads: int | None
+class _StrictConfig(PretrainedConfig):
+    """Fields that the class does not know are refused, and a near miss is named."""
 
     def __init__(
         self,
@@ -48,10 +40,33 @@ class _ForgettingTransformerConfig(PretrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**standard)
         if own:
-            Architecture.from_config(self)
-            self.intermediate_size = resolve_intermediate_size(self)
-            # vLLM reads this name first, and takes null for an answer.
-            self.num_kv_heads = self.num_key_value_heads
+            self._complete()
+
+    def _complete(self) -> None:
+        """Check the fields, and set those that follow from them."""
+        raise NotImplementedError
+
+
+class _ForgettingTransformerConfig(_StrictConfig):
+    """What both dialects of FoX share: names that vLLM and transformers expect."""
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
+
+    if TYPE_CHECKING:  # set from ``own``; an annotation here would become a dataclass field of transformers'
+        hidden_size: int
+        num_heads: int
+        num_kv_heads: int | None
+
+    # transformers writes one of its own for a class that has none.
+    def __init__(self, own: dict[str, Any] | None = None, **standard: Any) -> None:
+        super().__init__(own, **standard)
+
+    def _complete(self) -> None:
+        Architecture.from_config(self)
+        self.intermediate_size = resolve_intermediate_size(self)
+        # vLLM reads this name first, and takes null for an answer.
+        self.num_kv_heads = self.num_key_value_heads
 
     @property
     def head_dim(self) -> int:
@@ -159,12 +174,75 @@ class FlaForgettingTransformerConfig(_ForgettingTransformerConfig):
         super().__init__(_own_fields(FlaForgettingTransformerConfig, locals()), **kwargs)
 
 
+class SparseGPT2Config(_StrictConfig):
+    """GPT-2 with Dynamic Context Pruning (arXiv 2305.15805); fields as in its authors' code.
+
+    Args:
+        block_size: longest context.
+        bias: of linear layers and norms.
+        int_n_embd: size of the interaction queries and keys.
+        propagate_in_depth: whether what a layer drops is dropped in all layers above it.
+
+    Raises:
+        ValueError: a field is unknown or has a value out of range.
+    """
+
+    model_type = "sparse_gpt2"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+        "max_position_embeddings": "block_size",
+    }
+
+    if TYPE_CHECKING:
+        n_layer: int
+        n_head: int
+        n_embd: int
+        block_size: int
+        vocab_size: int
+        bias: bool
+        int_n_embd: int
+        propagate_in_depth: bool
+
+    def __init__(
+        self,
+        n_layer: int = 12,
+        n_head: int = 12,
+        n_embd: int = 768,
+        block_size: int = 1024,
+        vocab_size: int = 50257,
+        bias: bool = True,
+        int_n_embd: int = 64,
+        propagate_in_depth: bool = True,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        own = _own_fields(SparseGPT2Config, locals())
+        super().__init__(own, tie_word_embeddings=own.pop("tie_word_embeddings"), **kwargs)
+
+    def _complete(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "int_n_embd"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{self.model_type} config: {name} is {value!r}: it must be an integer from 1 on.")
+        for name in ("bias", "propagate_in_depth"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{self.model_type} config: {name} is {getattr(self, name)!r}: true or false.")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"{self.model_type} config: n_embd {self.n_embd} is no multiple of n_head {self.n_head}."
+            )
+        if not self.tie_word_embeddings:
+            raise ValueError(f"{self.model_type} config: tie_word_embeddings is false: it must be true.")
+
+
 def register_configs() -> None:
-    """Make both classes what AutoConfig uses for their model types; safe to call again.
+    """Make these classes what AutoConfig uses for their model types; safe to call again.
 
     They win over classes that the official package or flash-linear-attention registered before.
     """
-    for config in (FoxConfig, FlaForgettingTransformerConfig):
+    for config in (FoxConfig, FlaForgettingTransformerConfig, SparseGPT2Config):
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 

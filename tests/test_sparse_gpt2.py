@@ -1,0 +1,181 @@
+"""GPT-2 with Dynamic Context Pruning for transformers, and the alpha-sigmoid, against their formulas."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from tests.reference_sparse_gpt2 import reference
+from vllm_fox.hf import SparseGPT2Config, SparseGPT2LMHeadModel, alpha_sigmoid
+
+
+def make_model(seed: int = 0, score: float = 2.4, **config: Any) -> SparseGPT2LMHeadModel:
+    """A small model in evaluation mode whose interaction scores are about ``score`` +- 1."""
+    torch.manual_seed(seed)
+    sizes = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 97, "int_n_embd": 8}
+    model = SparseGPT2LMHeadModel(SparseGPT2Config(**sizes | config)).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith("int_bias"):
+                tensor.fill_(score)
+            elif "_int" in name:
+                tensor.normal_(std=0.2)
+            else:  # weights of a size that makes logits differ
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+    return model
+
+
+def tokens(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(97, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_are_the_formulas(propagate: bool, bias: bool) -> None:
+    model = make_model(propagate_in_depth=propagate, bias=bias).double()
+    ids = tokens(48)
+    want, seen = reference(model.config, dict(model.named_parameters()), ids[0].tolist())
+    shares = [sum(map(len, layer)) / (48 * 47 / 2) for layer in seen]
+    assert all(0.01 < share < 0.98 for share in shares), shares
+    torch.testing.assert_close(model(ids).logits[0], want)
+    if propagate:
+        assert shares == sorted(shares, reverse=True)
+
+
+def test_what_is_dropped_stays_dropped_and_nothing_drops_itself() -> None:
+    for kept in make_model().kept(tokens(40)):
+        assert set(kept.unique().tolist()) == {0.0, 1.0}
+        lower = kept[0].tril()
+        assert (lower.diagonal() == 1).all()
+        for j in range(40):
+            assert (lower[j:, j].diff() <= 0).all()
+
+
+def test_a_large_alpha_is_the_step() -> None:
+    """In training mode, what is kept approaches what will be served as alpha grows."""
+    model, ids = make_model(), tokens(40)
+    want = torch.stack(model.kept(ids))
+    model.train()
+    apart = []
+    for alpha in (1.0, 2.0, 8.0, 400.0):
+        model.alpha = alpha
+        apart.append((torch.stack(model.kept(ids)) - want).abs().mean().item())
+    assert apart == sorted(apart, reverse=True) and apart[-1] < 0.005
+
+
+def test_loss_counts_what_is_kept_and_all_weights_learn() -> None:
+    model, ids = make_model().train(), tokens(40)
+    plain, weighted = (model(ids, labels=ids, gamma=gamma).loss for gamma in (0.0, 0.5))
+    kept = torch.stack(model.kept(ids))
+    assert weighted.item() == pytest.approx(plain.item() + 0.5 * kept[:, :, :-1].mean().item(), abs=1e-5)
+    weighted.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_gradients_of_the_softened_model() -> None:
+    """Against finite differences in float64, where tokens are half dropped and half not."""
+    model, ids = make_model(block_size=16, n_layer=2).double().train(), tokens(12)
+    model.alpha = 1.7
+    names = [
+        "transformer.h.0.attn.int_bias",
+        "transformer.h.0.attn.q_int.weight",
+        "transformer.h.1.attn.k_int.weight",
+    ]
+    leaves = dict(model.named_parameters())
+
+    def loss(*values: torch.Tensor) -> torch.Tensor:
+        # transformers' cross-entropy is float32: too coarse for differences.
+        given = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(model, given, args=(ids,)).logits.cos().mean()
+
+    assert torch.autograd.gradcheck(loss, [leaves[name] for name in names], atol=1e-7)
+
+
+def test_gpt2_is_the_starting_point(tmp_path: Path) -> None:
+    """A dense checkpoint of transformers gives the same logits until something learns to drop."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    dense = GPT2LMHeadModel(config).eval()
+    dense.save_pretrained(tmp_path)
+    model = SparseGPT2LMHeadModel.from_gpt2(tmp_path, int_n_embd=4, propagate_in_depth=False).eval()
+    assert (model.config.int_n_embd, model.config.propagate_in_depth) == (4, False)
+    torch.testing.assert_close(model(tokens(30)).logits, dense(tokens(30)).logits)
+    with pytest.raises(ValueError, match="n_inner is 64 .* must be 128"):
+        SparseGPT2LMHeadModel.from_gpt2(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_inner=64)))
+
+
+def test_it_saves_loads_and_generates(tmp_path: Path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, SparseGPT2LMHeadModel)
+    assert AutoConfig.from_pretrained(tmp_path).architectures == ["SparseGPT2LMHeadModel"]
+    ids = tokens(10)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    out = loaded.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for length in range(10, 18):
+        assert out[0, length] == model(out[:, :length]).logits[0, -1].argmax()
+    with pytest.raises(ValueError, match="65 tokens: the model's block_size is 64"):
+        model(tokens(65))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"n_layer": 0}, "n_layer is 0: it must be an integer from 1 on"),
+        ({"n_head": 5}, "n_embd 768 is no multiple of n_head 5"),
+        ({"bias": 1}, "bias is 1: true or false"),
+        ({"int_n_emb": 32}, "unknown field int_n_emb .*: did you mean int_n_embd"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
+    ],
+)
+def test_mistakes_in_a_config_are_named(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseGPT2Config(**fields)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    s=st.lists(st.floats(-30, 30), min_size=1, max_size=20),
+    alpha=st.one_of(st.sampled_from([1.0, 1.001, 1.5, 2.0, 8.0]), st.floats(1.0, 20.0)),
+)
+def test_alpha_sigmoid_solves_its_equation(s: list[float], alpha: float) -> None:
+    """Entmax's optimality condition, symmetry, and order."""
+    x = torch.tensor(s, dtype=torch.float64)
+    p, a = alpha_sigmoid(x, alpha), alpha - 1
+    assert ((p >= 0) & (p <= 1)).all()
+    inside = (a * x).abs() < 1
+    if a > 0.01:
+        torch.testing.assert_close((p**a - (1 - p) ** a)[inside], (a * x)[inside], atol=1e-7, rtol=1e-6)
+        assert (p[~inside] == (x[~inside] > 0)).all()
+    else:
+        torch.testing.assert_close(p, torch.sigmoid(x), atol=0.5 * a + 1e-9, rtol=0.0)
+    torch.testing.assert_close(p, 1 - alpha_sigmoid(-x, alpha), atol=1e-9, rtol=1e-9)
+    assert (p[x.argsort()].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2, 1.5, 2.0, 3.0, 8.0])
+def test_alpha_sigmoid_gradient(alpha: float) -> None:
+    inside = 0.95 / max(alpha - 1, 0.2)
+    x = torch.linspace(-inside, inside, 20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: alpha_sigmoid(s, alpha), x, atol=1e-5)
+    far = torch.tensor([-9.0, 9.0], requires_grad=True)
+    alpha_sigmoid(far, alpha).sum().backward()
+    assert far.grad is not None and (far.grad.abs() < 1e-3).all()
+
+
+def test_alpha_sigmoid_ends() -> None:
+    """Step at infinity; a clear error under 1."""
+    x = torch.tensor([-1.0, 0.0, 1e-6])
+    assert alpha_sigmoid(x, math.inf).tolist() == [0.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match=r"alpha is 0.5: it must be at least 1"):
+        alpha_sigmoid(x, 0.5)

@@ -1,0 +1,74 @@
+"""The alpha-sigmoid: alpha-entmax (Peters et al., arXiv 1905.05702) of two classes, of which one has logit 0."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+STEPS = 40
+"""Halvings of the interval in which log p is looked for: beyond float32's precision."""
+LEAST = -80.0
+"""Log of the least p other than 0."""
+
+
+class _AlphaSigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, s: torch.Tensor, alpha: float) -> torch.Tensor:
+        p = _solve(s, alpha)
+        ctx.save_for_backward(p)
+        ctx.alpha = alpha
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (p,) = ctx.saved_tensors
+        # entmax's Jacobian is diag(u) - u u^T / sum(u) with u = p^(2 - alpha) where p > 0, else 0.
+        u, w = (torch.where(x > 0, x.clamp(min=math.exp(LEAST)) ** (2 - ctx.alpha), 0.0) for x in (p, 1 - p))
+        return grad * torch.where((u > 0) & (w > 0), 1 / (1 / u + 1 / w), 0.0), None
+
+
+def alpha_sigmoid(s: torch.Tensor, alpha: float) -> torch.Tensor:
+    """p with ``p^(a) - (1 - p)^(a) = a s`` for ``a = alpha - 1``, 0 or 1 where ``|a s| >= 1`` (arXiv 2305.15805).
+
+    The logistic function for alpha 1, ``clamp((s + 1) / 2, 0, 1)`` for 2, and ever closer to a step as alpha grows;
+    alpha infinity is the step itself, ``s > 0``.
+
+    Args:
+        s: any shape, float32 or float64.
+        alpha: at least 1.
+
+    Returns:
+        as s, differentiable in s (by the step: nowhere).
+
+    Raises:
+        ValueError: alpha is under 1.
+    """
+    if not alpha >= 1:
+        raise ValueError(f"alpha_sigmoid: alpha is {alpha}: it must be at least 1.")
+    if alpha == math.inf:
+        return (s > 0).to(s.dtype)
+    if alpha == 1:
+        return torch.sigmoid(s)
+    result: torch.Tensor = _AlphaSigmoid.apply(s, alpha)
+    return result
+
+
+def _solve(s: torch.Tensor, alpha: float) -> torch.Tensor:
+    if alpha == 2:
+        return ((s + 1) / 2).clamp(0, 1)
+    if alpha == 1.5:
+        half = (s / 2).clamp(-1, 1)
+        return ((half + (2 - half.square()).sqrt()) / 2).square()
+    a = alpha - 1
+    # The smaller of p and 1 - p is looked for, by its logarithm: that of what is kept enters attention.
+    target = -s.abs().clamp(max=1 / a)
+    low, high = torch.full_like(s, LEAST), torch.full_like(s, math.log(0.5))
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        # (p^a - (1 - p)^a) / a, also for small a.
+        value = (torch.expm1(a * middle) - torch.expm1(a * torch.log1p(-middle.exp()))) / a
+        low, high = torch.where(value < target, middle, low), torch.where(value < target, high, middle)
+    small = torch.where(target <= -1 / a, 0.0, ((low + high) / 2).exp())
+    return torch.where(s < 0, small, 1 - small)

@@ -1,0 +1,225 @@
+"""GPT-2 with Dynamic Context Pruning (DCP, adaptively sparse attention, arXiv 2305.15805) as a transformers model.
+
+Every layer scores each earlier token by two small projections; a token that a query scores at 0 or less is dropped,
+for that query and for good. For training the step is softened to an alpha-sigmoid.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, GPT2LMHeadModel, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from vllm_fox.configs import SparseGPT2Config
+
+from .alpha_sigmoid import alpha_sigmoid
+
+INITIAL_BIAS = 5.0
+"""Interaction score of a fresh model: nothing is dropped."""
+TINY = 1e-37
+"""Added to what is kept, in training, so that its logarithm has a gradient."""
+
+
+class SparseSelfAttention(nn.Module):
+    """Attention over the tokens that no query so far has dropped."""
+
+    def __init__(self, config: SparseGPT2Config) -> None:
+        super().__init__()
+        size, bias = config.n_embd, config.bias
+        self.heads = config.n_head
+        self.c_attn = nn.Linear(size, 3 * size, bias=bias)
+        self.c_proj = nn.Linear(size, size, bias=bias)
+        self.q_int = nn.Linear(size, config.int_n_embd, bias=False)
+        self.k_int = nn.Linear(size, config.int_n_embd, bias=False)
+        self.int_bias = nn.Parameter(torch.full((1,), INITIAL_BIAS))
+
+    def kept(self, x: torch.Tensor, alpha: float) -> torch.Tensor:
+        """[B, T, hidden], normed, to I [B, T, T] float32 (or wider), 0 to 1: how much of key j query k has left.
+
+        I_kj is the product over j < n <= k of ``g_nj = alpha_sigmoid(q_int_n . k_int_j / sqrt(r) + bias)``.
+        """
+        q, k = (y.to(torch.promote_types(y.dtype, torch.float32)) for y in (self.q_int(x), self.k_int(x)))
+        with torch.autocast(x.device.type, enabled=False):
+            scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + self.int_bias.to(q.dtype)
+        earlier = torch.ones_like(scores[0], dtype=torch.bool).tril(-1)
+        return torch.where(earlier, alpha_sigmoid(scores, alpha), 1.0).cumprod(1)
+
+    def forward(
+        self, x: torch.Tensor, alpha: float, before: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, T, hidden], normed, to the same; to I; and to log I, with ``before`` added, that of layers below."""
+        kept = self.kept(x, alpha)
+        logs = (kept + (TINY if self.training else 0.0)).log()
+        if before is not None:
+            logs = logs + before
+        future = torch.ones_like(logs[0], dtype=torch.bool).triu(1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.c_attn(x).chunk(3, -1))
+        bias = logs.masked_fill(future, -torch.inf)[:, None].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.c_proj(out.transpose(1, 2).flatten(2)), kept, logs
+
+
+class MLP(nn.Module):
+    """GPT-2's, with the tanh form of GELU."""
+
+    def __init__(self, config: SparseGPT2Config) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] to the same."""
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, config: SparseGPT2Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = SparseSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+
+class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
+    """A GPT-2 that learns which tokens to drop: trains, and computes logits as it will be served.
+
+    Attributes:
+        alpha: of the alpha-sigmoid while in training mode; in evaluation mode a token is kept or not.
+    """
+
+    config_class = SparseGPT2Config
+    base_model_prefix = "transformer"
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (as transformers declares them)
+
+    def __init__(self, config: SparseGPT2Config) -> None:
+        super().__init__(config)
+        self.alpha = 1.0
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_gpt2(cls, source: str | Path | GPT2LMHeadModel, **config: Any) -> SparseGPT2LMHeadModel:
+        """A GPT-2 of transformers with fresh interaction weights, which drop nothing yet.
+
+        Args:
+            source: a checkpoint, or the model.
+            config: ``int_n_embd`` and ``propagate_in_depth``, if not the default's.
+        """
+        dense = source if isinstance(source, GPT2LMHeadModel) else GPT2LMHeadModel.from_pretrained(source)
+        given = dense.config
+        if given.n_inner not in (None, 4 * given.n_embd) or given.activation_function != "gelu_new":
+            raise ValueError(
+                f"from_gpt2: n_inner is {given.n_inner} and activation_function {given.activation_function}: they "
+                f"must be {4 * given.n_embd} (or null) and gelu_new."
+            )
+        model = cls(
+            SparseGPT2Config(
+                n_layer=given.n_layer,
+                n_head=given.n_head,
+                n_embd=given.n_embd,
+                block_size=given.n_positions,
+                vocab_size=given.vocab_size,
+                bos_token_id=given.bos_token_id,
+                eos_token_id=given.eos_token_id,
+                **config,
+            )
+        )
+        own = model.state_dict()
+        for name, tensor in dense.state_dict().items():
+            if name in own:
+                # transformers keeps GPT-2's matrices as [in, out].
+                matrix = tensor.dim() == 2 and ".h." in name
+                own[name].copy_(tensor.T if matrix else tensor)
+        return model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Block):
+            for projection in (module.attn.c_proj, module.mlp.c_proj):
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            for projection in (module.attn.q_int, module.attn.k_int):
+                nn.init.normal_(projection.weight, std=self.config.n_embd**-0.5)
+            nn.init.constant_(module.attn.int_bias, INITIAL_BIAS)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer["wte"]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer["wte"] = value
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """``generate`` computes all tokens anew for each: a server has a cache."""
+        return {"input_ids": input_ids}
+
+    def kept(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        """By layer I [B, T, T] of :meth:`SparseSelfAttention.kept`, layers below not counted in."""
+        return self._run(input_ids)[1]
+
+    def _run(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        length = input_ids.shape[1]
+        if length > self.config.block_size:
+            raise ValueError(f"input_ids has {length} tokens: the model's block_size is {self.config.block_size}.")
+        alpha = self.alpha if self.training else math.inf
+        wte, wpe, blocks, ln_f = (self.transformer[name] for name in ("wte", "wpe", "h", "ln_f"))
+        x = wte(input_ids) + wpe(torch.arange(length, device=input_ids.device))
+        kept, before = [], None
+        assert isinstance(blocks, nn.ModuleList)
+        for block in blocks:
+            assert isinstance(block, Block)
+            y, mine, logs = block.attn(block.ln_1(x), alpha, before)
+            kept.append(mine)
+            before = logs if self.config.propagate_in_depth else None
+            x = x + y
+            x = x + block.mlp(block.ln_2(x))
+        return ln_f(x), kept
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        gamma: float = 0.0,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Next-token logits, and the loss where labels are given. Memory grows with B * layers * T^2 floats.
+
+        Args:
+            input_ids: [B, T], T up to ``block_size``; no padding.
+            labels: [B, T], compared with the logits before them; -100: none.
+            gamma: weight of what is kept in the loss: gamma times the mean over layers, queries but the last and
+                all T keys of I, in which those that a query cannot see count as 1, as in the paper's code.
+            logits_to_keep: logits of the last so many tokens only; 0: all.
+        """
+        hidden, kept = self._run(input_ids)
+        logits: Any = self.lm_head(hidden[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if gamma:
+                loss = loss + gamma * torch.stack([one[:, :-1].mean() for one in kept]).mean()
+        return CausalLMOutput(loss=loss, logits=logits)
