@@ -21,7 +21,7 @@ TOKENIZER_SAMPLE = 50_000_000  # characters that the tokenizer is trained on at 
 
 @dataclass
 class Corpus:
-    """Token ids, memory-mapped: every text behind one end-of-text token (id 0).
+    """Token ids, memory-mapped: every text behind one end-of-text token.
 
     Attributes:
         folder: where tokenizer.json, train.npy and held_out.npy lie.
@@ -51,13 +51,16 @@ def window_order(windows: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(windows)
 
 
-def prepare(text: Path, folder: Path, vocab_size: int, seed: int) -> None:
+def prepare(text: Path, folder: Path, vocab_size: int, seed: int, tokenizer_file: Path | None = None) -> None:
     """Read, split and tokenize all text files under ``text`` into ``folder``, unless that was done before.
 
+    Args:
+        tokenizer_file: a tokenizer.json with ``<|endoftext|>``; one of ``vocab_size`` is trained unless given.
+
     Raises:
-        SystemExit: there is no such folder, or no text in it.
+        SystemExit: there is no such folder or tokenizer, or no text.
     """
-    wanted = {"text": str(text.resolve()), "vocab_size": vocab_size, "seed": seed}
+    wanted = {"text": str(text.resolve()), "vocab_size": vocab_size, "seed": seed, "tokenizer": str(tokenizer_file)}
     if (folder / "facts.json").exists():
         facts = json.loads((folder / "facts.json").read_text())
         if all(facts[name] == value for name, value in wanted.items()):
@@ -69,15 +72,18 @@ def prepare(text: Path, folder: Path, vocab_size: int, seed: int) -> None:
     is_held_out = [_is_held_out(str(path.relative_to(text))) for path in files]
     if not any(is_held_out) or all(is_held_out):
         is_held_out = [n == len(files) - 1 and n > 0 for n in range(len(files))]
-    sample = _sample(files, seed)
-    tokenizer = train_tokenizer(sample, vocab_size)
+    if tokenizer_file is None:
+        tokenizer = train_tokenizer(_sample(files, seed), vocab_size)
+    else:
+        tokenizer = _load_tokenizer(tokenizer_file)
+    end = tokenizer.token_to_id(END)
     tokenizer.save(str(new / "tokenizer.json"))
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
     for start in range(0, len(files), 256):
         texts = [_read(path) or "" for path in files[start : start + 256]]
         for held, item in zip(is_held_out[start : start + 256], tokenizer.encode_batch_fast(texts)):
-            parts[held].append(np.array([0, *item.ids], dtype=dtype))
+            parts[held].append(np.array([end, *item.ids], dtype=dtype))
     train, held_out = (np.concatenate(parts[held] or [np.empty(0, dtype)]) for held in (False, True))
     if not len(held_out):  # a single file: its end
         cut = max(1, len(train) // HELD_OUT)
@@ -118,6 +124,15 @@ def train_tokenizer(sample: list[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(sample, trainer)
+    return tokenizer
+
+
+def _load_tokenizer(file: Path) -> Tokenizer:
+    if not file.is_file():
+        raise SystemExit(f"{file} is not there: the checkpoint needs its tokenizer as tokenizer.json.")
+    tokenizer = Tokenizer.from_file(str(file))
+    if tokenizer.token_to_id(END) is None:
+        raise SystemExit(f"{file} has no token {END}, which stands between texts.")
     return tokenizer
 
 
