@@ -6,6 +6,20 @@ it with the same signature, and ``NAME/__init__.py`` picks one. Nothing here kno
 All but ``training_attention`` work on the pages of a server's KV cache; that one takes whole sequences.
 """
 
-from .training_attention import forgetting_attention
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .training_attention import forgetting_attention
 
 __all__ = ["forgetting_attention"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: with a checkout as the working directory, transformers takes this folder for the
+    # distribution "kernels" and imports it as that to read its version. Were operators registered by it, PyTorch
+    # would tear down those of vllm_fox.kernels, which have the same names, while they are in use.
+    if name == "forgetting_attention":
+        from .training_attention import forgetting_attention
+
+        return forgetting_attention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

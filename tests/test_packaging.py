@@ -95,3 +95,10 @@ def test_an_installed_wheel_works_away_from_the_tree(wheel: Path, tmp_path: Path
     assert all(path.startswith(str(tmp_path / "site")) for path in files.split())
     assert config == "vllm_fox.configs"
     assert kernels == "None" or str(tmp_path) not in kernels
+
+
+def test_the_folder_is_harmless_under_its_bare_name() -> None:
+    """transformers imports whatever is called "kernels" on the path, which from a checkout is our folder."""
+    code = "import kernels, sys; print([name for name in sys.modules if name.startswith('kernels.')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
