@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,3 +36,15 @@ def fox_18m() -> Iterator[Path]:
     if not (path / "model.safetensors").exists():
         pytest.skip("the official reference checkpoint fox-pro-code-18m is not beside this checkout")
     yield path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real text: some modules of the standard library, and a file that is no text."""
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("argparse", "ast", "bdb", "calendar", "cgi", "cmd", "codecs", "csv", "dis", "doctest", "enum"):
+        source = Path(sysconfig.get_paths()["stdlib"], f"{name}.py")
+        if source.exists():
+            shutil.copy(source, folder)
+    (folder / "image.bin").write_bytes(bytes(range(256)))
+    return folder

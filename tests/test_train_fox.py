@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
-import time
 from pathlib import Path
 
 import pytest
@@ -19,51 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_fox.hf  # noqa: F401 (makes AutoModelForCausalLM know the model)
 from tests.engines import engine, generate, greedy
+from tests.training_scripts import ROOT, Script, log
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "examples" / "train_fox.py"
-OPTIONS = [
-    "--cpu", "--layers=2", "--hidden=64", "--heads=2", "--vocab=400", "--context=128", "--batch=4",
-    "--micro-batch=2", "--steps=30", "--warmup=3", "--save-every=4", "--eval-every=10", "--eval-windows=2",
-    "--optimizer=muon", "--lr=0.005",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text: some modules of the standard library, and a file that is no text."""
-    folder = tmp_path_factory.mktemp("text")
-    for name in ("argparse", "ast", "bdb", "calendar", "cgi", "cmd", "codecs", "csv", "dis", "doctest", "enum"):
-        source = Path(sysconfig.get_paths()["stdlib"], f"{name}.py")
-        if source.exists():
-            shutil.copy(source, folder)
-    (folder / "image.bin").write_bytes(bytes(range(256)))
-    return folder
-
-
-def command(text: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), str(text), "--output", str(output), *OPTIONS, *more]
-
-
-def run(*args: str | Path, code: int = 0) -> str:
-    done = subprocess.run(command(*args), capture_output=True, text=True, cwd=ROOT)  # type: ignore[arg-type]
-    assert done.returncode == code, done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def log(output: Path) -> list[dict]:
-    path = output / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def stopped_at(text: Path, output: Path, step: int, number: signal.Signals) -> int:
-    """Start a run, send a signal once a step is logged; the exit code."""
-    with subprocess.Popen(command(text, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while len(log(output)) < step and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(number)
-        return process.wait(timeout=60)
+FOX = Script(
+    "train_fox.py",
+    (
+        "--cpu", "--layers=2", "--hidden=64", "--heads=2", "--vocab=400", "--context=128", "--batch=4",
+        "--micro-batch=2", "--steps=30", "--warmup=3", "--save-every=4", "--eval-every=10", "--eval-windows=2",
+        "--optimizer=muon", "--lr=0.005",
+    ),
+)  # fmt: skip
+command, run, stopped_at = FOX.command, FOX.run, FOX.stopped_at
 
 
 @pytest.fixture(scope="module")
@@ -146,24 +107,10 @@ def test_errors_name_what_is_wrong(text: Path, whole: Path, tmp_path: Path) -> N
         ([text, tmp_path / "6", "--batch", "3"], "--batch is 3: it must be a multiple of --micro-batch 2"),
         ([text, whole, "--lr", "0.01"], "holds a run with --lr 0.005, not 0.01"),
     ]
-    # In one process: each start would take seconds.
-    script = "import sys; sys.path.insert(0, 'examples'); import json, train_fox\n" + (
-        "for args in json.loads(sys.argv[1]):\n"
-        "    try: train_fox.main(args)\n"
-        "    except SystemExit as error: print('ERROR', error)\n"
-    )
     arguments = [command(*args)[2:] for args, _ in cases]  # type: ignore[arg-type]
     arguments.append([arg for arg in command(text, tmp_path / "7")[2:] if arg != "--cpu"])
     messages = [*(message for _, message in cases), "No CUDA GPU was found"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
-    assert len(found) == len(messages), done.stdout + done.stderr[-3000:]
+    found = FOX.errors(arguments)
     for line, message in zip(found, messages, strict=True):
         assert re.search(message, line), (message, line)
 

@@ -180,6 +180,18 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
         """By layer I [B, T, T] of :meth:`SparseSelfAttention.kept`, layers below not counted in."""
         return self._run(input_ids)[1]
 
+    @torch.no_grad()
+    def visible_shares(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Share of the (query, earlier token) pairs of texts [B, T] that each layer keeps: [layers], 0 to 1."""
+        training = self.training
+        self.eval()
+        kept = torch.stack(self.kept(input_ids))
+        self.train(training)
+        if self.config.propagate_in_depth:
+            kept = kept.cumprod(0)
+        earlier = torch.ones_like(kept[0, 0], dtype=torch.bool).tril(-1)
+        return kept[..., earlier].mean((1, 2))
+
     def _run(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         length = input_ids.shape[1]
         if length > self.config.block_size:

@@ -1,0 +1,136 @@
+"""Teach a GPT-2 to drop what it no longer needs: Dynamic Context Pruning (DCP, arXiv 2305.15805).
+
+    python examples/finetune_dcp.py TEXT_FOLDER --output runs/dcp --gpt2 CHECKPOINT     # a GPT-2 of transformers
+    python examples/finetune_dcp.py TEXT_FOLDER --output runs/dcp --dense-steps 2000    # trains a small one first
+    python examples/finetune_dcp.py TEXT_FOLDER --output runs/dense --gpt2 CHECKPOINT --dense   # to compare with
+
+The decision to drop is soft at first and hardens: the alpha of its alpha-sigmoid rises from 1 to --alpha along a
+cosine. --gamma is what keeping costs: the larger, the more is dropped. Run the same command again after an
+interruption, of whatever kind: it goes on. At the end OUTPUT/model is a checkpoint of transformers, bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from training_run import FIXED, add_options, begin, check_disk, check_options, export, held_out, train
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+
+from vllm_fox.hf import SparseGPT2LMHeadModel
+
+OWN = ("gpt2", "dense", "dense_steps", "dense_lr", "gamma", "alpha", "alpha_steps", "int_n_embd", "propagate")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.set_defaults(context=1024, lr=3e-4)
+    parser.add_argument("--gpt2", type=Path, help="folder of a GPT-2 of transformers, with its tokenizer.json")
+    parser.add_argument("--dense", action="store_true", help="train on without dropping: the baseline")
+    parser.add_argument("--dense-steps", type=int, default=2000, help="of the small GPT-2, without --gpt2")
+    parser.add_argument("--dense-lr", type=float, default=1e-3)
+    parser.add_argument("--gamma", type=float, default=0.3, help="weight in the loss of what is kept")
+    parser.add_argument("--alpha", type=float, default=8.0, help="of the alpha-sigmoid, at the end")
+    parser.add_argument("--alpha-steps", type=int, help="steps until then; three quarters of --steps")
+    parser.add_argument("--int-n-embd", type=int, default=64, help="size of the interaction projections")
+    parser.add_argument(
+        "--no-propagate",
+        dest="propagate",
+        action="store_false",
+        help="what a layer drops, layers above may still see",
+    )
+    args = parser.parse_args(argv)
+    check_options(parser, args)
+    for name, least in (("dense_steps", 1), ("gamma", 0), ("alpha", 1), ("int_n_embd", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}.")
+    if args.alpha_steps is None:
+        args.alpha_steps = max(1, 3 * args.steps // 4)
+    return args
+
+
+def alpha_at(step: int, args: argparse.Namespace) -> float:
+    """A cosine from 1 to --alpha."""
+    done = min(1.0, step / args.alpha_steps)
+    return args.alpha + 0.5 * (1 - args.alpha) * (1 + math.cos(math.pi * done))
+
+
+def load_gpt2(args: argparse.Namespace) -> GPT2LMHeadModel:
+    """The model of --gpt2. Raises SystemExit if it is none, or too short for --context."""
+    try:
+        config = AutoConfig.from_pretrained(args.gpt2)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--gpt2 {args.gpt2} is no GPT-2 checkpoint: {error}") from None
+    if config.model_type != "gpt2":
+        raise SystemExit(f"--gpt2 {args.gpt2} is a {config.model_type}: a gpt2 is needed.")
+    if config.n_positions < args.context:
+        raise SystemExit(f"--gpt2 {args.gpt2} has {config.n_positions} positions: --context is {args.context}.")
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    return GPT2LMHeadModel.from_pretrained(args.gpt2, config=config, dtype=torch.float32)
+
+
+def new_gpt2(args: argparse.Namespace, vocab: int, end: int) -> GPT2LMHeadModel:
+    """A small one. Raises SystemExit if the sizes do not go together."""
+    if args.hidden % args.heads:
+        raise SystemExit(f"--hidden is {args.hidden}: it must be a multiple of --heads {args.heads}.")
+    sizes = {"n_positions": args.context, "n_embd": args.hidden, "n_layer": args.layers, "n_head": args.heads}
+    config = GPT2Config(vocab_size=vocab, **sizes, bos_token_id=end, eos_token_id=end)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    return GPT2LMHeadModel(config)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    dense = None if args.gpt2 is None else load_gpt2(args)
+    tokenizer = None if args.gpt2 is None else args.gpt2 / "tokenizer.json"
+    accelerator, corpus = begin(args, (*FIXED, *OWN), tokenizer)
+
+    def losses(model: Any) -> dict[str, float]:
+        found = [model(input_ids=ids, labels=ids).loss.float() for ids in held_out(accelerator, corpus, args)]
+        return {"validation_loss": torch.stack(found).mean().item()}
+
+    def dense_loss(model: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
+        loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+
+    def sparse_loss(model: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
+        accelerator.unwrap_model(model).alpha = alpha_at(step, args)
+        loss: torch.Tensor = model(input_ids=ids, labels=ids, gamma=args.gamma).loss
+        return loss
+
+    def sparse_figures(model: Any) -> dict[str, float]:
+        whole = accelerator.unwrap_model(model)
+        shares = [whole.visible_shares(ids).mean() for ids in held_out(accelerator, corpus, args)]
+        return losses(model) | {"pruned_share": 1 - torch.stack(shares).mean().item()}
+
+    if dense is None:
+        ids = Tokenizer.from_file(str(corpus.folder / "tokenizer.json"))
+        dense = new_gpt2(args, ids.get_vocab_size(), ids.token_to_id("<|endoftext|>"))
+        check_disk(args, sum(p.numel() for p in dense.parameters()))
+        folder = args.output / "dense"
+        first = copy.copy(args)
+        first.steps, first.lr = args.dense_steps, args.dense_lr
+        trained = train(first, accelerator, corpus, dense, dense_loss, losses, name="dense_")
+        dense = copy.deepcopy(accelerator.unwrap_model(trained)).cpu().float()
+        export(accelerator, trained, args, folder)
+        accelerator.free_memory()
+    model: Any = dense
+    if not args.dense:
+        sizes = {"int_n_embd": args.int_n_embd, "propagate_in_depth": args.propagate}
+        model = SparseGPT2LMHeadModel.from_gpt2(dense, **sizes)
+    check_disk(args, sum(p.numel() for p in model.parameters()))
+    steps = (dense_loss, losses) if args.dense else (sparse_loss, sparse_figures)
+    trained = train(args, accelerator, corpus, model, *steps)
+    export(accelerator, trained, args, args.output / "model")
+    accelerator.end_training()
+    accelerator.print(f"{args.output / 'model'} is ready.")
+
+
+if __name__ == "__main__":
+    main()
