@@ -27,7 +27,7 @@ from vllm_fox.pages.messages import PageReport, TableUpdate
 from vllm_fox.pages.spec import PageGeometry, StreamPageSpec
 
 LAYERS, HEADS, DIM, PAGE = 24, 24, 64, 64
-PAGE_BYTES = PageFormat(PAGE, DIM, torch.bfloat16, 1, True, torch.bfloat16).page_bytes
+FORM = PageFormat(PAGE, DIM, torch.bfloat16, 1, True, torch.bfloat16)
 REQUESTS, TOKENS, CHUNK = 256, 16_384, 8_192
 
 
@@ -37,12 +37,11 @@ def fox_manager(num_blocks: int, max_model_len: int = 2 * TOKENS) -> StreamPageM
         num_kv_heads=HEADS,
         head_size=DIM,
         dtype=torch.bfloat16,
-        kv_dtype=torch.bfloat16,
         dcp_sharded=False,
         tokens_per_state=PAGE,
-        state_content_bytes=PAGE_BYTES,
-        num_gates=1,
-        token_shift=True,
+        state_content_bytes=FORM.page_bytes,
+        page_format=FORM,
+        report_period=LIVE_RANGE_PERIOD,
         stage_layers=(LAYERS,),
         tensor_ranks=1,
         num_slots=256,
@@ -179,7 +178,7 @@ def main() -> None:
     print("page table as a share of the KV memory (256 slots):")
     for length in (16_384, 32_768, 131_072):
         for gib in (8, 64, 120):
-            blocks = (gib << 30) // (LAYERS * HEADS * PAGE_BYTES)
+            blocks = (gib << 30) // (LAYERS * HEADS * FORM.page_bytes)
             spec = fox_manager(2, length).kv_cache_spec
             share = PageGeometry.of(spec, blocks).table_bytes(0) / (gib << 30)
             figures[f"table share, {length} tokens, {gib} GiB"] = share

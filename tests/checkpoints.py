@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from vllm_fox.architecture import Architecture, expected_weights
-from vllm_fox.configs import FlaForgettingTransformerConfig, FoxConfig
+from vllm_fox.configs import FlaForgettingTransformerConfig, FoxConfig, SparseGPT2Config
+from vllm_fox.hf import SparseGPT2LMHeadModel
 
 PRO: dict[str, Any] = {
     "hidden_ratio": 3.5,
@@ -89,6 +90,30 @@ def make_checkpoint(
     config.save_pretrained(folder)
     tensors = {n: t.to(dtype) for n, t in make_weights(config, seed).items() if n not in drop} | (extra or {})
     _save_weights(folder, tensors, shards)
+    _save_tokenizer(folder)
+    return folder
+
+
+def make_sparse_gpt2(seed: int = 0, score: float = 2.4, **config: Any) -> SparseGPT2LMHeadModel:
+    """A small model in evaluation mode whose interaction scores are about ``score`` +- 1."""
+    torch.manual_seed(seed)
+    sizes = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 97, "int_n_embd": 8}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model = SparseGPT2LMHeadModel(SparseGPT2Config(**sizes | ends | config)).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith("int_bias"):
+                tensor.fill_(score)
+            elif "_int" in name:
+                tensor.normal_(std=0.2)
+            else:  # weights of a size that makes logits differ
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+    return model
+
+
+def save_sparse_gpt2(folder: Path, **options: Any) -> Path:
+    """A checkpoint of :func:`make_sparse_gpt2`, with a byte-level tokenizer."""
+    make_sparse_gpt2(vocab_size=VOCAB_SIZE, **options).save_pretrained(folder)
     _save_tokenizer(folder)
     return folder
 

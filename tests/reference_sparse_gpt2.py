@@ -5,12 +5,16 @@ Written from the formulas and tensor names alone; it shares no code with the mod
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 
 def reference(
@@ -44,6 +48,12 @@ def reference(
             x = x + _linear(inner, h, "mlp.c_proj")
         logits.append(_norm(x, w, "ln_f") @ w["wte.weight"].T)
     return torch.stack(logits), seen
+
+
+def reference_logits(folder: str | Path, token_ids: Sequence[int]) -> torch.Tensor:
+    """The logits of a checkpoint."""
+    config = SimpleNamespace(**json.loads(Path(folder, "config.json").read_text()))
+    return reference(config, load_file(Path(folder, "model.safetensors")), token_ids)[0]
 
 
 def _linear(x: torch.Tensor, w: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

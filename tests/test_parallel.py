@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.checkpoints import VARIANTS, make_checkpoint
+from tests.checkpoints import VARIANTS, make_checkpoint, save_sparse_gpt2
 from tests.engines import (
     add,
     assert_all_free,
@@ -32,6 +32,7 @@ from tests.engines import (
     source_tokens,
 )
 from tests.reference_model import reference_logits
+from tests.reference_sparse_gpt2 import reference_logits as sparse_gpt2_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, ANSWER, LENGTHS = 16, 24, (300, 700, 1500)
@@ -120,6 +121,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, fox_tiny: Path) -> dict[str
         "official": fox_tiny,
         # Grouped queries with biases: one KV head a rank.
         "two_kv_heads": make_checkpoint(folder / "two", **VARIANTS["fla_gqa_bias_qk_norm"]),
+        # Both ranks drop the same tokens, each of its own head.
+        "sparse": save_sparse_gpt2(folder / "sparse", block_size=2048, score=2.8),
         # The only KV head is on both ranks, each with its own query heads' gates.
         "one_kv_head": make_checkpoint(folder / "one", **VARIANTS["fla_gqa_gate"]),
     }
@@ -143,7 +146,7 @@ def by_two(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     "name, forgetting",
     # In the grouped checkpoints the last query heads hardly forget. Where heads can be dealt out to ranks, neither
     # gets such heads in all layers.
-    [("official", [0, 1]), ("two_kv_heads", [0, 1]), ("one_kv_head", [0])],
+    [("official", [0, 1]), ("two_kv_heads", [0, 1]), ("sparse", [0, 1]), ("one_kv_head", [0])],
 )
 def test_two_ranks_answer_as_one(
     name: str,
@@ -162,12 +165,14 @@ def test_two_ranks_answer_as_one(
             assert used < dense
         else:
             assert used == dense
-    if name != "one_kv_head":
+    if name == "sparse":
+        assert two["used"] == one["used"] * 2
+    elif name != "one_kv_head":
         assert sum(two["used"]) == one["used"][0]
     # Both compute the right thing, not only the same: the first answer by the formulas.
     prompt, answer = one["prompts"][0], one["answers"][0]
-    logits = reference_logits(models[name], prompt + answer)[len(prompt) - 1 : -1]
-    assert answer == logits.argmax(-1).tolist()
+    formula = sparse_gpt2_logits if name == "sparse" else reference_logits
+    assert answer == formula(models[name], prompt + answer)[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def test_a_dead_worker_is_an_error_not_a_hang(by_two: dict[str, dict[str, Any]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,24 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from tests.checkpoints import make_sparse_gpt2
 from tests.reference_sparse_gpt2 import reference
 from vllm_fox.hf import SparseGPT2Config, SparseGPT2LMHeadModel, alpha_sigmoid
-
-
-def make_model(seed: int = 0, score: float = 2.4, **config: Any) -> SparseGPT2LMHeadModel:
-    """A small model in evaluation mode whose interaction scores are about ``score`` +- 1."""
-    torch.manual_seed(seed)
-    sizes = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 97, "int_n_embd": 8}
-    model = SparseGPT2LMHeadModel(SparseGPT2Config(**sizes | config)).eval()
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if name.endswith("int_bias"):
-                tensor.fill_(score)
-            elif "_int" in name:
-                tensor.normal_(std=0.2)
-            else:  # weights of a size that makes logits differ
-                tensor.add_(torch.randn_like(tensor) * 0.1)
-    return model
 
 
 def tokens(length: int, seed: int = 0) -> torch.Tensor:
@@ -39,7 +23,7 @@ def tokens(length: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("propagate", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_logits_are_the_formulas(propagate: bool, bias: bool) -> None:
-    model = make_model(propagate_in_depth=propagate, bias=bias).double()
+    model = make_sparse_gpt2(propagate_in_depth=propagate, bias=bias).double()
     ids = tokens(48)
     want, seen = reference(model.config, dict(model.named_parameters()), ids[0].tolist())
     shares = [sum(map(len, layer)) / (48 * 47 / 2) for layer in seen]
@@ -50,7 +34,7 @@ def test_logits_are_the_formulas(propagate: bool, bias: bool) -> None:
 
 
 def test_what_is_dropped_stays_dropped_and_nothing_drops_itself() -> None:
-    for kept in make_model().kept(tokens(40)):
+    for kept in make_sparse_gpt2().kept(tokens(40)):
         assert set(kept.unique().tolist()) == {0.0, 1.0}
         lower = kept[0].tril()
         assert (lower.diagonal() == 1).all()
@@ -60,7 +44,7 @@ def test_what_is_dropped_stays_dropped_and_nothing_drops_itself() -> None:
 
 def test_a_large_alpha_is_the_step() -> None:
     """In training mode, what is kept approaches what will be served as alpha grows."""
-    model, ids = make_model(), tokens(40)
+    model, ids = make_sparse_gpt2(), tokens(40)
     want = torch.stack(model.kept(ids))
     model.train()
     apart = []
@@ -71,7 +55,7 @@ def test_a_large_alpha_is_the_step() -> None:
 
 
 def test_loss_counts_what_is_kept_and_all_weights_learn() -> None:
-    model, ids = make_model().train(), tokens(40)
+    model, ids = make_sparse_gpt2().train(), tokens(40)
     plain, weighted = (model(ids, labels=ids, gamma=gamma).loss for gamma in (0.0, 0.5))
     kept = torch.stack(model.kept(ids))
     assert weighted.item() == pytest.approx(plain.item() + 0.5 * kept[:, :, :-1].mean().item(), abs=1e-5)
@@ -81,7 +65,7 @@ def test_loss_counts_what_is_kept_and_all_weights_learn() -> None:
 
 def test_gradients_of_the_softened_model() -> None:
     """Against finite differences in float64, where tokens are half dropped and half not."""
-    model, ids = make_model(block_size=16, n_layer=2).double().train(), tokens(12)
+    model, ids = make_sparse_gpt2(block_size=16, n_layer=2).double().train(), tokens(12)
     model.alpha = 1.7
     names = [
         "transformer.h.0.attn.int_bias",
@@ -114,7 +98,7 @@ def test_gpt2_is_the_starting_point(tmp_path: Path) -> None:
 
 
 def test_it_saves_loads_and_generates(tmp_path: Path) -> None:
-    model = make_model()
+    model = make_sparse_gpt2()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert isinstance(loaded, SparseGPT2LMHeadModel)

@@ -13,7 +13,7 @@ from vllm import EngineArgs
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.plugins import load_general_plugins
 
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, save_sparse_gpt2
 from tests.engines import engine, manager
 from vllm_fox.compat import check_vllm_version
 
@@ -119,11 +119,49 @@ def test_settings_reach_layers_and_pool(
     model = make_checkpoint(tmp_path, qk_norm=True, log_pruning_tolerance=-7.0)
     with engine(model, fox, max_model_len=512, num_gpu_blocks_override=40) as llm:
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-        assert [(layer.tolerance, layer.release) for layer in layers] == [(tolerance, release)] * 2
+        assert [layer.tolerance for layer in layers] == [tolerance] * 2
         # -2U - log L + log eps with U > 0: pruning is on, and no laxer than asked for.
         assert all((layer.threshold < tolerance - math.log(512)).all() for layer in layers)
         spec = manager(llm).kv_cache_spec
         assert (spec.block_size, spec.release) == (fox.get("page_size", 64), release)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sparse_gpt2(tmp_path_factory.mktemp("sparse"), block_size=512)
+
+
+def test_sparse_gpt2_is_set_up_like_the_rest(sparse: Path) -> None:
+    config = configure(sparse)
+    assert config.cache_config.block_size == 16
+    assert config.kv_transfer_config is not None
+    assert config.kv_transfer_config.kv_connector == "FoxPageConnector"
+    assert "vllm_fox::subset_attention" in (config.compilation_config.splitting_ops or [])
+
+
+@pytest.mark.parametrize(
+    "fox, options, what",
+    [
+        (None, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 (but auto, float32)"),
+        (None, {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size 2"),
+        ({"log_pruning_tolerance": -5}, {}, "fox.log_pruning_tolerance (-5; they have learned what to drop)"),
+    ],
+)
+def test_what_sparse_gpt2_lacks(sparse: Path, fox: Any, options: dict[str, Any], what: str) -> None:
+    message = refused(sparse, fox, **options)
+    assert "Sparse GPT-2 models do not support" in message and what in message and "leave it out" in message
+
+
+def test_bad_sparse_gpt2(tmp_path: Path) -> None:
+    """A field of its config, then a tensor that its config does not fit."""
+    file = save_sparse_gpt2(tmp_path) / "config.json"
+    good = json.loads(file.read_text())
+    file.write_text(json.dumps(good | {"n_head": 5}))
+    assert "n_embd 32 is no multiple of n_head 5" in refused(tmp_path)
+    file.write_text(json.dumps(good | {"int_n_embd": 4}))
+    with pytest.raises(ValueError) as caught, engine(tmp_path, max_model_len=64):
+        pass
+    assert "tensor transformer.h.0.attn.q_int.weight is [8, 32], expected [4, 32]" in str(caught.value)
 
 
 @pytest.mark.parametrize("asked", [None, True, False])

@@ -1,8 +1,8 @@
-"""What a FoX model needs of the engine's configuration, set without a flag; and what it refuses."""
+"""What our models need of the engine's configuration, set without a flag; and what they refuse."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vllm.config import CompilationConfig, KVTransferConfig
 from vllm.logger import init_logger
@@ -16,47 +16,97 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-ATTENTION_OP = "vllm_fox::forgetting_attention"
 CAPTURED_TOKENS = 1024
 
 
-class FoxConfigHook(VerifyAndUpdateConfig):
-    """vLLM calls this for every ForgettingTransformerForCausalLM, before anything is loaded."""
+class PagedConfigHook(VerifyAndUpdateConfig):
+    """What models over our pages have in common.
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+    Attributes:
+        family: the models, for errors.
+        attention_op: the operator that stands for their attention layers.
+        page_size: tokens per page unless ``fox.page_size`` says otherwise.
+    """
+
+    family: ClassVar[str]
+    attention_op: ClassVar[str]
+    page_size: ClassVar[int]
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """vLLM calls this before anything is loaded."""
         settings = FoxSettings.from_vllm_config(vllm_config)
-        _refuse_unsupported(vllm_config)
-        _set_page_size(vllm_config, settings)
+        refusals = [*_unsupported(vllm_config), *cls.refusals(vllm_config, settings)]
+        for found, what in refusals:
+            if found:
+                raise ValueError(f"{cls.family} do not support {what} in vllm-fox yet: leave it out.")
+        _check_ranks(vllm_config)
+        _set_page_size(vllm_config, settings.page_size or cls.page_size, cls.family)
         _route_pages(vllm_config)
-        _split_graphs(vllm_config.compilation_config)
+        _split_graphs(vllm_config.compilation_config, cls.attention_op)
         _capture_short_prompts(vllm_config.compilation_config)
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching:
             cache.enable_prefix_caching = False
             logger.info("Prefix caching is off: vllm-fox does not share released pages between requests yet.")
 
+    @classmethod
+    def refusals(cls, vllm_config: VllmConfig, settings: FoxSettings) -> list[tuple[object, str]]:
+        """Whether something is asked for that this family lacks, and what."""
+        raise NotImplementedError
 
-def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+
+class FoxConfigHook(PagedConfigHook):
+    """For every ForgettingTransformerForCausalLM."""
+
+    family = "Forgetting Transformers"
+    attention_op = "vllm_fox::forgetting_attention"
+    page_size = 64
+
+    @classmethod
+    def refusals(cls, vllm_config: VllmConfig, settings: FoxSettings) -> list[tuple[object, str]]:
+        """Of dtypes of the pages."""
+        return [_unsupported_dtype(vllm_config, [*_own_dtypes(vllm_config), *_float8_dtypes()])]
+
+
+class SparseGPT2ConfigHook(PagedConfigHook):
+    """For every SparseGPT2LMHeadModel."""
+
+    family = "Sparse GPT-2 models"
+    attention_op = "vllm_fox::subset_attention"
+    # A request holds up to two pages a layer beside its live tokens, so small pages pay.
+    page_size = 16
+
+    @classmethod
+    def refusals(cls, vllm_config: VllmConfig, settings: FoxSettings) -> list[tuple[object, str]]:
+        """Of float8 pages, pipeline stages (layers need what those below have dropped), and FoX's own option."""
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        return [
+            _unsupported_dtype(vllm_config, _own_dtypes(vllm_config)),
+            (stages > 1, f"pipeline stages (--pipeline-parallel-size {stages})"),
+            (
+                settings.log_pruning_tolerance != FoxSettings.log_pruning_tolerance,
+                f"fox.log_pruning_tolerance ({settings.log_pruning_tolerance!r}; they have learned what to drop)",
+            ),
+        ]
+
+
+def _unsupported(vllm_config: VllmConfig) -> list[tuple[object, str]]:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    heads = vllm_config.model_config.get_total_num_kv_heads()
-    refusals = [
+    return [
         (vllm_config.speculative_config, "speculative decoding (--speculative-config)"),
         (vllm_config.lora_config, "LoRA (--enable-lora)"),
         (vllm_config.kv_transfer_config, "a KV connector (--kv-transfer-config)"),
         (vllm_config.quant_config, "quantised weights (--quantization)"),
-        (
-            cache.cache_dtype not in _kv_cache_dtypes(vllm_config),
-            f"--kv-cache-dtype {cache.cache_dtype} (but {', '.join(_kv_cache_dtypes(vllm_config))})",
-        ),
         (getattr(cache, "kv_offloading_size", None), "KV offloading (--kv-offloading-size)"),
         (parallel.decode_context_parallel_size > 1, "context parallelism (--decode-context-parallel-size)"),
         (parallel.prefill_context_parallel_size > 1, "context parallelism (--prefill-context-parallel-size)"),
     ]
-    for found, what in refusals:
-        if found:
-            raise ValueError(f"Forgetting Transformers do not support {what} in vllm-fox yet: leave it out.")
-    ranks = parallel.tensor_parallel_size
+
+
+def _check_ranks(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    heads, ranks = vllm_config.model_config.get_total_num_kv_heads(), parallel.tensor_parallel_size
     if heads % ranks and ranks % heads:
         raise ValueError(
             f"--tensor-parallel-size {ranks} does not divide the model's {heads} KV heads: choose a divisor."
@@ -69,22 +119,31 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         )
 
 
-def _kv_cache_dtypes(vllm_config: VllmConfig) -> list[str]:
-    """The values of --kv-cache-dtype that work: the model's own type, and float8 e4m3 where the GPU has it."""
-    own = ["auto", str(vllm_config.model_config.dtype).removeprefix("torch.")]
+def _unsupported_dtype(vllm_config: VllmConfig, dtypes: list[str]) -> tuple[object, str]:
+    found = vllm_config.cache_config.cache_dtype
+    return found not in dtypes, f"--kv-cache-dtype {found} (but {', '.join(dtypes)})"
+
+
+def _own_dtypes(vllm_config: VllmConfig) -> list[str]:
+    """The model's own type, as values of --kv-cache-dtype."""
+    return ["auto", str(vllm_config.model_config.dtype).removeprefix("torch.")]
+
+
+def _float8_dtypes() -> list[str]:
+    """e4m3, where the GPU has it."""
     if current_platform.is_cuda() and not current_platform.has_device_capability(89):
-        return own
-    return [*own, "fp8", "fp8_e4m3"]
+        return []
+    return ["fp8", "fp8_e4m3"]
 
 
-def _set_page_size(vllm_config: VllmConfig, settings: FoxSettings) -> None:
+def _set_page_size(vllm_config: VllmConfig, page_size: int, family: str) -> None:
     cache = vllm_config.cache_config
-    if cache.user_specified_block_size and cache.block_size != settings.page_size:
+    if cache.user_specified_block_size and cache.block_size != page_size:
         raise ValueError(
-            f"--block-size {cache.block_size} is not used by Forgetting Transformers: set "
+            f"--block-size {cache.block_size} is not used by {family}: set "
             f'--additional-config \'{{"fox": {{"page_size": {cache.block_size}}}}}\' instead.'
         )
-    cache.block_size = settings.page_size
+    cache.block_size = page_size
     cache.user_specified_block_size = True
 
 
@@ -94,12 +153,12 @@ def _route_pages(vllm_config: VllmConfig) -> None:
     vllm_config.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
 
 
-def _split_graphs(compilation: CompilationConfig) -> None:
+def _split_graphs(compilation: CompilationConfig, attention_op: str) -> None:
     """Our attention operator ends a compiled piece, as vLLM's own do."""
     if compilation.splitting_ops is None:
         compilation.splitting_ops = [*CompilationConfig._attention_ops]
-    if compilation.splitting_ops and ATTENTION_OP not in compilation.splitting_ops:
-        compilation.splitting_ops.append(ATTENTION_OP)
+    if compilation.splitting_ops and attention_op not in compilation.splitting_ops:
+        compilation.splitting_ops.append(attention_op)
 
 
 def _capture_short_prompts(compilation: CompilationConfig) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-ARCHITECTURE = "ForgettingTransformerForCausalLM"
+FOX = "ForgettingTransformerForCausalLM"
+SPARSE_GPT2 = "SparseGPT2LMHeadModel"
 CONNECTOR = "FoxPageConnector"
 
 
@@ -19,7 +20,7 @@ def register_plugin() -> None:
     try:
         check_vllm_version(vllm.__version__)
     except RuntimeError as error:
-        init_logger(__name__).error("%s Forgetting Transformers cannot be served until then.", error)
+        init_logger(__name__).error("%s Models that forget cannot be served until then.", error)
         return
 
     from vllm import ModelRegistry
@@ -27,15 +28,18 @@ def register_plugin() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.v1.attention.backends.registry import register_backend
 
-    from .config_hook import FoxConfigHook
+    from .config_hook import FoxConfigHook, SparseGPT2ConfigHook
     from .configs import register_configs
     from .tokenizer import register_tokenizer
 
     register_configs()
     register_tokenizer()
-    if MODELS_CONFIG_MAP.get(ARCHITECTURE) is FoxConfigHook:
+    if MODELS_CONFIG_MAP.get(FOX) is FoxConfigHook:
         return
-    ModelRegistry.register_model(ARCHITECTURE, f"vllm_fox.models.fox:{ARCHITECTURE}")
+    ModelRegistry.register_model(FOX, f"vllm_fox.models.fox:{FOX}")
+    ModelRegistry.register_model(SPARSE_GPT2, f"vllm_fox.models.sparse_gpt2:{SPARSE_GPT2}")
     register_backend("FOX", "vllm_fox.attention.backend.FoxAttentionBackend")
+    register_backend("DCP", "vllm_fox.attention.backend.SubsetAttentionBackend")
     KVConnectorFactory.register_connector(CONNECTOR, "vllm_fox.pages.connector", CONNECTOR)
-    MODELS_CONFIG_MAP[ARCHITECTURE] = FoxConfigHook
+    MODELS_CONFIG_MAP[FOX] = FoxConfigHook
+    MODELS_CONFIG_MAP[SPARSE_GPT2] = SparseGPT2ConfigHook

@@ -19,15 +19,15 @@ class FoxSettings:
     """Options of one engine.
 
     Attributes:
-        log_pruning_tolerance: log eps: pruned weights of a query sum to at most eps. None turns pruning off;
-            the default is the checkpoint's value, else -10.
+        log_pruning_tolerance: of Forgetting Transformers, log eps: pruned weights of a query sum to at most eps.
+            None turns pruning off; the default is the checkpoint's value, else -10.
         release: give dead pages back while their request runs.
-        page_size: tokens per page.
+        page_size: tokens per page; None: what suits the model, 64 for Forgetting Transformers, else 16.
     """
 
     log_pruning_tolerance: float | None | str = _CHECKPOINT
     release: bool = True
-    page_size: int = 64
+    page_size: int | None = None
 
     def __post_init__(self) -> None:
         tolerance = self.log_pruning_tolerance
@@ -40,7 +40,7 @@ class FoxSettings:
                 )
         if not isinstance(self.release, bool):
             raise ValueError(f"fox.release is {self.release!r}: it must be true or false.")
-        if isinstance(self.page_size, bool) or self.page_size not in PAGE_SIZES:
+        if isinstance(self.page_size, bool) or self.page_size not in (None, *PAGE_SIZES):
             sizes = ", ".join(map(str, PAGE_SIZES))
             raise ValueError(f"fox.page_size is {self.page_size!r}: it must be one of {sizes}.")
 

@@ -1,4 +1,4 @@
-"""The FOX attention backend: what vLLM asks of it, and the metadata of a step."""
+"""The attention backends: what vLLM asks of them, and the metadata of a step."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_fox.kernels.paged import Batch
 
 from .implementation import ForgettingAttentionImpl
+from .subset import SubsetAttentionImpl
 
 
 class FoxAttentionBackend(AttentionBackend):
@@ -37,8 +38,8 @@ class FoxAttentionBackend(AttentionBackend):
         return ForgettingAttentionImpl
 
     @staticmethod
-    def get_builder_cls() -> type[FoxMetadataBuilder]:
-        return FoxMetadataBuilder
+    def get_builder_cls() -> type[StepMetadataBuilder]:
+        return StepMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
@@ -51,7 +52,7 @@ class FoxAttentionBackend(AttentionBackend):
 
 
 @dataclass
-class FoxMetadata(AttentionMetadata):
+class StepMetadata(AttentionMetadata):
     """One step.
 
     Attributes:
@@ -61,7 +62,7 @@ class FoxMetadata(AttentionMetadata):
     batch: Batch
 
 
-class FoxMetadataBuilder(AttentionMetadataBuilder[FoxMetadata]):
+class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     """Turns vLLM's description of a batch into ours. vLLM's block table holds one entry a row, the slot."""
 
     # Decode looks at nothing on the host. Prefill's grids follow the batch, so it runs between graphs.
@@ -81,7 +82,7 @@ class FoxMetadataBuilder(AttentionMetadataBuilder[FoxMetadata]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> FoxMetadata:
+    ) -> StepMetadata:
         common = common_attn_metadata
         query_lens = common.query_start_loc_cpu.diff().tolist()
         # Rows that vLLM added as padding have no query; they come last.
@@ -101,4 +102,26 @@ class FoxMetadataBuilder(AttentionMetadataBuilder[FoxMetadata]):
             seq_lens_host=seq_lens_host,
             page_size=self.kv_cache_spec.block_size,
         )
-        return FoxMetadata(batch)
+        return StepMetadata(batch)
+
+
+class EagerMetadataBuilder(StepMetadataBuilder):
+    """For kernels that read lengths on the host."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+
+class SubsetAttentionBackend(FoxAttentionBackend):
+    """Paged attention with Dynamic Context Pruning."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "DCP"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        return SubsetAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[StepMetadataBuilder]:
+        return EagerMetadataBuilder

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import library, nn
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_fox.kernels.paged import FP8, PageFormat, Pages, PageTable
+from vllm_fox.kernels.paged import FP8, LIVE_RANGE_PERIOD, PageFormat, PageTable
 from vllm_fox.models.bounds import pruning_threshold, with_rounding
-from vllm_fox.pages.spec import make_spec
 from vllm_fox.settings import FoxSettings
 
-from .backend import FoxAttentionBackend, FoxMetadata
+from .backend import FoxAttentionBackend
 from .implementation import ForgettingAttentionImpl, StepInputs, WorkerState
+from .paged_layer import OPERATORS, PagedAttention
 from .warm_up import warm_up
 
 
-class ForgettingAttention(nn.Module, AttentionLayerBase):
+class ForgettingAttention(PagedAttention[WorkerState]):
     """Forgetting attention of one layer over head-paged, pruned KV.
 
     Args:
@@ -57,32 +53,29 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         v_shift: bool,
         log_pruning_tolerance: float | None,
     ) -> None:
-        super().__init__()
-        self.layer_name = prefix
+        dtype = vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype)
+        groups = num_heads // num_kv_heads
+        kv_dtype = FP8 if vllm_config.cache_config.cache_dtype.startswith("fp8") else dtype
+        page_size = vllm_config.cache_config.block_size
+        super().__init__(
+            vllm_config,
+            prefix,
+            page_format=PageFormat(page_size, head_dim, dtype, groups, k_shift or v_shift, kv_dtype),
+            streams=num_kv_heads,
+            head_size=head_dim,
+            report_period=LIVE_RANGE_PERIOD,
+        )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.num_gates = num_heads // num_kv_heads
+        self.num_gates = groups
         self.shift = (k_shift, v_shift)
-        assert isinstance(vllm_config.model_config.dtype, torch.dtype)
-        self.dtype = vllm_config.model_config.dtype
-        settings = FoxSettings.from_vllm_config(vllm_config)
-        self.release = settings.release
-        self.tolerance = settings.tolerance(log_pruning_tolerance)
-        self.page_size = vllm_config.cache_config.block_size
+        self.dtype, self.kv_dtype = dtype, kv_dtype
+        self.tolerance = FoxSettings.from_vllm_config(vllm_config).tolerance(log_pruning_tolerance)
         self.max_model_len = vllm_config.model_config.max_model_len
-        self.kv_dtype = FP8 if vllm_config.cache_config.cache_dtype.startswith("fp8") else self.dtype
         # Largest |q . k| / sqrt(d) that there can be; known once weights are loaded.
         self.logit_bound = math.inf
         self.register_buffer("threshold", torch.full((num_kv_heads, self.num_gates), -math.inf), persistent=False)
-        self.kv_cache = torch.tensor([])
-        self._pages: Pages | None = None
-        self._state: WorkerState | None = None
-
-        layers = vllm_config.compilation_config.static_forward_context
-        if prefix in layers:
-            raise ValueError(f"Duplicate layer name: {prefix}")
-        index = sum(isinstance(layer, ForgettingAttention) for layer in layers.values())
-        self.impl = ForgettingAttentionImpl(index, head_dim**-0.5, k_norm, qk_norm_eps, rope_base)
-        layers[prefix] = self
+        self.impl = ForgettingAttentionImpl(self.index, head_dim**-0.5, k_norm, qk_norm_eps, rope_base)
 
     def set_logit_bound(self, bound: torch.Tensor) -> None:
         """Fix the pruning threshold ``-2U - log L + log eps`` (ACP, eq. 5), once weights are known.
@@ -134,14 +127,11 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
         out: torch.Tensor,
     ) -> None:
         """The operator's body: everything between the projections and the output gate."""
-        metadata: Any = get_forward_context().attn_metadata
-        if isinstance(metadata, dict):
-            metadata = metadata[self.layer_name]
-        if metadata is None or self._state is None:  # memory profiling: the page table is not there yet
+        found = self.step()
+        if found is None:
             out.zero_()
             return
-        assert isinstance(metadata, FoxMetadata)
-        batch = metadata.batch
+        batch, state = found
         tokens, heads, groups = batch.num_tokens, self.num_kv_heads, self.num_gates
         if tokens < len(out):  # rows of padding
             out[tokens:] = 0
@@ -157,54 +147,23 @@ class ForgettingAttention(nn.Module, AttentionLayerBase):
             shift_v=shift_v,
         )
         out = out.view(tokens, heads, groups, self.head_dim)
-        self.impl.forward(step, batch, self._state, out)
+        self.impl.forward(step, batch, state, out)
 
-    # What vLLM calls.
-
-    def get_attn_backend(self) -> type[AttentionBackend]:
+    def get_attn_backend(self) -> type[FoxAttentionBackend]:
         return FoxAttentionBackend
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return make_spec(
-            vllm_config,
-            num_kv_heads=self.num_kv_heads,
-            num_gates=self.num_gates,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            kv_dtype=self.kv_dtype,
-            token_shift=any(self.shift),
-            release=self.release,
-        )
-
-    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Take the whole cache, of which vLLM passes this layer's view: all streams share one pool of pages."""
-        self.kv_cache = kv_cache
-        storage = kv_cache.untyped_storage()
-        pool = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)
-        form = PageFormat(self.page_size, self.head_dim, self.dtype, self.num_gates, any(self.shift), self.kv_dtype)
-        self._pages = form.view(pool)
-
     @staticmethod
-    def bind_page_table(layers: list[ForgettingAttention], table: PageTable, max_rows: int) -> None:
-        """Give a worker's layers its page table, and compile what a step may need (called by the connector).
-
-        Args:
-            layers: all of the worker's, in any order.
-            max_rows: most requests of a step.
-        """
-        layers = sorted(layers, key=lambda layer: layer.impl.layer)
-        pages = layers[0]._pages
-        assert pages is not None
+    def make_state(layers: list[ForgettingAttention], table: PageTable, max_rows: int) -> WorkerState:  # type: ignore[override]
+        """What a worker's layers share; compiles what a step may need."""
         state = WorkerState(
             table,
             [layer.threshold for layer in layers],
             max(layer.logit_bound for layer in layers),
-            pages,
+            layers[0].page_format.view(layers[0].pool()),
             max_rows,
         )
-        for layer in layers:
-            layer._state = state
         warm_up(layers[0].impl, state, layers[0].dtype, layers[0].shift)
+        return state
 
 
 def forgetting_attention(
@@ -235,11 +194,10 @@ def _fake(
     return None
 
 
-_library = library.Library("vllm_fox", "FRAGMENT")
 direct_register_custom_op(
     op_name="forgetting_attention",
     op_func=forgetting_attention,
     mutates_args=["out"],
     fake_impl=_fake,
-    target_lib=_library,
+    target_lib=OPERATORS,
 )

@@ -1,4 +1,4 @@
-"""Checkpoint tensors of both dialects into the modules of the vLLM model; strict about what is there."""
+"""Checkpoint tensors into the modules of a vLLM model; strict about what is there."""
 
 from __future__ import annotations
 
@@ -34,19 +34,49 @@ _RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
 )
 
 
+Destination = tuple[str, str | int | None, torch.Tensor]
+"""A parameter's name, the part of it if several tensors share it, and what goes there."""
+
+
 def load_checkpoint(
     model: nn.Module,
     arch: Architecture,
     attention: Mapping[int, ForgettingSelfAttention],
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> set[str]:
-    """Fill the model's parameters.
+    """Fill the parameters of a Forgetting Transformer.
 
     Args:
         model: the vLLM model.
         arch: what it was built from.
         attention: its attention modules by layer.
+        weights, returns, raises: as :func:`fill_parameters`.
+    """
+    arranger = _Arranger(arch, attention)
+
+    def destinations(name: str, tensor: torch.Tensor) -> Iterator[Destination]:
+        for ready_name, ready in arranger.arranged(name, tensor):
+            yield from _destinations(arch, ready_name, ready)
+
+    given = (item for item in weights if not is_derived_weight(arch, item[0]))
+    return fill_parameters(model, expected_weights(arch), given, destinations, f"{arch.dialect} dialect")
+
+
+def fill_parameters(
+    model: nn.Module,
+    expected: Mapping[str, tuple[int, ...]],
+    weights: Iterable[tuple[str, torch.Tensor]],
+    destinations: Callable[[str, torch.Tensor], Iterator[Destination]],
+    kind: str,
+) -> set[str]:
+    """Fill a model's parameters.
+
+    Args:
+        model: the vLLM model.
+        expected: names and shapes of a checkpoint's tensors.
         weights: names and tensors of the checkpoint, in any order.
+        destinations: where a tensor goes.
+        kind: of checkpoint, for errors.
 
     Returns:
         Names of the parameters that were filled: all that this pipeline stage has.
@@ -55,13 +85,9 @@ def load_checkpoint(
         ValueError: tensors are missing, unexpected, of a wrong shape or of a quantised dtype. One message
             names them (the first ten) with what was expected.
     """
-    expected = expected_weights(arch)
     params = dict(model.named_parameters())
     missing, problems, filled = dict(expected), [], set()
-    arranger = _Arranger(arch, attention)
     for name, tensor in weights:
-        if is_derived_weight(arch, name):
-            continue
         if name not in expected:
             problems.append(f"unexpected tensor {name} {list(tensor.shape)}")
             continue
@@ -72,19 +98,18 @@ def load_checkpoint(
         if tensor.dtype not in _DTYPES:
             problems.append(f"tensor {name} is {tensor.dtype}, expected float16, bfloat16 or float32")
             continue
-        for ready_name, ready in arranger.arranged(name, tensor):
-            for target, part, piece in _destinations(arch, ready_name, ready):
-                if is_pp_missing_parameter(target, model):
-                    continue  # another pipeline stage's
-                param = params[target]
-                loader: Callable[..., None] = getattr(param, "weight_loader", default_weight_loader)
-                loader(param, piece) if part is None else loader(param, piece, part)
-                filled.add(target)
+        for target, part, piece in destinations(name, tensor):
+            if is_pp_missing_parameter(target, model):
+                continue  # another pipeline stage's
+            param = params[target]
+            loader: Callable[..., None] = getattr(param, "weight_loader", default_weight_loader)
+            loader(param, piece) if part is None else loader(param, piece, part)
+            filled.add(target)
     problems += [f"missing tensor {name}, expected {list(shape)}" for name, shape in missing.items()]
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError(
-            f"The checkpoint's weights do not fit its config.json ({arch.dialect} dialect): "
+            f"The checkpoint's weights do not fit its config.json ({kind}): "
             + "; ".join(problems[:_LISTED])
             + more
             + "."
@@ -127,10 +152,8 @@ class _Arranger:
             yield f"model.layers.{layer}.{short}", one
 
 
-def _destinations(
-    arch: Architecture, name: str, tensor: torch.Tensor
-) -> Iterator[tuple[str, str | int | None, torch.Tensor]]:
-    """Parameters that one checkpoint tensor fills: (name, part of a fused parameter, tensor)."""
+def _destinations(arch: Architecture, name: str, tensor: torch.Tensor) -> Iterator[Destination]:
+    """Parameters that one checkpoint tensor fills."""
     target, part = name, None
     for pattern, replacement, shard in _RENAMED:
         target, found = re.subn(pattern, replacement, name)

@@ -17,8 +17,6 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
-from vllm_fox.kernels.paged import LIVE_RANGE_PERIOD
-
 from .admission import LiveShare
 from .messages import PageReport, TableUpdate
 from .pool import Columns, PagePool
@@ -145,10 +143,11 @@ class StreamPageManager(SingleTypeKVCacheManager):
         Args:
             scheduled: new tokens by request.
         """
+        period = self.kv_cache_spec.report_period
         due = [
             self._slot_of[request_id]
             for request_id, new in scheduled.items()
-            if new > 1 or self._length[request_id] % LIVE_RANGE_PERIOD == 0
+            if new > 1 or self._length[request_id] % period == 0
         ]
         slots = np.array(due, dtype=np.int64)
         update = TableUpdate.of(self._step, slots, self.pool.epoch[slots], self._opened, self._columns)

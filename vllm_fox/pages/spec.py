@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from vllm.config import VllmConfig
@@ -11,7 +12,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_fox.kernels.paged import TABLE_CHUNK, PageFormat
+from vllm_fox.kernels.paged import TABLE_CHUNK
 
 from .manager import StreamPageManager
 
@@ -19,40 +20,40 @@ TABLE_SHARE = 0.01
 """The page table takes at most this share of the KV memory."""
 
 
+class PageFormat(Protocol):
+    """What a page looks like: hashable, equal in all layers."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of a page of one stream."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StreamPageSpec(AttentionSpec):
-    """One layer's part of a block ("slab"): one page for each of its KV heads.
+    """One layer's part of a block ("slab"): one page for each of its streams.
 
-    vLLM counts blocks of a page for every layer and KV head of a worker. Which page belongs to whom is decided by
+    vLLM counts blocks of a page for every stream of a worker. Which page belongs to whom is decided by
     :class:`~vllm_fox.pages.manager.StreamPageManager`; vLLM's pool only keeps the count. The spec is the same for
     all layers of all workers, as vLLM asks for.
 
-    Attributes (besides AttentionSpec's):
-        num_gates: query heads that share a KV head.
-        token_shift: pages keep the last token's raw k and v.
-        kv_dtype: of K and V in the pages; ``dtype`` is the model's.
+    Attributes (besides AttentionSpec's, of which ``num_kv_heads`` are the streams of a layer on one rank):
+        page_format: of every stream's pages.
+        report_period: tokens of a decoding request after which its live ranges are looked at again.
         stage_layers: attention layers of each pipeline stage.
-        tensor_ranks: tensor-parallel ranks of a stage, with ``num_kv_heads`` heads each.
+        tensor_ranks: tensor-parallel ranks of a stage, with ``num_kv_heads`` streams a layer each.
         num_slots: requests that may run at once.
         max_model_len, max_step_tokens: longest request, and tokens of one step.
         release: whether dead pages are given back while a request runs.
     """
 
-    num_gates: int
-    token_shift: bool
-    kv_dtype: torch.dtype
+    page_format: PageFormat
+    report_period: int
     stage_layers: tuple[int, ...]
     tensor_ranks: int
     num_slots: int
     max_model_len: int
     max_step_tokens: int
     release: bool
-
-    @property
-    def page_format(self) -> PageFormat:
-        return PageFormat(
-            self.block_size, self.head_size, self.dtype, self.num_gates, self.token_shift, self.kv_dtype
-        )
 
     @property
     def streams(self) -> tuple[int, ...]:
@@ -104,32 +105,29 @@ class PageGeometry:
 
 def make_spec(
     vllm_config: VllmConfig,
+    page_format: PageFormat,
     *,
-    num_kv_heads: int,
-    num_gates: int,
-    head_dim: int,
+    streams: int,
+    head_size: int,
     dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    token_shift: bool,
+    report_period: int,
     release: bool,
 ) -> StreamPageSpec:
-    """The spec of one layer; ``num_kv_heads`` is the rank's own count."""
+    """The spec of one layer with ``streams`` streams on this rank."""
     page_size, parallel = vllm_config.cache_config.block_size, vllm_config.parallel_config
     layers, stages = vllm_config.model_config.get_total_num_hidden_layers(), parallel.pipeline_parallel_size
     bounds = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
-    form = PageFormat(page_size, head_dim, dtype, num_gates, token_shift, kv_dtype)
     return StreamPageSpec(
         block_size=page_size,
-        num_kv_heads=num_kv_heads,
-        head_size=head_dim,
+        num_kv_heads=streams,
+        head_size=head_size,
         dtype=dtype,
         dcp_sharded=False,
         # A page is one opaque state, so that gates and raw values travel with K and V.
         tokens_per_state=page_size,
-        state_content_bytes=form.page_bytes,
-        num_gates=num_gates,
-        token_shift=token_shift,
-        kv_dtype=kv_dtype,
+        state_content_bytes=page_format.page_bytes,
+        page_format=page_format,
+        report_period=report_period,
         stage_layers=tuple(end - start for start, end in bounds),
         tensor_ranks=parallel.tensor_parallel_size,
         num_slots=vllm_config.scheduler_config.max_num_seqs,

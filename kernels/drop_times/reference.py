@@ -1,0 +1,51 @@
+"""Which query drops which token, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from ..paged import Batch, PageTable
+from ..subset import NEVER, SubsetPages, places, rows_of
+
+
+def drop_times(
+    pages: SubsetPages,
+    table: PageTable,
+    batch: Batch,
+    layer: int,
+    int_q: torch.Tensor,
+    bias: torch.Tensor,
+    below: torch.Tensor | None,
+) -> None:
+    """The end of every live token j: the first query n > j of the step with
+
+        q_int_n . k_int_j / sqrt(r) + bias <= 0            (DCP, arXiv 2305.15805, with its step function),
+
+    or the token's end in the layers below, whichever comes first.
+
+    Args:
+        pages, table, batch: see :mod:`kernels.subset` and :mod:`kernels.paged`; ``pages.end`` is written. The
+            step's own tokens are in the pages already.
+        layer: index of the layer on this worker.
+        int_q: [T, r] interaction queries.
+        bias: [1] of the scores.
+        below: [R or more, longest request] int32: by row and position the ends that this step found in the layers
+            below, replaced by those found here; the first layer does not read it. None if layers drop by
+            themselves.
+    """
+    size = pages.page_size
+    for row, tokens, length in rows_of(batch):
+        at = places(pages, table, batch.slots[row], length, layer).flatten()
+        at = at[at >= 0]
+        page, offset = at // size, at % size
+        live = pages.end[page, offset] == NEVER
+        page, offset = page[live], offset[live]
+        begin, k = pages.begin[page, offset].long(), pages.int_k[page, offset].float()
+        query = torch.arange(length - (tokens.stop - tokens.start), length, device=at.device)[:, None]
+        scores = int_q[tokens].float() @ k.T * k.shape[1] ** -0.5 + bias.float()
+        end = torch.where((scores <= 0) & (begin < query), query, NEVER).amin(0)
+        if below is not None:
+            if layer:
+                end = torch.minimum(end, below[row, begin].long())
+            below[row, begin] = end.int()
+        pages.end[page, offset] = end.int()

@@ -1,0 +1,41 @@
+"""Attention over the tokens that a layer has not dropped, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from ..paged import Batch, PageTable
+from ..subset import SubsetPages, places, rows_of
+
+
+def subset_attention(
+    pages: SubsetPages,
+    table: PageTable,
+    batch: Batch,
+    layer: int,
+    q: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """``o_i = sum_j softmax_j(scale * q_i . k_j) v_j`` over the tokens j with ``begin_j <= i < end_j``.
+
+    Args:
+        pages, table, batch: see :mod:`kernels.subset` and :mod:`kernels.paged`; the step's tokens have been written
+            and their ends found.
+        layer: index of the layer on this worker.
+        q: [T, H, d].
+        scale: of the logits.
+        out: [T, H, d], written.
+    """
+    size = pages.page_size
+    for row, tokens, length in rows_of(batch):
+        at = places(pages, table, batch.slots[row], length, layer).flatten()
+        at = at[at >= 0]
+        page, offset = at // size, at % size
+        query = torch.arange(length - (tokens.stop - tokens.start), length, device=at.device)[:, None]
+        visible = (pages.begin[page, offset] <= query) & (query < pages.end[page, offset])
+        seen = visible.any(0).nonzero().squeeze(1)
+        page, offset, visible = page[seen], offset[seen], visible[:, seen]
+        logits = torch.einsum("ihd,jhd->hij", q[tokens].float(), pages.k[page, offset].float()) * scale
+        weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+        out[tokens] = torch.einsum("hij,jhd->ihd", weights, pages.v[page, offset].float()).to(out.dtype)

@@ -1,0 +1,125 @@
+"""Dynamic Context Pruning in the real engine: the formula's logits, and pages that come back while requests run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from vllm import LLM
+
+from tests.checkpoints import save_sparse_gpt2
+from tests.engines import (
+    add,
+    assert_all_free,
+    engine,
+    generate,
+    greedy,
+    manager,
+    num_blocks,
+    run_to_the_end,
+    scheduler,
+)
+from tests.reference_sparse_gpt2 import reference
+from vllm_fox.configs import SparseGPT2Config
+
+PAGE = 16
+LENGTH = 512
+CHUNK = 64
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["propagated", "by_layer"])
+def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    folder = save_sparse_gpt2(
+        tmp_path_factory.mktemp("sparse"), block_size=LENGTH, propagate_in_depth=request.param
+    )
+    blocks = 3 * LENGTH // PAGE + 1
+    with engine(folder, max_num_batched_tokens=CHUNK, num_gpu_blocks_override=blocks) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(llm: LLM) -> Iterator[None]:
+    yield
+    run_to_the_end(llm)
+    assert_all_free(llm)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(1, 257), k=length)
+
+
+def formula(llm: LLM, token_ids: list[int]) -> tuple[torch.Tensor, list[list[list[int]]]]:
+    """Log-probabilities [T - 1] of tokens after the first in float64, and what each layer and token sees."""
+    folder = Path(llm.llm_engine.model_config.model)
+    config = SparseGPT2Config.from_pretrained(folder)
+    logits, seen = reference(config, load_file(folder / "model.safetensors"), token_ids)
+    found = logits[:-1].log_softmax(-1).gather(1, torch.tensor(token_ids[1:])[:, None])
+    return found[:, 0], seen
+
+
+def test_prompts_in_chunks_and_answers_are_the_formulas(llm: LLM) -> None:
+    """Teacher-forced over the engine's own answer: chunks of a prompt, and decoding token by token."""
+    tokens = prompt(3 * CHUNK + 17)
+    (out,) = generate(llm, [tokens], greedy(40, prompt_logprobs=0, logprobs=0))
+    answer = list(out.outputs[0].token_ids)
+    found = [at[token].logprob for at, token in zip(out.prompt_logprobs[1:], tokens[1:], strict=True)]
+    found += [at[token].logprob for at, token in zip(out.outputs[0].logprobs, answer, strict=True)]
+    want, seen = formula(llm, tokens + answer)
+    assert all(0.05 < sum(map(len, layer)) / (len(want) * len(want) / 2) < 0.9 for layer in seen)
+    torch.testing.assert_close(torch.tensor(found).double(), want, atol=1e-3, rtol=0)
+
+
+def test_a_request_holds_little_more_than_its_live_tokens(llm: LLM) -> None:
+    """At most 1.25 times the live tokens and two pages a layer, in every step of an answer."""
+    tokens = prompt(300, seed=1)
+    (out,) = generate(llm, [tokens], greedy(120))
+    answer = list(out.outputs[0].token_ids)
+    _, seen = formula(llm, tokens + answer)
+    add(llm, "r", tokens, 120)
+    held = {}
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        if scheduler(llm).running:
+            held[scheduler(llm).running[0].num_computed_tokens] = manager(llm).pool.used_total
+    assert len(held) > 120
+    for length, pages in held.items():
+        if length >= len(tokens):
+            live = [len(layer[length - 1]) + 1 for layer in seen]
+            assert sum(-(-n // PAGE) for n in live) <= pages <= sum(1.25 * n / PAGE + 2 for n in live)
+    assert pages < 0.6 * len(seen) * -(-length // PAGE)
+
+
+def test_random_requests_equal_their_solo_runs(llm: LLM) -> None:
+    """Many at once, in a budget that is scarce, with aborts and preemptions: the text of a request alone."""
+    order = random.Random(0)
+    requests = {f"q{i}": (prompt(order.randint(1, 400), seed=i), order.randint(1, 60)) for i in range(20)}
+    blocks = scheduler(llm).kv_cache_manager.block_pool
+    aside = blocks.get_new_blocks(num_blocks(llm) - 460 // PAGE - 2)
+    waiting, aborted = list(requests), set()
+    finished: dict[str, list[int]] = {}
+    preempted: dict[str, int] = {}
+    sched = scheduler(llm)
+    while waiting or llm.llm_engine.has_unfinished_requests():
+        for _ in range(order.randint(0, 3)):
+            if waiting:
+                add(llm, waiting[0], *requests[waiting.pop(0)])
+        for out in llm.llm_engine.step():
+            if out.finished:
+                finished[out.request_id] = list(out.outputs[0].token_ids)
+        for request in sched.requests.values():
+            preempted[request.request_id] = request.num_preemptions
+        if sched.running and order.random() < 0.02:
+            sched._preempt_request(sched.running.pop(), 0.0)
+        if len(finished) == 8 and not aborted and sched.running:
+            aborted.add(order.choice(sorted(set(requests) - set(waiting) - set(finished))))
+            llm.llm_engine.abort_request(list(aborted))
+    blocks.free_blocks(aside)
+    assert aborted and sum(preempted.values()) > 0
+    for name in sorted(set(requests) - aborted):
+        tokens, count = requests[name]
+        (alone,) = generate(llm, [tokens], greedy(count))
+        assert finished[name] == list(alone.outputs[0].token_ids), name
