@@ -21,3 +21,14 @@ def masked_page_id(chunk_of, entries, slot, stream, page, mask, max_chunks, stre
     chunk = tl.load(chunk_of + slot.to(tl.int64) * max_chunks + page // CHUNK, mask=mask, other=0)
     where = (chunk.to(tl.int64) * streams + stream) * CHUNK + page % CHUNK
     return tl.load(entries + where, mask=mask, other=0).to(tl.int64)
+
+
+@triton.jit
+def row_of(query_start, rows, token):
+    """The row that a token belongs to, the last of ``rows`` for tokens behind all of them."""
+    low, high = 0, rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        left = token < tl.load(query_start + middle)
+        low, high = tl.where(left, low, middle), tl.where(left, middle, high)
+    return low

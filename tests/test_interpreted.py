@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run on this machine's GPU")
-@pytest.mark.parametrize("file, least", [("test_kernels.py", 30), ("test_training_attention.py", 20)])
+@pytest.mark.parametrize(
+    "file, least", [("test_kernels.py", 30), ("test_subset_kernels.py", 8), ("test_training_attention.py", 20)]
+)
 def test_kernels_under_the_interpreter(file: str, least: int) -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when kernels are defined."""
     run = subprocess.run(

@@ -105,12 +105,6 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         return StepMetadata(batch)
 
 
-class EagerMetadataBuilder(StepMetadataBuilder):
-    """For kernels that read lengths on the host."""
-
-    _cudagraph_support = AttentionCGSupport.NEVER
-
-
 class SubsetAttentionBackend(FoxAttentionBackend):
     """Paged attention with Dynamic Context Pruning."""
 
@@ -121,7 +115,3 @@ class SubsetAttentionBackend(FoxAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[Any]:
         return SubsetAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[StepMetadataBuilder]:
-        return EagerMetadataBuilder

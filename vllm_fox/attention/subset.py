@@ -10,7 +10,7 @@ from vllm_fox.kernels.compaction import compact
 from vllm_fox.kernels.drop_times import drop_times
 from vllm_fox.kernels.paged import Batch, PageTable
 from vllm_fox.kernels.subset import NEVER, SubsetPages
-from vllm_fox.kernels.subset_attention import subset_attention
+from vllm_fox.kernels.subset_attention import make_room, subset_attention
 from vllm_fox.kernels.subset_write import subset_write
 
 
@@ -22,17 +22,27 @@ class SubsetState:
         pages: the page pool.
         num_layers: of the worker.
         max_rows: most rows that a step can have.
-        max_model_len: longest request; None if layers drop by themselves.
+        max_model_len: longest request.
+        propagate: whether what a layer drops is dropped in all layers above it.
     """
 
     def __init__(
-        self, table: PageTable, pages: SubsetPages, num_layers: int, max_rows: int, max_model_len: int | None
+        self,
+        table: PageTable,
+        pages: SubsetPages,
+        num_layers: int,
+        max_rows: int,
+        max_model_len: int,
+        propagate: bool,
     ) -> None:
         self.table, self.pages, self.num_layers = table, pages, num_layers
-        self.ends: torch.Tensor | None = None
-        if max_model_len is not None:
-            shape, device = (max_rows, max_model_len), pages.end.device
-            self.ends = torch.full(shape, NEVER, dtype=torch.int32, device=device)
+        shape, device = (max_rows, max_model_len), pages.end.device
+        self.ends = torch.full(shape, NEVER, dtype=torch.int32, device=device) if propagate else None
+        self.room = make_room(max_rows, max_model_len, device)
+
+    def end_step(self, batch: Batch) -> None:
+        """After the last layer: give pages back that are not needed."""
+        compact(self.pages, self.table, batch)
 
 
 @dataclass
@@ -74,6 +84,6 @@ class SubsetAttentionImpl:
         pages, table, layer = state.pages, state.table, self.layer
         subset_write(pages, table, batch, layer, k, v, int_k)
         drop_times(pages, table, batch, layer, int_q, self.bias, state.ends)
-        subset_attention(pages, table, batch, layer, q, self.scale, out)
+        subset_attention(pages, table, batch, layer, q, self.scale, out, room=state.room)
         if layer == state.num_layers - 1:
-            compact(pages, table, batch)
+            state.end_step(batch)

@@ -14,6 +14,7 @@ from vllm_fox.kernels.subset import SubsetPageFormat
 from .backend import SubsetAttentionBackend
 from .paged_layer import OPERATORS, PagedAttention
 from .subset import SubsetAttentionImpl, SubsetState
+from .warm_up import warm_up_subset
 
 
 class SubsetAttention(PagedAttention[SubsetState]):
@@ -55,7 +56,7 @@ class SubsetAttention(PagedAttention[SubsetState]):
             report_period=1,
         )
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.propagated_length = vllm_config.model_config.max_model_len if propagate else None
+        self.max_model_len, self.propagate = vllm_config.model_config.max_model_len, propagate
         self.impl = SubsetAttentionImpl(self.index, head_dim**-0.5, bias)
 
     def forward(
@@ -99,9 +100,12 @@ class SubsetAttention(PagedAttention[SubsetState]):
 
     @staticmethod
     def make_state(layers: list[SubsetAttention], table: PageTable, max_rows: int) -> SubsetState:
-        """What a worker's layers share."""
-        pages = layers[0].page_format.view(layers[0].pool())
-        return SubsetState(table, pages, len(layers), max_rows, layers[0].propagated_length)
+        """What a worker's layers share; compiles what a step may need."""
+        one = layers[0]
+        pages = one.page_format.view(one.pool())
+        state = SubsetState(table, pages, len(layers), max_rows, one.max_model_len, one.propagate)
+        warm_up_subset(one.impl, state, one.page_format.dtype)
+        return state
 
 
 def subset_attention(

@@ -8,6 +8,19 @@ from vllm_fox.kernels.dispatch import use_triton
 from vllm_fox.kernels.paged import Batch
 
 from .implementation import ForgettingAttentionImpl, StepInputs, WorkerState
+from .subset import SubsetAttentionImpl, SubsetState
+
+
+def _padding(tokens: int, page_size: int, device: torch.device) -> Batch:
+    """A row of padding (slot 0)."""
+    return Batch.of(
+        query_start=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
+        slots=torch.zeros(1, dtype=torch.int32, device=device),
+        query_lens_host=[tokens],
+        seq_lens_host=[tokens],
+        page_size=page_size,
+    )
 
 
 def warm_up(
@@ -40,14 +53,7 @@ def warm_up(
         return StepInputs(zeros(tokens, heads, groups, dim), kv, kv, zeros(tokens, heads, groups), k_shift, v_shift)
 
     for tokens in (1, 2):
-        batch = Batch.of(
-            query_start=torch.tensor([0, tokens], dtype=torch.int32, device=device),
-            seq_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
-            slots=torch.zeros(1, dtype=torch.int32, device=device),
-            query_lens_host=[tokens],
-            seq_lens_host=[tokens],
-            page_size=pages.page_size,
-        )
+        batch = _padding(tokens, pages.page_size, device)
         step = inputs(tokens)
         out = torch.empty_like(step.q)
         impl.forward(step, batch, state, out)
@@ -57,3 +63,20 @@ def warm_up(
                 pages, state.table, batch, impl.layer, limit, step.q, impl.scale, state.bounded, out, plan
             )
     state.end_step(batch)
+
+
+def warm_up_subset(impl: SubsetAttentionImpl, state: SubsetState, dtype: torch.dtype) -> None:
+    """The same for models that learn which tokens to drop.
+
+    Args:
+        dtype: of the model.
+    """
+    pages, device = state.pages, state.pages.k.device
+    if not use_triton(device):
+        return
+    for tokens in (1, 2):
+        qkv = torch.zeros(tokens, *pages.k.shape[2:], dtype=dtype, device=device)
+        ints = torch.zeros(tokens, pages.int_k.shape[2], dtype=dtype, device=device)
+        batch = _padding(tokens, pages.page_size, device)
+        impl.forward(qkv, qkv, qkv, ints, ints, batch, state, torch.empty_like(qkv))
+        state.end_step(batch)

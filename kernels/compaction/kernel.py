@@ -1,0 +1,126 @@
+"""Compaction as a Triton kernel: a program for every (row, layer)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import masked_page_id, page_id
+from ..launch import Launcher
+from ..paged import TABLE_CHUNK, Batch, PageTable
+from ..subset import NEVER, SubsetPages
+
+LOOKED_AT = 256
+"""Tokens that are counted together."""
+COPIED = 256
+"""Values of each token of a page that are copied together."""
+
+
+@triton.jit
+def _copy(
+    pages, source_page, target_page, offset, to, moved,
+    PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``WIDTH`` values of each token in ``moved`` [P], from its offset in one page to that in the other."""
+    for start in range(0, WIDTH, BLOCK):
+        w = start + tl.arange(0, BLOCK)
+        mask = moved[:, None] & (w < WIDTH)[None, :]
+        values = tl.load(pages + source_page * PAGE + (offset * WIDTH)[:, None] + w[None, :], mask=mask)
+        tl.store(pages + target_page * PAGE + (to * WIDTH)[:, None] + w[None, :], values, mask=mask)
+
+
+@triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "max_chunks", "streams"])
+def _compact(
+    k_pages, v_pages, int_pages, begin_pages, end_pages, chunk_of, entries, first_live,
+    query_start, seq_lens, slots, slot_stride, max_chunks, streams,
+    PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
+    CHUNK: tl.constexpr, NEVER: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    layer, row = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + row * slot_stride)
+    if (slot == 0) | (tl.load(query_start + row + 1) == tl.load(query_start + row)):
+        return
+    length = tl.load(seq_lens + row)
+    newest = (length - 1) // P
+    remembered = first_live + slot.to(tl.int64) * streams + layer
+    first = tl.minimum(tl.load(remembered), newest)
+    room = 0
+    n = tl.arange(0, N)
+    for at in range(first * P, length, N):
+        place = at + n
+        written = place < length
+        ids = masked_page_id(chunk_of, entries, slot, layer, place // P, written, max_chunks, streams, CHUNK)
+        ends = tl.load(end_pages + ids * PAGE_INTS + place % P, mask=written, other=NEVER)
+        room += tl.sum((ends != NEVER).to(tl.int32), 0)
+    # How many of the oldest pages can be emptied. `room` becomes that of all pages behind the one looked at.
+    offset = tl.arange(0, P)
+    live, behind, searching = 0, first, 1
+    while searching > 0:
+        page = page_id(chunk_of, entries, slot, layer, behind, max_chunks, streams, CHUNK)
+        alive = (tl.load(end_pages + page * PAGE_INTS + offset) == NEVER).to(tl.int32)
+        here = tl.sum(alive, 0)
+        fits = (behind < newest) & (live + here <= room - (P - here))
+        live += tl.where(fits, here, 0)
+        room -= tl.where(fits, P - here, 0)
+        behind += tl.where(fits, 1, 0)
+        searching = tl.where(fits, 1, 0)
+    if behind == first:
+        return
+    # The next live tokens of the emptied pages go to the next free places behind them, page by page. What is left
+    # of a page is kept in registers: nothing is read that was written before.
+    source, target = first, behind
+    source_page = page_id(chunk_of, entries, slot, layer, source, max_chunks, streams, CHUNK)
+    target_page = page_id(chunk_of, entries, slot, layer, target, max_chunks, streams, CHUNK)
+    alive = (tl.load(end_pages + source_page * PAGE_INTS + offset) == NEVER).to(tl.int32)
+    free = (
+        tl.load(end_pages + target_page * PAGE_INTS + offset, mask=target * P + offset < length, other=NEVER)
+        != NEVER
+    ).to(tl.int32)
+    while source < behind:
+        # n-th to n-th: [source offset, target offset].
+        pairs = (tl.cumsum(alive, 0)[:, None] == tl.cumsum(free, 0)[None, :]) & (alive[:, None] * free[None, :] > 0)
+        moved = tl.max(pairs.to(tl.int32), 1) > 0
+        to = tl.sum(tl.where(pairs, offset[None, :], 0), 1)
+        _copy(k_pages, source_page, target_page, offset, to, moved, PAGE, WIDTH, BLOCK)
+        _copy(v_pages, source_page, target_page, offset, to, moved, PAGE, WIDTH, BLOCK)
+        _copy(int_pages, source_page, target_page, offset, to, moved, PAGE, R, BLOCK_R)
+        begin = tl.load(begin_pages + source_page * PAGE_INTS + offset, mask=moved, other=0)
+        tl.store(begin_pages + target_page * PAGE_INTS + to, begin, mask=moved)
+        tl.store(end_pages + target_page * PAGE_INTS + to, NEVER, mask=moved)
+        alive = tl.where(moved, 0, alive)
+        free = tl.where(tl.max(pairs.to(tl.int32), 0) > 0, 0, free)
+        if tl.max(alive, 0) == 0:
+            source += 1
+            source_page = page_id(chunk_of, entries, slot, layer, source, max_chunks, streams, CHUNK)
+            alive = (tl.load(end_pages + source_page * PAGE_INTS + offset) == NEVER).to(tl.int32)
+        if (tl.max(free, 0) == 0) & (target < newest):
+            target += 1
+            target_page = page_id(chunk_of, entries, slot, layer, target, max_chunks, streams, CHUNK)
+            written = target * P + offset < length
+            ends = tl.load(end_pages + target_page * PAGE_INTS + offset, mask=written, other=NEVER)
+            free = (ends != NEVER).to(tl.int32)
+    tl.store(remembered, behind)
+
+
+_launch = Launcher(_compact)
+
+
+def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
+    """See :func:`.reference.compact`."""
+    width, r = pages.k.shape[2] * pages.k.shape[3], pages.int_k.shape[2]
+    streams = table.first_live.shape[1]
+    _launch(
+        (streams, batch.num_rows, 1),
+        (
+            pages.k, pages.v, pages.int_k, pages.begin, pages.end, table.chunk_of, table.entries, table.first_live,
+        ),
+        (
+            batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), table.chunk_of.shape[1], streams,
+        ),
+        (),
+        (
+            pages.k.stride(0), pages.begin.stride(0), pages.page_size, width, r, TABLE_CHUNK, NEVER, LOOKED_AT,
+            min(COPIED, triton.next_power_of_2(width)), min(COPIED, triton.next_power_of_2(r)),
+        ),
+        num_warps=4,
+    )  # fmt: skip
