@@ -1,5 +1,5 @@
-"""Leaf functions of Dynamic Context Pruning against the formula in float64: through real pages, with everything that
-is dropped, freed or not yet written full of NaN."""
+"""Leaf functions of Dynamic Context Pruning against the formula in float64: through real pages, with everything
+that is dropped, freed or not yet written full of NaN."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness import DEVICE
@@ -196,11 +196,7 @@ def test_dtypes_and_sizes(heads: int, dim: int, int_dim: int, dtype: torch.dtype
     close(torch.cat(out, 1), formula(layers, inputs)[0], 2e-2 if dtype == torch.bfloat16 else 3e-3)
 
 
-@settings(
-    max_examples=5 if INTERPRETED else 40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=5 if INTERPRETED else 40, deadline=None)
 @given(data=st.data())
 def test_ragged_batches(data: st.DataObject) -> None:
     """Rows of one query beside rows of many, requests that end and others that take their pages."""
