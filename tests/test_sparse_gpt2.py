@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from tests.checkpoints import make_sparse_gpt2
 from tests.reference_sparse_gpt2 import reference
 from vllm_fox.hf import SparseGPT2Config, SparseGPT2LMHeadModel, alpha_sigmoid
+from vllm_fox.hf.alpha_sigmoid import log_alpha_sigmoid
+from vllm_fox.hf.dropping_attention import FLOOR, dropping_attention
 
 
 def tokens(length: int, seed: int = 0) -> torch.Tensor:
@@ -34,31 +36,88 @@ def test_logits_are_the_formulas(propagate: bool, bias: bool) -> None:
 
 
 def test_what_is_dropped_stays_dropped_and_nothing_drops_itself() -> None:
-    for kept in make_sparse_gpt2().kept(tokens(40)):
-        assert set(kept.unique().tolist()) == {0.0, 1.0}
-        lower = kept[0].tril()
-        assert (lower.diagonal() == 1).all()
+    for layer in make_sparse_gpt2().visible(tokens(40)).float():
+        assert (layer[0].diagonal() == 1).all() and (layer[0].triu(1) == 0).all()
         for j in range(40):
-            assert (lower[j:, j].diff() <= 0).all()
+            assert (layer[0, j:, j].diff() <= 0).all()
+
+
+def softened(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_int: torch.Tensor,
+    k_int: torch.Tensor,
+    bias: torch.Tensor,
+    before: torch.Tensor | None,
+    alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The formula of ``dropping_attention`` with whole [T, T] matrices; log I is 0 above the diagonal."""
+    scores = q_int @ k_int.transpose(1, 2) / math.sqrt(k_int.shape[2]) + bias
+    lower = torch.ones(scores.shape[1:], dtype=torch.bool).tril()
+    kept = torch.where(lower.tril(-1), alpha_sigmoid(scores, alpha), 1.0).cumprod(1)
+    logs = torch.where(lower, kept.clamp(min=math.exp(FLOOR)).log() + (0.0 if before is None else before), 0.0)
+    logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + logs.masked_fill(~lower, -math.inf)[:, None]
+    return logits.softmax(-1) @ v, logs, kept[:, :-1].mean()
+
+
+def softened_inputs(length: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = [(2, 3, length, 4)] * 3 + [(2, length, 5)] * 2 + [(1,), (2, length, length)]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    return [*inputs[:5], inputs[5] * 0.1 + 0.3, -inputs[6].abs()]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2, 1.5, 2.0, 5.0])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_training_in_blocks_is_the_formula(alpha: float, stacked: bool) -> None:
+    """Values and all gradients, with blocks of queries that do not divide the text."""
+    inputs = softened_inputs(23)
+    given = inputs if stacked else inputs[:6]
+    results = []
+    for function in (softened, lambda *args: dropping_attention(*args, rows=8)):
+        leaves = [x.clone().requires_grad_() for x in given]
+        out, logs, kept = function(*leaves, *[None] * (7 - len(leaves)), alpha)
+        logs = logs.tril()
+        (out.cos().sum() + logs.sin().sum() + 100 * kept).backward()
+        gradients = [x.grad for x in leaves]
+        if stacked:
+            gradients[6] = gradients[6].tril()
+        results.append([out, logs, kept, *gradients])
+    for want, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.003, 1.3, 1.5, 2.0, 3.7, 8.0])
+def test_the_logarithm_in_float32(alpha: float) -> None:
+    """From a table where there is no formula: p and its slope, against bisection in float64."""
+    s = torch.linspace(-3, 8, 3001)
+    logs, slope = log_alpha_sigmoid(s, alpha)
+    exact = s.double().requires_grad_()
+    p = alpha_sigmoid(exact, alpha)
+    p.sum().backward()
+    assert exact.grad is not None
+    torch.testing.assert_close(logs.double().exp(), p.detach(), atol=5e-6, rtol=0)
+    # p's slope has a corner where p reaches 0 or 1.
+    apart = (logs.double().exp() * slope - exact.grad).abs()
+    assert apart.quantile(0.99) < 2e-3 and apart.mean() < 2e-4
 
 
 def test_a_large_alpha_is_the_step() -> None:
-    """In training mode, what is kept approaches what will be served as alpha grows."""
-    model, ids = make_sparse_gpt2(), tokens(40)
-    want = torch.stack(model.kept(ids))
-    model.train()
+    """What is kept approaches what will be served as alpha grows."""
+    inputs = [x.float() for x in softened_inputs(40)[:6]]
+    want = dropping_attention(*inputs, None, math.inf)[1].tril().exp()
+    assert set(want.unique().tolist()) == {0.0, 1.0}
     apart = []
     for alpha in (1.0, 2.0, 8.0, 400.0):
-        model.alpha = alpha
-        apart.append((torch.stack(model.kept(ids)) - want).abs().mean().item())
+        apart.append((dropping_attention(*inputs, None, alpha)[1].tril().exp() - want).abs().mean().item())
     assert apart == sorted(apart, reverse=True) and apart[-1] < 0.005
 
 
 def test_loss_counts_what_is_kept_and_all_weights_learn() -> None:
     model, ids = make_sparse_gpt2().train(), tokens(40)
     plain, weighted = (model(ids, labels=ids, gamma=gamma).loss for gamma in (0.0, 0.5))
-    kept = torch.stack(model.kept(ids))
-    assert weighted.item() == pytest.approx(plain.item() + 0.5 * kept[:, :, :-1].mean().item(), abs=1e-5)
+    assert 0 < (weighted - plain).item() < 0.5
     weighted.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
