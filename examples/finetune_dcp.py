@@ -2,7 +2,8 @@
 
     python examples/finetune_dcp.py TEXT_FOLDER --output runs/dcp --gpt2 CHECKPOINT     # a GPT-2 of transformers
     python examples/finetune_dcp.py TEXT_FOLDER --output runs/dcp --dense-steps 2000    # trains a small one first
-    python examples/finetune_dcp.py TEXT_FOLDER --output runs/dense --gpt2 CHECKPOINT --dense   # to compare with
+    python examples/finetune_dcp.py TEXT_FOLDER --output runs/dense --gpt2 CHECKPOINT --dense   # to compare with,
+    python examples/finetune_dcp.py TEXT_FOLDER --output runs/near --gpt2 CHECKPOINT --window 200       # and that
 
 The decision to drop is soft at first and hardens: the alpha of its alpha-sigmoid rises from 1 to --alpha along a
 cosine. --gamma is what keeping costs: the larger, the more is dropped. Run the same command again after an
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from vllm_fox.hf import SparseGPT2LMHeadModel
 
-OWN = ("gpt2", "dense", "dense_steps", "dense_lr", "gamma", "alpha", "alpha_steps", "int_n_embd", "propagate")
+OWN = (
+    "gpt2", "dense", "window", "dense_steps", "dense_lr", "gamma", "alpha", "alpha_steps", "int_n_embd",
+    "propagate",
+)  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -33,6 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(context=1024, lr=3e-4)
     parser.add_argument("--gpt2", type=Path, help="folder of a GPT-2 of transformers, with its tokenizer.json")
     parser.add_argument("--dense", action="store_true", help="train on without dropping: the baseline")
+    parser.add_argument("--window", type=int, help="see only so many newest tokens: a baseline")
     parser.add_argument("--dense-steps", type=int, default=2000, help="of the small GPT-2, without --gpt2")
     parser.add_argument("--dense-lr", type=float, default=1e-3)
     parser.add_argument("--gamma", type=float, default=0.3, help="weight in the loss of what is kept")
@@ -50,6 +56,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("dense_steps", 1), ("gamma", 0), ("alpha", 1), ("int_n_embd", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}.")
+    if args.window is not None and (args.dense or not 1 <= args.window <= args.context):
+        parser.error(f"--window is {args.window}: it must be from 1 to --context {args.context}, without --dense.")
     if args.alpha_steps is None:
         args.alpha_steps = max(1, 3 * args.steps // 4)
     return args
@@ -91,13 +99,18 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = None if args.gpt2 is None else args.gpt2 / "tokenizer.json"
     accelerator, corpus = begin(args, (*FIXED, *OWN), tokenizer)
 
-    def losses(model: Any) -> dict[str, float]:
-        found = [model(input_ids=ids, labels=ids).loss.float() for ids in held_out(accelerator, corpus, args)]
+    def losses(model: Any, **how: Any) -> dict[str, float]:
+        windows = held_out(accelerator, corpus, args)
+        found = [model(input_ids=ids, labels=ids, **how).loss.float() for ids in windows]
         return {"validation_loss": torch.stack(found).mean().item()}
 
-    def dense_loss(model: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
-        loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    def dense_loss(model: Any, ids: torch.Tensor, step: int, **how: Any) -> torch.Tensor:
+        loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False, **how).loss
         return loss
+
+    # What a token sees of its window, as transformers takes it: [1, 1, T, T], True where it looks.
+    seen = torch.ones(1, 1, args.context, args.context, dtype=torch.bool).tril()
+    near = {} if args.window is None else {"attention_mask": seen.triu(1 - args.window).to(accelerator.device)}
 
     def sparse_loss(model: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
         accelerator.unwrap_model(model).alpha = alpha_at(step, args)
@@ -121,12 +134,13 @@ def main(argv: list[str] | None = None) -> None:
         export(accelerator, trained, args, folder)
         accelerator.free_memory()
     model: Any = dense
-    if not args.dense:
+    plain = args.dense or args.window is not None
+    if not plain:
         sizes = {"int_n_embd": args.int_n_embd, "propagate_in_depth": args.propagate}
         model = SparseGPT2LMHeadModel.from_gpt2(dense, **sizes)
     check_disk(args, sum(p.numel() for p in model.parameters()))
-    steps = (dense_loss, losses) if args.dense else (sparse_loss, sparse_figures)
-    trained = train(args, accelerator, corpus, model, *steps)
+    baseline = (partial(dense_loss, **near), partial(losses, **near))
+    trained = train(args, accelerator, corpus, model, *(baseline if plain else (sparse_loss, sparse_figures)))
     export(accelerator, trained, args, args.output / "model")
     accelerator.end_training()
     accelerator.print(f"{args.output / 'model'} is ready.")

@@ -145,21 +145,24 @@ def assert_all_free(llm: LLM) -> None:
         assert torch.equal(ids, torch.arange(first, first + pool.capacity[rank], dtype=torch.int32))
 
 
-def compiled_kernels() -> dict[str, int]:
-    """Variants of each of our Triton kernels that this process has compiled."""
+FOX_KERNELS = (
+    "cache_write.kernel",
+    "live_range.kernel",
+    "decode_attention.plan",
+    "decode_attention.kernel",
+    "prefill_attention.plan",
+    "prefill_attention.kernel",
+)
+
+
+def compiled_kernels(modules: tuple[str, ...] = FOX_KERNELS) -> dict[str, int]:
+    """Variants of each Triton kernel of these modules that this process has compiled."""
     import importlib
 
     from triton.runtime import JITFunction
 
     found = {}
-    for module in (
-        "cache_write.kernel",
-        "live_range.kernel",
-        "decode_attention.plan",
-        "decode_attention.kernel",
-        "prefill_attention.plan",
-        "prefill_attention.kernel",
-    ):
+    for module in modules:
         for name, value in vars(importlib.import_module(f"vllm_fox.kernels.{module}")).items():
             if isinstance(value, JITFunction) and value.device_caches:
                 found[f"{module}.{name}"] = sum(len(cache[0]) for cache in value.device_caches.values())

@@ -55,11 +55,19 @@ def test_a_server_without_the_plugin_is_named_as_such(demo: ModuleType) -> None:
 def test_pages_follow_config_and_server(
     demo: ModuleType, tmp_path: Path, kv_heads: dict[str, int | None], streams: int
 ) -> None:
-    config = {"num_hidden_layers": 3, "num_heads": 4, **kv_heads}
+    config = {"num_hidden_layers": 3, "num_heads": 4, "max_position_embeddings": 8192, **kv_heads}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    geometry = demo.Geometry.read(tmp_path, METRICS)
+    model = demo.Model.read(tmp_path)
+    assert (model.streams, model.context) == (streams, 4096)
+    geometry = demo.Geometry.read(model, METRICS)
     assert geometry == demo.Geometry(streams, 64, streams * 100)
     assert [geometry.pages(n) for n in (1, 64, 65)] == [streams, streams, 2 * streams]
+
+
+def test_a_layer_is_a_stream_where_heads_drop_alike(demo: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "sparse_gpt2", "n_layer": 3, "block_size": 1024}')
+    model = demo.Model.read(tmp_path)
+    assert (model.streams, model.context, model.page) == (3, 1024, "one layer")
 
 
 def test_without_release_a_request_holds_all_it_was_ever_given_until_its_end(demo: ModuleType) -> None:

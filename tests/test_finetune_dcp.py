@@ -74,6 +74,16 @@ def test_from_a_checkpoint_and_dense_to_compare(text: Path, whole: Path, tmp_pat
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), GPT2LMHeadModel)
 
 
+def test_a_local_window_to_compare(text: Path, whole: Path, tmp_path: Path) -> None:
+    """It sees little, and its loss says so."""
+    start = f"--gpt2={whole / 'dense'}"
+    for name, option in (("near", "--window=2"), ("all", "--window=128"), ("dense", "--dense")):
+        DCP.run(text, tmp_path / name, start, option, "--steps=5")
+    near, whole_window, dense = (log(tmp_path / name)[-1]["validation_loss"] for name in ("near", "all", "dense"))
+    assert near > dense + 0.01
+    assert whole_window == pytest.approx(dense, abs=1e-4)
+
+
 def test_errors_name_what_is_wrong(text: Path, whole: Path, tmp_path: Path) -> None:
     cases = [
         (["--gpt2", str(tmp_path / "nowhere")], "nowhere is no GPT-2 checkpoint"),
