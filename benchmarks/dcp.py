@@ -57,12 +57,10 @@ def tradeoff(args: argparse.Namespace) -> None:
     dense = min((row["loss"] for row in rows if row["kind"] == "dense"), default=float("nan"))
     print(f"{'':<24}{'pruned':>9}{'loss':>9}{'perplexity':>12}{'over dense':>12}")
     for row in rows:
-        knob = {"dense": "", "window": f" of {row.get('window')}", "DCP": f", gamma {row.get('gamma')}"}[
-            row["kind"]
-        ]
+        knobs = {"dense": "", "window": f" of {row.get('window')}", "DCP": f", gamma {row.get('gamma')}"}
         print(
-            f"{row['kind'] + knob:<24}{row['pruned']:>9.1%}{row['loss']:>9.4f}{np.exp(row['loss']):>12.3f}"
-            f"{row['loss'] - dense:>+12.4f}"
+            f"{row['kind'] + knobs[row['kind']]:<24}{row['pruned']:>9.1%}{row['loss']:>9.4f}"
+            f"{np.exp(row['loss']):>12.3f}{row['loss'] - dense:>+12.4f}"
         )
     figure, axis = plt.subplots(figsize=(7, 4))
     for kind, colour in (("DCP", "#0b6e4f"), ("window", "#b23a48")):

@@ -1,4 +1,4 @@
-"""Dynamic Context Pruning on a CUDA GPU, with vLLM's default flags: compiled, CUDA graphs, asynchronous scheduling."""
+"""Dynamic Context Pruning on a CUDA GPU, with vLLM's default flags: compiled, graphs, asynchronous scheduling."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ import torch
 
 from .alpha_sigmoid import log_alpha_sigmoid
 
-ROWS = 128
-"""Queries whose weights are in memory at once."""
+ROWS = {"cpu": 64, "cuda": 512}
+"""Queries whose weights are in memory at once: what fits a core's cache, or fills a GPU."""
 FLOOR = -85.0
 """Least log I in training: a gradient can still come from a token that is as good as dropped."""
 
@@ -29,7 +29,7 @@ def dropping_attention(
     bias: torch.Tensor,
     before: torch.Tensor | None,
     alpha: float,
-    rows: int = ROWS,
+    rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``softmax(q k^T / sqrt(d) + log I + before) v``, causal, with DCP's I (arXiv 2305.15805),
 
@@ -41,14 +41,14 @@ def dropping_attention(
         bias: [1].
         before: [B, T, T] log I of layers below, summed, or None. Only what is under the diagonal is read.
         alpha: of the alpha-sigmoid; infinity drops tokens altogether.
-        rows: queries of a block.
+        rows: queries of a block; :data:`ROWS` unless given.
 
     Returns:
         out [B, H, T, d]; log I + before [B, T, T], of any value above the diagonal; and the mean of I over all
         queries but the last and all T keys, those that a query cannot see counting as 1. All are differentiable.
     """
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _DroppingAttention.apply(
-        q, k, v, q_int, k_int, bias, before, alpha, rows
+        q, k, v, q_int, k_int, bias, before, alpha, rows or ROWS[q.device.type]
     )
     return result
 
@@ -84,9 +84,11 @@ class _DroppingAttention(torch.autograd.Function):
             total = own if before is None else own + before[:, block, : block.stop]
             logs[:, block, : block.stop] = total
             logits = _logits(q, k, total, block, dim)
-            lse[:, :, block] = logits.logsumexp(-1)
-            weights = (logits - lse[:, :, block, None]).exp()
-            out[:, :, block] = weights.to(v.dtype) @ v[:, :, : block.stop]
+            peak = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(peak).exp_()
+            mass = weights.sum(-1, keepdim=True)
+            lse[:, :, block] = (peak + mass.log())[..., 0]
+            out[:, :, block] = weights.to(v.dtype) @ v[:, :, : block.stop] / mass
         kept /= max(1, batch * (length - 1) * length)
         ctx.save_for_backward(q, k, v, q_int, k_int, bias, before, out, lse, *carries)
         ctx.alpha, ctx.rows = alpha, rows
@@ -109,7 +111,7 @@ class _DroppingAttention(torch.autograd.Function):
             keys = slice(0, block.stop)
             own, slope = _own_logs(q_int, k_int, bias, carry, block, ctx.alpha)
             total = own if before is None else own + before[:, block, keys]
-            weights = (_logits(q, k, total, block, dim) - lse[:, :, block, None]).exp()
+            weights = _logits(q, k, total, block, dim).sub_(lse[:, :, block, None]).exp_()
             grad = grad_out[:, :, block]
             grad_v[:, :, keys] += weights.to(v.dtype).transpose(2, 3) @ grad
             grad_logits = weights * ((grad @ v[:, :, keys].transpose(2, 3)).to(lse.dtype) - delta[:, :, block])
