@@ -28,7 +28,7 @@ from vllm_fox.hf import SparseGPT2LMHeadModel
 
 OWN = (
     "gpt2", "dense", "window", "dense_steps", "dense_lr", "gamma", "alpha", "alpha_steps", "int_n_embd",
-    "propagate",
+    "int_rate", "propagate",
 )  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, default=8.0, help="of the alpha-sigmoid, at the end")
     parser.add_argument("--alpha-steps", type=int, help="steps until then; three quarters of --steps")
     parser.add_argument("--int-n-embd", type=int, default=64, help="size of the interaction projections")
+    parser.add_argument("--int-rate", type=float, default=10.0, help="learning rate of what decides, over --lr")
     parser.add_argument(
         "--no-propagate",
         dest="propagate",
@@ -53,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     check_options(parser, args)
-    for name, least in (("dense_steps", 1), ("gamma", 0), ("alpha", 1), ("int_n_embd", 1)):
+    for name, least in (("dense_steps", 1), ("gamma", 0), ("alpha", 1), ("int_n_embd", 1), ("int_rate", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}.")
     if args.window is not None and (args.dense or not 1 <= args.window <= args.context):
@@ -140,7 +141,10 @@ def main(argv: list[str] | None = None) -> None:
         model = SparseGPT2LMHeadModel.from_gpt2(dense, **sizes)
     check_disk(args, sum(p.numel() for p in model.parameters()))
     baseline = (partial(dense_loss, **near), partial(losses, **near))
-    trained = train(args, accelerator, corpus, model, *(baseline if plain else (sparse_loss, sparse_figures)))
+    functions = baseline if plain else (sparse_loss, sparse_figures)
+    trained = train(
+        args, accelerator, corpus, model, *functions, rate_of=lambda name: args.int_rate if "int" in name else 1.0
+    )
     export(accelerator, trained, args, args.output / "model")
     accelerator.end_training()
     accelerator.print(f"{args.output / 'model'} is ready.")

@@ -115,6 +115,8 @@ def begin(
         )
     # Not only the same batches, the same sums: a run that went on cannot be told from one that never stopped.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # What is all but dropped weighs so little that a CPU would compute with it many times slower.
+    torch.set_flush_denormal(True)
     set_seed(args.seed)
     return accelerator, corpus
 
@@ -244,19 +246,30 @@ class Log:
             self.file.flush()
 
 
-def make_optimizers(model: Any, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """One for all weights, or Muon (torch.optim.Muon) for the layers' matrices and AdamW for the others."""
+def make_optimizers(
+    model: Any, args: argparse.Namespace, rate_of: Callable[[str], float]
+) -> list[torch.optim.Optimizer]:
+    """One for all weights, or Muon (torch.optim.Muon) for the layers' matrices and AdamW for the others.
+
+    Args:
+        rate_of: learning rate of a weight, by name, over --lr; AdamW's where it is not 1.
+    """
     named = list(model.named_parameters())
+    rates = {id(p): rate_of(name) for name, p in named}
     # QK-norm's gains decay too: they set ACP's bound on logits, and what has no other pull drifts up.
     decaying = [p for name, p in named if p.dim() > 1 or "q_norm" in name or "k_norm" in name]
     matrices: list[torch.nn.Parameter] = []
     if args.optimizer == "muon":
-        matrices = [p for name, p in named if p.dim() > 1 and (".layers." in name or ".h." in name)]
+        inside = [p for name, p in named if ".layers." in name or ".h." in name]
+        matrices = [p for p in inside if p.dim() > 1 and rates[id(p)] == 1]
     apart = {id(p) for p in matrices}
-    groups = [
-        {"params": [p for p in decaying if id(p) not in apart], "weight_decay": args.weight_decay},
-        {"params": [p for _, p in named if all(p is not d for d in decaying)], "weight_decay": 0.0},
-    ]
+    groups = []
+    for rate in sorted(set(rates.values())):
+        mine = [p for _, p in named if rates[id(p)] == rate and id(p) not in apart]
+        for decays in (True, False):
+            params = [p for p in mine if any(p is d for d in decaying) == decays]
+            groups.append({"params": params, "weight_decay": args.weight_decay * decays, "rate": rate})
+    groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
     if matrices:
         # Its steps are scaled to be as large as AdamW's, so one learning rate serves both.
@@ -284,6 +297,7 @@ def train(
     validate: Callable[[Any], dict[str, float]],
     *,
     name: str = "",
+    rate_of: Callable[[str], float] = lambda name: 1.0,
 ) -> Any:
     """All steps, or what is left of them, with checkpoints and a log under OUTPUT.
 
@@ -292,13 +306,14 @@ def train(
         loss_of: mean loss of the wrapped model on windows [B, T], at a step.
         validate: figures of the wrapped model in evaluation mode; "validation_loss" is one.
         name: of the run's part, if it has several: begins the names of its files.
+        rate_of: see :func:`make_optimizers`.
 
     Returns:
         The wrapped model, trained.
     """
     if args.compile:
         model.compile(dynamic=False)
-    optimizers = make_optimizers(model, args)
+    optimizers = make_optimizers(model, args, rate_of)
     accelerator.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {len(corpus.train):,} tokens, "
         f"{accelerator.num_processes} processes on {accelerator.device.type}"
@@ -316,7 +331,7 @@ def train(
     for step in range(done, args.steps):
         start = time.perf_counter()
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(step, args) * group.get("rate", 1.0)
         mine = batch_windows(step, corpus, args)[accelerator.process_index :: accelerator.num_processes]
         pieces = [mine[n : n + args.micro_batch] for n in range(0, len(mine), args.micro_batch)]
         total = torch.zeros((), device=accelerator.device)
