@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .paged import Batch, PageTable
+from .paged import QUERY_BLOCK, Batch, PageTable
 
 NEVER = 2**31 - 1
 """End of a token that no query has dropped."""
@@ -100,6 +100,14 @@ def rows_of(batch: Batch) -> Iterator[tuple[int, slice, int]]:
         if count:
             yield row, slice(start, start + count), length
         start += count
+
+
+def query_blocks(tokens: slice, length: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A row's tokens in blocks of :data:`.paged.QUERY_BLOCK`, with their positions."""
+    behind = length - tokens.stop
+    for start in range(tokens.start, tokens.stop, QUERY_BLOCK):
+        block = slice(start, min(start + QUERY_BLOCK, tokens.stop))
+        yield block, torch.arange(block.start + behind, block.stop + behind)
 
 
 def places(pages: SubsetPages, table: PageTable, slot: torch.Tensor, length: int, layer: int) -> torch.Tensor:

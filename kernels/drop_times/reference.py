@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..paged import Batch, PageTable
-from ..subset import NEVER, SubsetPages, places, rows_of
+from ..subset import NEVER, SubsetPages, places, query_blocks, rows_of
 
 
 def drop_times(
@@ -41,9 +41,12 @@ def drop_times(
         live = pages.end[page, offset] == NEVER
         page, offset = page[live], offset[live]
         begin, k = pages.begin[page, offset].long(), pages.int_k[page, offset].float()
-        query = torch.arange(length - (tokens.stop - tokens.start), length, device=at.device)[:, None]
-        scores = int_q[tokens].float() @ k.T * k.shape[1] ** -0.5 + bias.float()
-        end = torch.where((scores <= 0) & (begin < query), query, NEVER).amin(0)
+        end = torch.full_like(begin, NEVER)
+        for block, position in query_blocks(tokens, length):
+            query = position.to(at.device)[:, None]
+            scores = int_q[block].float() @ k.T * k.shape[1] ** -0.5 + bias.float()
+            drops = (scores <= 0) & (begin < query)
+            end = torch.minimum(end, torch.where(drops, query, NEVER).amin(0))
         if below is not None:
             if layer:
                 end = torch.minimum(end, below[row, begin].long())

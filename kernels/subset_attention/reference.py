@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..paged import Batch, PageTable
-from ..subset import SubsetPages, places, rows_of
+from ..subset import SubsetPages, places, query_blocks, rows_of
 
 
 def subset_attention(
@@ -32,10 +32,12 @@ def subset_attention(
         at = places(pages, table, batch.slots[row], length, layer).flatten()
         at = at[at >= 0]
         page, offset = at // size, at % size
-        query = torch.arange(length - (tokens.stop - tokens.start), length, device=at.device)[:, None]
-        visible = (pages.begin[page, offset] <= query) & (query < pages.end[page, offset])
-        seen = visible.any(0).nonzero().squeeze(1)
-        page, offset, visible = page[seen], offset[seen], visible[:, seen]
-        logits = torch.einsum("ihd,jhd->hij", q[tokens].float(), pages.k[page, offset].float()) * scale
-        weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-        out[tokens] = torch.einsum("hij,jhd->ihd", weights, pages.v[page, offset].float()).to(out.dtype)
+        begin, end = pages.begin[page, offset], pages.end[page, offset]
+        for block, position in query_blocks(tokens, length):
+            query = position.to(at.device)[:, None]
+            visible = (begin <= query) & (query < end)
+            seen = visible.any(0).nonzero().squeeze(1)
+            k, v = (x[page[seen], offset[seen]].float() for x in (pages.k, pages.v))
+            logits = torch.einsum("ihd,jhd->hij", q[block].float(), k) * scale
+            weights = logits.masked_fill(~visible[:, seen], float("-inf")).softmax(-1)
+            out[block] = torch.einsum("hij,jhd->ihd", weights, v).to(out.dtype)

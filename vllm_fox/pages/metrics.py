@@ -60,7 +60,7 @@ class PageMetrics(KVConnectorPromMetrics):
         self._allocated = per_engine(
             self._counter_cls(
                 name="vllm:fox_kv_pages_allocated",
-                documentation="KV pages (tokens of one KV head of one layer) ever allocated to requests.",
+                documentation="KV pages (of a layer's KV head, or of a layer) ever allocated to requests.",
                 labelnames=labelnames,
             )
         )
