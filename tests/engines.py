@@ -130,6 +130,43 @@ def run_to_the_end(llm: LLM) -> dict[str, list[int]]:
     return finished
 
 
+def random_traffic(
+    llm: LLM, requests: dict[str, tuple[list[int], int]], order: random.Random, room: int
+) -> tuple[dict[str, list[int]], set[str], int]:
+    """Greedy requests (prompt, answer length) that arrive at random, with aborts and preemptions at random.
+
+    Args:
+        room: blocks that they have; the rest is held aside.
+
+    Returns:
+        Answers of those that finished, those that were aborted, and how often one was preempted.
+    """
+    waiting, aborted = list(requests), set()
+    finished: dict[str, list[int]] = {}
+    preempted: dict[str, int] = {}
+    sched = scheduler(llm)
+    blocks = sched.kv_cache_manager.block_pool
+    aside = blocks.get_new_blocks(num_blocks(llm) - room)
+    while waiting or llm.llm_engine.has_unfinished_requests():
+        for _ in range(order.randint(0, 3)):
+            if waiting:
+                add(llm, waiting[0], *requests[waiting.pop(0)])
+        for out in llm.llm_engine.step():
+            if out.finished:
+                finished[out.request_id] = list(out.outputs[0].token_ids)
+        for request in sched.requests.values():
+            preempted[request.request_id] = request.num_preemptions
+        if sched.running and order.random() < 0.02:
+            sched._preempt_request(sched.running.pop(), 0.0)
+        unfinished = sorted(set(requests) - set(waiting) - set(finished) - aborted)
+        if unfinished and order.random() < 0.02:
+            name = order.choice(unfinished)
+            aborted.add(name)
+            llm.llm_engine.abort_request([name])
+    blocks.free_blocks(aside)
+    return finished, aborted, sum(preempted.values())
+
+
 def assert_all_free(llm: LLM) -> None:
     """Every page, slot, table chunk and block is back."""
     pages = manager(llm)

@@ -13,6 +13,54 @@ from vllm_fox.pages.pool import PagePool
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pool_and_table(
+    streams: int, num_slots: int, num_pages: int, max_pages: int, device: str = DEVICE
+) -> tuple[PagePool, PageTable]:
+    """The book of one rank's pages, and the table on the device."""
+    max_chunks = -(-max_pages // TABLE_CHUNK)
+    num_chunks = num_slots * max_chunks + 1
+    pool = PagePool(
+        num_blocks=num_pages // streams,
+        streams=[streams],
+        num_slots=num_slots,
+        num_chunks=num_chunks,
+        max_chunks=max_chunks,
+    )
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    table = PageTable(
+        zeros(num_slots + 1, max_chunks), zeros(num_chunks, streams, TABLE_CHUNK), zeros(num_slots + 1, streams)
+    )
+    return pool, table
+
+
+def extend(pool: PagePool, table: PageTable, slot: int, length: int, page_size: int) -> None:
+    """Give a slot the pages that ``length`` tokens need."""
+    missing = -(-length // page_size) - int(pool.num_pages[slot])
+    if missing <= 0:
+        return
+    columns, device = pool.extend(slot, missing), table.entries.device
+    index, chunk, offset = (
+        torch.from_numpy(x).long() for x in (columns.new_chunk_index, columns.chunk, columns.offset)
+    )
+    table.chunk_of[slot, index] = torch.from_numpy(columns.new_chunk).to(device)
+    table.entries.transpose(1, 2)[chunk, offset] = torch.from_numpy(columns.ids).to(device)
+
+
+def batch_of(lens: list[int], seqs: list[int], slots: list[int], page_size: int, device: str = DEVICE) -> Batch:
+    """Rows of ``lens`` new tokens, of ``seqs`` tokens in all."""
+    return Batch.of(
+        query_start=torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor(seqs, dtype=torch.int32, device=device),
+        slots=torch.tensor(slots, dtype=torch.int32, device=device),
+        query_lens_host=lens,
+        seq_lens_host=seqs,
+        page_size=page_size,
+    )
+
+
 class OneLayer:
     """H streams of one layer; every page starts as NaN, and freed pages become NaN again."""
 
@@ -41,23 +89,7 @@ class OneLayer:
         self.raw = torch.full((num_pages * form.page_bytes,), 0xFF, dtype=torch.uint8, device=device)  # NaN bytes
         self.pages = form.view(self.raw)
         self.raw_pages = self.raw.view(num_pages, form.page_bytes)
-        max_chunks = -(-max_pages // TABLE_CHUNK)
-        self.pool = PagePool(
-            num_blocks=num_pages // heads,
-            streams=[heads],
-            num_slots=num_slots,
-            num_chunks=num_slots * max_chunks + 1,
-            max_chunks=max_chunks,
-        )
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
-        self.table = PageTable(
-            zeros(num_slots + 1, max_chunks),
-            zeros(num_slots * max_chunks + 1, heads, TABLE_CHUNK),
-            zeros(num_slots + 1, heads),
-        )
+        self.pool, self.table = pool_and_table(heads, num_slots, num_pages, max_pages, device)
         norm = None if k_norm is None else k_norm.to(device)
         self.impl = ForgettingAttentionImpl(0, dim**-0.5, norm, 1e-5, rope_base)
         limit = torch.as_tensor(threshold, dtype=torch.float32, device=device).expand(heads, groups)
@@ -86,25 +118,9 @@ class OneLayer:
             self.lengths[slot] += new
             lens.append(new)
             seqs.append(self.lengths[slot])
-            missing = -(-seqs[-1] // self.page_size) - int(self.pool.num_pages[slot])
-            if missing > 0:
-                columns = self.pool.extend(slot, missing)
-                self.table.chunk_of[slot, torch.from_numpy(columns.new_chunk_index).long()] = torch.from_numpy(
-                    columns.new_chunk
-                ).to(self.device)
-                by_column = self.table.entries.transpose(1, 2)
-                by_column[torch.from_numpy(columns.chunk).long(), torch.from_numpy(columns.offset).long()] = (
-                    torch.from_numpy(columns.ids).to(self.device)
-                )
+            extend(self.pool, self.table, slot, seqs[-1], self.page_size)
         device = self.device
-        batch = Batch.of(
-            query_start=torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device),
-            seq_lens=torch.tensor(seqs, dtype=torch.int32, device=device),
-            slots=torch.tensor([slot for slot, _ in work], dtype=torch.int32, device=device),
-            query_lens_host=lens,
-            seq_lens_host=seqs,
-            page_size=self.page_size,
-        )
+        batch = batch_of(lens, seqs, [slot for slot, _ in work], self.page_size, device)
 
         def joined(name: str) -> torch.Tensor | None:
             parts = [inputs.get(name) for _, inputs in work]

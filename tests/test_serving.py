@@ -21,6 +21,7 @@ from tests.engines import (
     greedy,
     manager,
     num_blocks,
+    random_traffic,
     run_to_the_end,
     run_until_decoding,
     scheduler,
@@ -114,32 +115,11 @@ def test_random_requests_equal_their_solo_runs(llm: LLM) -> None:
         f"q{i}": (source_tokens(llm, order.randint(1, RANDOM_LENGTH), seed=i), order.randint(1, 60))
         for i in range(RANDOM_REQUESTS)
     }
-    waiting, aborted = list(requests), set()
-    finished: dict[str, list[int]] = {}
-    preempted: dict[str, int] = {}
-    sched = scheduler(llm)
-    # What is held aside makes the rest scarce: one request must fit, should it forget nothing.
-    blocks = sched.kv_cache_manager.block_pool
-    aside = blocks.get_new_blocks(num_blocks(llm) - -(-(RANDOM_LENGTH + 60) // PAGE) - 1)
-    while waiting or llm.llm_engine.has_unfinished_requests():
-        for _ in range(order.randint(0, 3)):
-            if waiting:
-                add(llm, waiting[0], *requests[waiting.pop(0)])
-        for out in llm.llm_engine.step():
-            if out.finished:
-                finished[out.request_id] = list(out.outputs[0].token_ids)
-        for request in sched.requests.values():
-            preempted[request.request_id] = request.num_preemptions
-        if sched.running and order.random() < 0.02:
-            sched._preempt_request(sched.running.pop(), 0.0)
-        unfinished = sorted(set(requests) - set(waiting) - set(finished) - aborted)
-        if unfinished and order.random() < 0.02:
-            name = order.choice(unfinished)
-            aborted.add(name)
-            llm.llm_engine.abort_request([name])
-    blocks.free_blocks(aside)
-    print(f"{len(finished)} finished, {len(aborted)} aborted, {sum(preempted.values())} preemptions")
-    assert aborted and sum(preempted.values()) > len(requests) // 10
+    # One request must fit, should it forget nothing.
+    room = -(-(RANDOM_LENGTH + 60) // PAGE) + 1
+    finished, aborted, preempted = random_traffic(llm, requests, order, room)
+    print(f"{len(finished)} finished, {len(aborted)} aborted, {preempted} preemptions")
+    assert aborted and preempted > len(requests) // 10
     assert set(finished) >= set(requests) - aborted
     for name in sorted(set(requests) - aborted):
         prompt, tokens = requests[name]

@@ -19,7 +19,7 @@ from tests.engines import (
     generate,
     greedy,
     manager,
-    num_blocks,
+    random_traffic,
     run_to_the_end,
     scheduler,
 )
@@ -97,28 +97,9 @@ def test_random_requests_equal_their_solo_runs(llm: LLM) -> None:
     """Many at once, in a budget that is scarce, with aborts and preemptions: the text of a request alone."""
     order = random.Random(0)
     requests = {f"q{i}": (prompt(order.randint(1, 400), seed=i), order.randint(1, 60)) for i in range(20)}
-    blocks = scheduler(llm).kv_cache_manager.block_pool
-    aside = blocks.get_new_blocks(num_blocks(llm) - 460 // PAGE - 2)
-    waiting, aborted = list(requests), set()
-    finished: dict[str, list[int]] = {}
-    preempted: dict[str, int] = {}
-    sched = scheduler(llm)
-    while waiting or llm.llm_engine.has_unfinished_requests():
-        for _ in range(order.randint(0, 3)):
-            if waiting:
-                add(llm, waiting[0], *requests[waiting.pop(0)])
-        for out in llm.llm_engine.step():
-            if out.finished:
-                finished[out.request_id] = list(out.outputs[0].token_ids)
-        for request in sched.requests.values():
-            preempted[request.request_id] = request.num_preemptions
-        if sched.running and order.random() < 0.02:
-            sched._preempt_request(sched.running.pop(), 0.0)
-        if len(finished) == 8 and not aborted and sched.running:
-            aborted.add(order.choice(sorted(set(requests) - set(waiting) - set(finished))))
-            llm.llm_engine.abort_request(list(aborted))
-    blocks.free_blocks(aside)
-    assert aborted and sum(preempted.values()) > 0
+    finished, aborted, preempted = random_traffic(llm, requests, order, room=460 // PAGE + 2)
+    assert aborted and preempted > 0
+    assert set(finished) >= set(requests) - aborted
     for name in sorted(set(requests) - aborted):
         tokens, count = requests[name]
         (alone,) = generate(llm, [tokens], greedy(count))

@@ -13,11 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.harness import DEVICE
+from tests.harness import DEVICE, batch_of, extend, pool_and_table
 from vllm_fox.attention.subset import SubsetAttentionImpl, SubsetState
-from vllm_fox.kernels.paged import TABLE_CHUNK, Batch, PageTable
 from vllm_fox.kernels.subset import NEVER, SubsetPageFormat
-from vllm_fox.pages.pool import PagePool
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_LEN = 512
@@ -48,23 +46,8 @@ class Layers:
         form = SubsetPageFormat(page_size, heads, dim, int_dim, dtype)
         raw = torch.full((num_pages * form.page_bytes,), 0xFF, dtype=torch.uint8, device=DEVICE)  # NaN bytes
         self.pages, self.raw = form.view(raw), raw.view(num_pages, form.page_bytes)
-        streams, max_chunks = len(bias), -(-MAX_LEN // page_size // TABLE_CHUNK)
-        self.pool = PagePool(
-            num_blocks=num_pages // streams,
-            streams=[streams],
-            num_slots=num_slots,
-            num_chunks=num_slots * max_chunks + 1,
-            max_chunks=max_chunks,
-        )
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=DEVICE)
-
-        self.table = PageTable(
-            zeros(num_slots + 1, max_chunks),
-            zeros(num_slots * max_chunks + 1, streams, TABLE_CHUNK),
-            zeros(num_slots + 1, streams),
-        )
+        streams = len(bias)
+        self.pool, self.table = pool_and_table(streams, num_slots, num_pages, -(-MAX_LEN // page_size))
         self.state = SubsetState(self.table, self.pages, streams, num_slots, MAX_LEN, propagate)
         self.impls = [
             SubsetAttentionImpl(layer, dim**-0.5, torch.tensor([float(b)], device=DEVICE))
@@ -85,17 +68,8 @@ class Layers:
             lens.append(inputs.shape[1])
             self.lengths[slot] += lens[-1]
             seqs.append(self.lengths[slot])
-            missing = -(-seqs[-1] // self.page_size) - int(self.pool.num_pages[slot])
-            if missing > 0:
-                self._extend(slot, missing)
-        batch = Batch.of(
-            query_start=torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=DEVICE),
-            seq_lens=torch.tensor(seqs, dtype=torch.int32, device=DEVICE),
-            slots=torch.tensor([slot for slot, _ in work], dtype=torch.int32, device=DEVICE),
-            query_lens_host=lens,
-            seq_lens_host=seqs,
-            page_size=self.page_size,
-        )
+            extend(self.pool, self.table, slot, seqs[-1], self.page_size)
+        batch = batch_of(lens, seqs, [slot for slot, _ in work], self.page_size)
         outs = []
         for impl, values in zip(self.impls, torch.cat([inputs for _, inputs in work], dim=1), strict=True):
             q, k, v, int_q, int_k = cut_up(values.to(DEVICE, self.dtype), self.sizes)
@@ -103,14 +77,6 @@ class Layers:
             impl.forward(q, k, v, int_q, int_k, batch, self.state, outs[-1])
         self._release([slot for slot, _ in work])
         return list(torch.stack(outs).cpu().split(lens, dim=1))
-
-    def _extend(self, slot: int, count: int) -> None:
-        columns = self.pool.extend(slot, count)
-        index, chunk, offset = (
-            torch.from_numpy(x).long() for x in (columns.new_chunk_index, columns.chunk, columns.offset)
-        )
-        self.table.chunk_of[slot, index] = torch.from_numpy(columns.new_chunk).to(DEVICE)
-        self.table.entries.transpose(1, 2)[chunk, offset] = torch.from_numpy(columns.ids).to(DEVICE)
 
     def _release(self, slots: list[int]) -> None:
         starts = self.table.first_live[torch.tensor(slots)].cpu().numpy()
