@@ -378,8 +378,9 @@ def export(accelerator: Accelerator, model: Any, args: argparse.Namespace, folde
     if not accelerator.is_main_process:
         return
     whole = accelerator.unwrap_model(model)
-    whole.config.dtype = torch.bfloat16
     whole.save_pretrained(folder, state_dict={name: tensor.bfloat16() for name, tensor in state.items()})
+    whole.config.dtype = torch.bfloat16  # saved with the model's weights' own
+    whole.config.save_pretrained(folder)
     tokenizer = Tokenizer.from_file(str(args.output / "data" / "tokenizer.json"))
     end = tokenizer.token_to_id(END)
     GenerationConfig(bos_token_id=end, eos_token_id=end).save_pretrained(folder)

@@ -30,6 +30,12 @@ def fox_tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
+def dcp_tiny() -> Path:
+    """The shipped checkpoint that drops tokens."""
+    return ROOT / "examples" / "dcp-tiny"
+
+
+@pytest.fixture(scope="session")
 def fox_18m() -> Iterator[Path]:
     """A checkpoint by the official training code, with the official implementation's outputs, if it is at hand."""
     path = ROOT.parent / "shared" / "checkpoints" / "fox-pro-code-18m"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_its_models_load_as_they_are(whole: Path) -> None:
     """The dense one as transformers' own GPT-2; both with the tokenizer; figures as logged, up to bfloat16."""
     assert isinstance(AutoModelForCausalLM.from_pretrained(whole / "dense"), GPT2LMHeadModel)
     model = AutoModelForCausalLM.from_pretrained(whole / "model", dtype=torch.float32).eval()
+    assert json.loads((whole / "model" / "config.json").read_text())["dtype"] == "bfloat16"
     tokenizer = AutoTokenizer.from_pretrained(whole / "model")
     assert tokenizer.decode(tokenizer("def main():").input_ids) == "def main():"
     import numpy as np

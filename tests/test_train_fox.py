@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import vllm_fox.hf  # noqa: F401 (makes AutoModelForCausalLM know the model)
 from tests.engines import engine, generate, greedy
@@ -81,6 +81,7 @@ def test_it_learns_and_reports(whole: Path) -> None:
 
 def test_its_model_is_served_as_it_is(whole: Path) -> None:
     folder = whole / "model"
+    assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = "def main(argv=None):\n    "
