@@ -1,8 +1,11 @@
-"""Models to benchmark serving with: a FoX (Pro) with random weights and real forgetting, and a Llama of its size.
+"""Models to benchmark serving with: a FoX (Pro) with random weights and real forgetting, and a Llama of its size;
+a GPT-2 that drops tokens, and one that does not.
 
     python -m benchmarks.checkpoint fox FOLDER [--layers 24 --hidden 1536 --heads 24]
     python -m benchmarks.checkpoint llama FOLDER
     python -m benchmarks.checkpoint statistics gates.safetensors
+    python -m benchmarks.checkpoint sparse-gpt2 FOLDER     # GPT-2 small's sizes
+    python -m benchmarks.checkpoint gpt2 FOLDER
 
 What a Forgetting Transformer costs to serve depends on how its heads forget and on the bounds of their logits, not
 on what it has learned. So the weights are random, but each head's forget gate is constant at the mean log-forget
@@ -11,7 +14,11 @@ weights). data/gate_statistics.json holds the 48 heads; `statistics` makes it fr
 
 The Llama is the baseline of the FoX paper (arXiv 2503.02130): as many layers and heads of the same size, and an MLP
 of ratio 4 where FoX (Pro) has 3.5 and an output gate, which makes as many parameters. It is only a config.json, for
-vLLM's ``load_format="dummy"``.
+vLLM's ``load_format="dummy"``; so is the dense GPT-2.
+
+The GPT-2 that drops tokens (DCP, arXiv 2305.15805) has random weights too. Position embeddings outweigh those of
+tokens, so that what it drops does not depend on what it happens to write, and the bias of its interaction scores is
+set so that it keeps :data:`KEPT` of the (query, earlier token) pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +42,9 @@ STATISTICS = Path(__file__).parent / "data" / "gate_statistics.json"
 
 STD = 0.02
 """Standard deviation of random weights."""
+
+KEPT = 0.2
+"""Share of the pairs that the GPT-2 that drops tokens keeps: that of examples/dcp-tiny, about."""
 
 
 class Head(NamedTuple):
@@ -192,6 +202,52 @@ def llama_parameters(geometry: Geometry) -> int:
     return 2 * geometry.vocab * hidden + geometry.layers * layer + hidden
 
 
+# GPT-2.
+
+GPT2_SMALL = Geometry(layers=12, hidden=768, heads=12, vocab=50257, max_positions=1024)
+
+
+def write_gpt2(folder: Path, geometry: Geometry) -> None:
+    """config.json only."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=geometry.vocab,
+        n_positions=geometry.max_positions,
+        n_embd=geometry.hidden,
+        n_layer=geometry.layers,
+        n_head=geometry.heads,
+    )
+    config.dtype = torch.bfloat16
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(folder)
+
+
+def write_sparse_gpt2(folder: Path, geometry: Geometry) -> None:
+    """config.json and model.safetensors."""
+    from vllm_fox.configs import SparseGPT2Config
+    from vllm_fox.hf import SparseGPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = SparseGPT2Config(
+        n_layer=geometry.layers,
+        n_head=geometry.heads,
+        n_embd=geometry.hidden,
+        block_size=geometry.max_positions,
+        vocab_size=geometry.vocab,
+    )
+    model: Any = SparseGPT2LMHeadModel(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.init.normal_(model.transformer["wpe"].weight, std=4 * STD)
+    ids = torch.randint(geometry.vocab, (1, geometry.max_positions), device=model.device)
+    low, high = 0.0, 6.0
+    for _ in range(12):
+        bias = (low + high) / 2
+        for block in model.transformer["h"]:
+            torch.nn.init.constant_(block.attn.int_bias, bias)
+        low, high = (bias, high) if model.visible_shares(ids).mean() < KEPT else (low, bias)
+    model.bfloat16().save_pretrained(folder)
+
+
 # Folders.
 
 
@@ -278,6 +334,11 @@ def main() -> None:
         command = commands.add_parser(name, help=text)
         command.add_argument("folder", type=Path)
         add_geometry_options(command)
+    for name, text in (
+        ("sparse-gpt2", "a GPT-2 that drops tokens"),
+        ("gpt2", "config.json of GPT-2"),
+    ):
+        commands.add_parser(name, help=text).add_argument("folder", type=Path)
     statistics = commands.add_parser("statistics", help=f"write {STATISTICS.name} from measured gates")
     statistics.add_argument("trace", type=Path, help="safetensors with log_forget and logit_bound")
     args = parser.parse_args()
@@ -287,9 +348,13 @@ def main() -> None:
         write_statistics(args.trace)
         print(f"saved {STATISTICS}")
         return
-    geometry = geometry_of(args)
     if args.folder.exists() and any(args.folder.iterdir()):
         raise SystemExit(f"{args.folder} is not empty: choose a new folder.")
+    if args.what in ("sparse-gpt2", "gpt2"):
+        ready(args.folder, write_gpt2 if args.what == "gpt2" else write_sparse_gpt2, GPT2_SMALL)
+        print(f"saved {args.folder}")
+        return
+    geometry = geometry_of(args)
     ready(args.folder, write_fox if args.what == "fox" else write_llama, geometry)
     count = (fox_parameters if args.what == "fox" else llama_parameters)(geometry)
     print(f"saved {args.folder}: {count / 1e6:.1f}M parameters")

@@ -1,8 +1,7 @@
-"""Dynamic Context Pruning: what dropping costs, what is dropped, and what it saves when served.
+"""Dynamic Context Pruning: what dropping costs, and what is dropped. dcp_serving.py measures what it saves.
 
 python -m benchmarks.dcp tradeoff RUN...             # runs of examples/finetune_dcp.py from one checkpoint
 python -m benchmarks.dcp kinds RUN                   # which tokens its model drops, by layer and kind
-python -m benchmarks.dcp serving MODEL --dense GPT2  # tokens a second and KV memory, beside vLLM's dense GPT-2
 """
 
 from __future__ import annotations
@@ -10,16 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import keyword
-import os
 import string
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import matplotlib
 import numpy as np
@@ -128,65 +120,6 @@ def classify(text: str) -> str:
     return "number" if word.isdigit() else "name"
 
 
-def serving(args: argparse.Namespace) -> None:
-    """Each model in a process of its own, the same prompts; both in float32 on a CPU, in bfloat16 on a GPU."""
-    rows = []
-    for name, model in (("DCP", args.model), ("dense", args.dense)):
-        command = [sys.executable, "-m", "benchmarks.dcp", "measure", str(model)]
-        command += ["--contexts", *map(str, args.contexts), "--batches", *map(str, args.batches)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows += [{"name": name} | row for row in json.loads(done.stdout.splitlines()[-1])]
-    print(f"{'':<8}{'context':>9}{'batch':>7}{'prompt tok/s':>14}{'answer tok/s':>14}{'KV KiB a request':>18}")
-    for row in sorted(rows, key=lambda row: (row["context"], row["batch"], row["name"])):
-        print(
-            f"{row['name']:<8}{row['context']:>9}{row['batch']:>7}{row['prompt_speed']:>14,.0f}"
-            f"{row['answer_speed']:>14,.0f}{row['kv_bytes'] / 1024:>18,.0f}"
-        )
-    save(args.json, rows)
-
-
-def measure(args: argparse.Namespace) -> None:
-    """One model: prompts that fill a context but for its answer; prints JSON."""
-    from tests.engines import add, engine, run_to_the_end, run_until_decoding, scheduler, source_tokens
-
-    gpu = torch.cuda.is_available()
-    rows = []
-    with engine(
-        args.model,
-        dtype="bfloat16" if gpu else "float32",
-        enforce_eager=not gpu,
-        max_num_seqs=max(args.batches),
-        max_num_batched_tokens=8192,
-        enable_prefix_caching=False,
-    ) as llm:
-        blocks = scheduler(llm).kv_cache_manager.block_pool
-        config = scheduler(llm).kv_cache_config
-        block_bytes = sum(tensor.size for tensor in config.kv_cache_tensors) / config.num_blocks
-        for context in args.contexts:
-            answer = context // 4
-            for batch in (1, *args.batches):  # once to warm up
-                for n in range(batch):
-                    add(llm, f"{n}", source_tokens(llm, context - answer, seed=n), answer)
-                start = time.perf_counter()
-                run_until_decoding(llm, count=batch)
-                decoding = time.perf_counter()
-                run_until_decoding(llm, count=batch, tokens=answer - 2)
-                end = time.perf_counter()
-                used = blocks.num_gpu_blocks - 1 - blocks.get_num_free_blocks()
-                run_to_the_end(llm)
-                rows.append(
-                    {
-                        "context": context,
-                        "batch": batch,
-                        "prompt_speed": batch * (context - answer) / (decoding - start),
-                        "answer_speed": batch * (answer - 3) / (end - decoding),
-                        "kv_bytes": used * block_bytes / batch,
-                    }
-                )
-            del rows[-len(args.batches) - 1]
-    print(json.dumps(rows))
-
-
 def finish(figure: Any, out: str) -> None:
     """Tidy and write a picture."""
     for axis in figure.axes:
@@ -211,15 +144,6 @@ def main() -> None:
     sub.add_argument("--out", default="docs/dcp_kinds.png")
     sub.add_argument("--json", default="results/dcp_kinds.json")
     sub.set_defaults(run_command=kinds)
-    for name, command in (("serving", serving), ("measure", measure)):
-        sub = commands.add_parser(name)
-        sub.add_argument("model")
-        sub.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 1024])
-        sub.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-        if name == "serving":
-            sub.add_argument("--dense", required=True, help="a GPT-2 of the same size")
-            sub.add_argument("--json", default="results/dcp_serving.json")
-        sub.set_defaults(run_command=command)
     args = parser.parse_args()
     args.run_command(args)
 

@@ -4,8 +4,9 @@ python -m benchmarks.training kernels --gates gates.safetensors      # forward +
 python -m benchmarks.training steps runs/fox                         # tokens/s of a trained model by context
 python -m benchmarks.training curves runs/fox runs/fox-unpruned      # the losses of two runs, one --no-pruning
 python -m benchmarks.training patterns runs/fox --plot docs/forgetting.png
+python -m benchmarks.training positions runs/fox                     # loss by position, live share by length
 
-`steps`, `curves` and `patterns` read what examples/train_fox.py wrote: gates of real training on real text.
+All but `kernels` read what examples/train_fox.py wrote: gates of real training on real text.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from vllm_fox.kernels import forgetting_attention
 HEADS, DIM = 24, 64
 PEERS = ("official FoX", "official FoX, ACP", "fla", "SDPA (cuDNN)")
 STEP_TOKENS = 65536
+END = 0  # of a text: the id that train_fox.py's tokenizers give it
 
 
 def backward_too(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], Any]:
@@ -216,6 +218,31 @@ def patterns(args: argparse.Namespace) -> dict[str, Any]:
     return {"context": args.context, "live_share": shares.tolist()}
 
 
+def positions(args: argparse.Namespace) -> dict[str, Any]:
+    """Loss by position in held-out texts, from their first token on, and live share by how much of them is read."""
+    held_out = np.load(args.run / "data" / "held_out.npy").astype(np.int64)
+    ends = np.append(np.flatnonzero(held_out == END), len(held_out))
+    texts = [held_out[a : a + args.context] for a, b in zip(ends, ends[1:]) if b - a >= args.context][: args.texts]
+    if not texts:
+        raise SystemExit(f"--context is {args.context:,}: no held-out text is as long.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(args.run, True).to(device).eval()
+    total = torch.zeros(args.context - 1, dtype=torch.float64)
+    lengths = [args.context >> n for n in range(5, -1, -1)]
+    shares = torch.zeros(len(lengths), dtype=torch.float64)
+    for one in texts:
+        ids = torch.from_numpy(one)[None].to(device)
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").cpu().double()
+        shares += torch.stack([live_shares(model, ids[:, :n]).mean() for n in lengths]).cpu().double()
+    losses = [total[a:b].mean().item() / len(texts) for a, b in zip([0, *lengths], lengths)]
+    print(f"{len(texts)} held-out texts of {args.context:,} tokens or more")
+    for a, b, loss, share in zip([0, *lengths], lengths, losses, (shares / len(texts)).tolist()):
+        print(f"positions {a:6,} to {b:6,}: loss {loss:.3f}; of the first {b:6,} tokens {share:6.1%} of pairs live")
+    return {"texts": len(texts), "lengths": lengths, "losses": losses, "live_share": (shares / len(texts)).tolist()}
+
+
 def _figure(width: float) -> Any:
     import matplotlib
 
@@ -265,10 +292,15 @@ def main() -> None:
     four.add_argument("run", type=Path)
     four.add_argument("--context", type=int, default=8192)
     four.add_argument("--plot")
-    for command in (one, two, three, four):
+    five = commands.add_parser("positions")
+    five.add_argument("run", type=Path)
+    five.add_argument("--context", type=int, default=8192)
+    five.add_argument("--texts", type=int, default=64)
+    for command in (one, two, three, four, five):
         command.add_argument("--save", help="JSON file for the figures")
     args = parser.parse_args()
-    figures = {"kernels": kernels, "steps": steps, "curves": curves, "patterns": patterns}[args.command](args)
+    calls = {"kernels": kernels, "steps": steps, "curves": curves, "patterns": patterns, "positions": positions}
+    figures = calls[args.command](args)
     if args.save:
         save(args.save, {"command": args.command, "figures": figures})
 
