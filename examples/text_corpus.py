@@ -97,7 +97,8 @@ def prepare(text: Path, folder: Path, vocab_size: int, seed: int, tokenizer_file
 
 
 def find_texts(folder: Path) -> list[Path]:
-    """All files under a folder that are UTF-8 text, sorted.
+    """All files under a folder that are UTF-8 text, sorted; of exact copies the first, so that none is held out of
+    training and trained on.
 
     Raises:
         SystemExit: there are none, or no folder.
@@ -105,11 +106,14 @@ def find_texts(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise SystemExit(f"{folder} is not a folder: name one that holds text files.")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    texts = [path for path in files if _read(path)]
+    texts: dict[bytes, Path] = {}
+    for path in files:
+        if text := _read(path):
+            texts.setdefault(hashlib.sha1(text.encode()).digest(), path)
     if not texts:
         what = f"none of its {len(files)} files is UTF-8 text" if files else "it is empty"
         raise SystemExit(f"{folder} holds no text to train on: {what}.")
-    return texts
+    return list(texts.values())
 
 
 def train_tokenizer(sample: list[str], vocab_size: int) -> Tokenizer:
