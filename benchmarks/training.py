@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from benchmarks.peers import (
     PREFILL,
@@ -33,7 +32,7 @@ from benchmarks.peers import (
     pruning_threshold,
 )
 from benchmarks.record import save
-from vllm_fox.hf import live_shares
+from vllm_fox.hf import ForgettingTransformerForCausalLM, live_shares
 from vllm_fox.kernels import forgetting_attention
 
 HEADS, DIM = 24, 64
@@ -91,7 +90,8 @@ def kernels(args: argparse.Namespace) -> dict[str, Any]:
 
 def load(run: Path, pruning: bool, context: int | None = None) -> Any:
     """A run's model in float32, as it was trained."""
-    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    # By its class: the official package, once imported, takes AutoModel's place for this type.
+    model: Any = ForgettingTransformerForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     model.config.log_pruning_tolerance = -10.0 if pruning else None
     if context is not None:
         model.config.max_position_embeddings = context

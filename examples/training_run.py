@@ -378,7 +378,9 @@ def export(accelerator: Accelerator, model: Any, args: argparse.Namespace, folde
     if not accelerator.is_main_process:
         return
     whole = accelerator.unwrap_model(model)
-    whole.save_pretrained(folder, state_dict={name: tensor.bfloat16() for name, tensor in state.items()})
+    tied = whole.all_tied_weights_keys  # saved once, under the other name
+    weights = {name: tensor.bfloat16() for name, tensor in state.items() if name not in tied}
+    whole.save_pretrained(folder, state_dict=weights)
     whole.config.dtype = torch.bfloat16  # saved with the model's weights' own
     whole.config.save_pretrained(folder)
     tokenizer = Tokenizer.from_file(str(args.output / "data" / "tokenizer.json"))

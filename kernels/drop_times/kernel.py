@@ -16,8 +16,8 @@ from ..subset import NEVER, SubsetPages
 
 TOKENS = 64
 """Of a block."""
-PROGRAMS = 16
-"""That share the tokens of a row."""
+PROGRAMS, ENOUGH = 16, 2048
+"""At most so many share the tokens of a row, and no more than make so many in all."""
 
 
 @triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "layer", "max_chunks", "streams",
@@ -87,7 +87,7 @@ def drop_times(
     """See :func:`.reference.drop_times`. ``int_q`` is dense within a token."""
     r = int_q.shape[1]
     _launch(
-        (PROGRAMS, batch.num_rows, 1),
+        (max(1, min(PROGRAMS, ENOUGH // max(1, batch.num_rows))), batch.num_rows, 1),
         (
             pages.int_k, pages.begin, pages.end, table.chunk_of, table.entries, table.first_live, int_q, bias,
             table.first_live if below is None else below,
