@@ -97,9 +97,7 @@ def main() -> None:
     parser.add_argument("--out", default="results/dcp_kernels.json")
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
-    print(
-        f"{args.context} tokens; {bandwidth / 1e12:.2f} TB/s copied; microseconds of a layer (of its bytes alone)"
-    )
+    print(f"{args.context} tokens; {bandwidth / 1e12:.2f} TB/s; microseconds of a layer (of its bytes alone)")
     found = []
     for live in args.live:
         for rows in args.rows:
