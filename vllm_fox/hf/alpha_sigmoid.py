@@ -83,8 +83,7 @@ def log_alpha_sigmoid(s: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torc
 
 def _interpolate(s: torch.Tensor, alpha: float) -> torch.Tensor:
     """The smaller of p and 1 - p, from a table over -|s|."""
-    table, width = _table(alpha)
-    table = table.to(s.device)
+    table, width = _table(alpha, s.device)
     at = (s.abs() * (CELLS / width)).clamp_(max=CELLS)
     cell = at.int().clamp_(max=CELLS - 1)
     part = at - cell
@@ -93,10 +92,13 @@ def _interpolate(s: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 @lru_cache(maxsize=2)
-def _table(alpha: float) -> tuple[torch.Tensor, float]:
-    """[CELLS + 1] float32 p at scores from 0 down to the negative of the second value, where p is 0 or nearly."""
+def _table(alpha: float, device: torch.device) -> tuple[torch.Tensor, float]:
+    """[CELLS + 1] float32 p at scores from 0 down to the negative of the second value, where p is 0 or nearly.
+
+    Made where it is used: alpha changes from step to step, and a GPU need not wait for a busy CPU.
+    """
     width = min(WIDEST, 1 / (alpha - 1))
-    return _solve(torch.linspace(0, -width, CELLS + 1, dtype=torch.float64), alpha).float(), width
+    return _solve(torch.linspace(0, -width, CELLS + 1, dtype=torch.float64, device=device), alpha).float(), width
 
 
 def _solve(s: torch.Tensor, alpha: float) -> torch.Tensor:
