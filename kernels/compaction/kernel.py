@@ -12,21 +12,29 @@ from ..subset import NEVER, SubsetPages
 
 LOOKED_AT = 256
 """Tokens that are counted together."""
-COPIED = 256
-"""Values of each token of a page that are copied together."""
+PAIRS = 2048
+"""Tokens of a page times places behind it that are matched together."""
+COPIED = 8192
+"""Bytes of K, and of V, that are copied together."""
+REGISTERS = 128
+"""Of a thread at most: most programs find nothing to move, and more of them fit on a processor."""
 
 
 @triton.jit
 def _copy(
-    pages, source_page, target_page, offset, to, moved,
-    PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    k_pages, v_pages, source, target, moved,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``WIDTH`` values of each token in ``moved`` [P], from its offset in one page to that in the other."""
+    """K and V of each token in ``moved`` [n] from an offset in the pool to another."""
     for start in range(0, WIDTH, BLOCK):
         w = start + tl.arange(0, BLOCK)
         mask = moved[:, None] & (w < WIDTH)[None, :]
-        values = tl.load(pages + source_page * PAGE + (offset * WIDTH)[:, None] + w[None, :], mask=mask)
-        tl.store(pages + target_page * PAGE + (to * WIDTH)[:, None] + w[None, :], values, mask=mask)
+        here, there = source[:, None] + w[None, :], target[:, None] + w[None, :]
+        # Both are on their way before either is waited for.
+        k = tl.load(k_pages + here, mask=mask)
+        v = tl.load(v_pages + here, mask=mask)
+        tl.store(k_pages + there, k, mask=mask)
+        tl.store(v_pages + there, v, mask=mask)
 
 
 @triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "max_chunks", "streams"])
@@ -34,7 +42,8 @@ def _compact(
     k_pages, v_pages, int_pages, begin_pages, end_pages, chunk_of, entries, first_live,
     query_start, seq_lens, slots, slot_stride, max_chunks, streams,
     PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, NEVER: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr, NEVER: tl.constexpr, N: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     layer, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row * slot_stride)
@@ -66,38 +75,44 @@ def _compact(
         searching = tl.where(fits, 1, 0)
     if behind == first:
         return
-    # The next live tokens of the emptied pages go to the next free places behind them, page by page. What is left
-    # of a page is kept in registers: nothing is read that was written before.
-    source, target = first, behind
+    # The next live tokens of the emptied pages go to the next free places behind them. Places are free one here
+    # and one there, so many are looked at together. What is left of a page and of the places is kept in registers:
+    # nothing is read that was written before.
+    source, at, t, r = first, behind * P, tl.arange(0, TARGETS), tl.arange(0, BLOCK_R)
     source_page = page_id(chunk_of, entries, slot, layer, source, max_chunks, streams, CHUNK)
-    target_page = page_id(chunk_of, entries, slot, layer, target, max_chunks, streams, CHUNK)
     alive = (tl.load(end_pages + source_page * PAGE_INTS + offset) == NEVER).to(tl.int32)
-    free = (
-        tl.load(end_pages + target_page * PAGE_INTS + offset, mask=target * P + offset < length, other=NEVER)
-        != NEVER
-    ).to(tl.int32)
+    place = at + t
+    ids = masked_page_id(chunk_of, entries, slot, layer, place // P, place < length, max_chunks, streams, CHUNK)
+    ends = tl.load(end_pages + ids * PAGE_INTS + place % P, mask=place < length, other=NEVER)
+    free = (ends != NEVER).to(tl.int32)
     while source < behind:
-        # n-th to n-th: [source offset, target offset].
+        # n-th to n-th: [token of the page, place].
         pairs = (tl.cumsum(alive, 0)[:, None] == tl.cumsum(free, 0)[None, :]) & (alive[:, None] * free[None, :] > 0)
         moved = tl.max(pairs.to(tl.int32), 1) > 0
-        to = tl.sum(tl.where(pairs, offset[None, :], 0), 1)
-        _copy(k_pages, source_page, target_page, offset, to, moved, PAGE, WIDTH, BLOCK)
-        _copy(v_pages, source_page, target_page, offset, to, moved, PAGE, WIDTH, BLOCK)
-        _copy(int_pages, source_page, target_page, offset, to, moved, PAGE, R, BLOCK_R)
+        page = tl.sum(tl.where(pairs, ids[None, :], 0), 1)
+        to = tl.sum(tl.where(pairs, (place % P)[None, :], 0), 1)
+        _copy(
+            k_pages, v_pages, source_page * PAGE + offset * WIDTH, page * PAGE + to * WIDTH, moved, WIDTH, BLOCK,
+        )  # fmt: skip
+        keys = moved[:, None] & (r < R)[None, :]
+        key = tl.load(int_pages + source_page * PAGE + (offset * R)[:, None] + r[None, :], mask=keys)
+        tl.store(int_pages + (page * PAGE + to * R)[:, None] + r[None, :], key, mask=keys)
         begin = tl.load(begin_pages + source_page * PAGE_INTS + offset, mask=moved, other=0)
-        tl.store(begin_pages + target_page * PAGE_INTS + to, begin, mask=moved)
-        tl.store(end_pages + target_page * PAGE_INTS + to, NEVER, mask=moved)
+        tl.store(begin_pages + page * PAGE_INTS + to, begin, mask=moved)
+        tl.store(end_pages + page * PAGE_INTS + to, NEVER, mask=moved)
         alive = tl.where(moved, 0, alive)
         free = tl.where(tl.max(pairs.to(tl.int32), 0) > 0, 0, free)
         if tl.max(alive, 0) == 0:
             source += 1
             source_page = page_id(chunk_of, entries, slot, layer, source, max_chunks, streams, CHUNK)
             alive = (tl.load(end_pages + source_page * PAGE_INTS + offset) == NEVER).to(tl.int32)
-        if (tl.max(free, 0) == 0) & (target < newest):
-            target += 1
-            target_page = page_id(chunk_of, entries, slot, layer, target, max_chunks, streams, CHUNK)
-            written = target * P + offset < length
-            ends = tl.load(end_pages + target_page * PAGE_INTS + offset, mask=written, other=NEVER)
+        if (tl.max(free, 0) == 0) & (at + TARGETS < length):
+            at += TARGETS
+            place = at + t
+            ids = masked_page_id(
+                chunk_of, entries, slot, layer, place // P, place < length, max_chunks, streams, CHUNK
+            )
+            ends = tl.load(end_pages + ids * PAGE_INTS + place % P, mask=place < length, other=NEVER)
             free = (ends != NEVER).to(tl.int32)
     tl.store(remembered, behind)
 
@@ -108,7 +123,7 @@ _launch = Launcher(_compact)
 def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
     """See :func:`.reference.compact`."""
     width, r = pages.k.shape[2] * pages.k.shape[3], pages.int_k.shape[2]
-    streams = table.first_live.shape[1]
+    streams, size, item = table.first_live.shape[1], pages.page_size, pages.k.element_size()
     _launch(
         (streams, batch.num_rows, 1),
         (
@@ -119,8 +134,9 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
         ),
         (),
         (
-            pages.k.stride(0), pages.begin.stride(0), pages.page_size, width, r, TABLE_CHUNK, NEVER, LOOKED_AT,
-            min(COPIED, triton.next_power_of_2(width)), min(COPIED, triton.next_power_of_2(r)),
+            pages.k.stride(0), pages.begin.stride(0), size, width, r, TABLE_CHUNK, NEVER, LOOKED_AT,
+            max(16, PAIRS // size), min(triton.next_power_of_2(width), max(16, COPIED // (size * item))),
+            triton.next_power_of_2(r),
         ),
-        num_warps=4,
+        num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
