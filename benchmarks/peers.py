@@ -166,8 +166,7 @@ def official_model(config: Any, weights: dict[str, torch.Tensor]) -> Callable[[t
             return out.loss.sum() / (input_ids.shape[0] * (input_ids.shape[1] - 1))
 
     names = set(inspect.signature(ForgettingTransformerConfig.__init__).parameters)
-    # It takes KV heads for grouped ones, even as many as there are heads.
-    given = {name: value for name, value in config.to_dict().items() if name in names - {"num_kv_heads"}}
+    given = {name: value for name, value in config.to_dict().items() if name in names}
     model = Model(ForgettingTransformerConfig(**given))
     model.load_state_dict(weights)
     return model

@@ -45,6 +45,10 @@ def test_official_fields_become_the_architecture() -> None:
     assert Architecture.from_config(FoxConfig(use_rope=True, rope_base=10.0)).rope_base == 10.0
 
 
+def test_official_configs_are_saved_as_the_official_code_reads_them() -> None:
+    assert FoxConfig(num_heads=8, hidden_size=256).to_dict()["num_kv_heads"] is None
+
+
 def test_fla_fields_become_the_architecture() -> None:
     arch = Architecture.from_config(
         FlaForgettingTransformerConfig(num_kv_heads=8, qkv_bias=True, qk_norm=True, use_output_gate=True)

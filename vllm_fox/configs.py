@@ -128,6 +128,10 @@ class FoxConfig(_ForgettingTransformerConfig):
     ) -> None:
         super().__init__(_own_fields(FoxConfig, locals()), **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as the official code reads them: KV heads that are not null it takes for grouped ones."""
+        return super().to_dict() | {"num_kv_heads": None}
+
 
 class FlaForgettingTransformerConfig(_ForgettingTransformerConfig):
     """Checkpoints of flash-linear-attention's ForgettingTransformer.
