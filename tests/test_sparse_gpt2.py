@@ -141,6 +141,16 @@ def test_gradients_of_the_softened_model() -> None:
     assert torch.autograd.gradcheck(loss, [leaves[name] for name in names], atol=1e-7)
 
 
+def test_fresh_scores_differ_from_pair_to_pair() -> None:
+    torch.manual_seed(0)
+    model = SparseGPT2LMHeadModel(SparseGPT2Config(n_layer=2, n_head=2, n_embd=128, block_size=64, vocab_size=50))
+    attention = model.transformer["h"][1].attn
+    q, k = attention.interaction(torch.randn(1, 64, 128))
+    assert 0.8 < (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).std() < 1.2
+    assert attention.int_bias.item() == 5.0
+    assert 0.009 < attention.c_proj.weight.std() < 0.011  # 0.02 / sqrt(2 * 2 layers)
+
+
 def test_gpt2_is_the_starting_point(tmp_path: Path) -> None:
     """A dense checkpoint of transformers gives the same logits until something learns to drop."""
     torch.manual_seed(0)

@@ -24,6 +24,18 @@ INITIAL_BIAS = 5.0
 """Interaction score of a fresh model: nothing is dropped."""
 
 
+class _Projection(nn.Linear):
+    """A projection that knows how wide its fresh weights are.
+
+    transformers shows ``_init_weights`` no module of ours without tensors of its own, such as a layer, so a layer
+    cannot initialise its projections.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, std: float = 0.02) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.init_std = std
+
+
 class SparseSelfAttention(nn.Module):
     """Attention over the tokens that no query so far has dropped."""
 
@@ -31,10 +43,10 @@ class SparseSelfAttention(nn.Module):
         super().__init__()
         size, bias = config.n_embd, config.bias
         self.heads = config.n_head
-        self.c_attn = nn.Linear(size, 3 * size, bias=bias)
-        self.c_proj = nn.Linear(size, size, bias=bias)
-        self.q_int = nn.Linear(size, config.int_n_embd, bias=False)
-        self.k_int = nn.Linear(size, config.int_n_embd, bias=False)
+        self.c_attn = _Projection(size, 3 * size, bias)
+        self.c_proj = _Projection(size, size, bias, 0.02 / math.sqrt(2 * config.n_layer))
+        self.q_int = _Projection(size, config.int_n_embd, False, size**-0.5)
+        self.k_int = _Projection(size, config.int_n_embd, False, size**-0.5)
         self.int_bias = nn.Parameter(torch.full((1,), INITIAL_BIAS))
 
     def kept(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,8 +78,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: SparseGPT2Config) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        size, inner = config.n_embd, 4 * config.n_embd
+        self.c_fc = _Projection(size, inner, config.bias)
+        self.c_proj = _Projection(inner, size, config.bias, 0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to the same."""
@@ -148,19 +161,15 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=getattr(module, "init_std", 0.02))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, Block):
-            for projection in (module.attn.c_proj, module.mlp.c_proj):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            for projection in (module.attn.q_int, module.attn.k_int):
-                nn.init.normal_(projection.weight, std=self.config.n_embd**-0.5)
-            nn.init.constant_(module.attn.int_bias, INITIAL_BIAS)
+        elif isinstance(module, SparseSelfAttention):
+            nn.init.constant_(module.int_bias, INITIAL_BIAS)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer["wte"]
