@@ -74,7 +74,9 @@ class PagePool:
         self.capacity = (num_blocks - 1) * self.streams
         # Each rank's stack: [: num_free] are its free ids. Low ids are on top, so that a light load stays dense.
         self._free = [np.arange(num_blocks * n - 1, n - 1, -1, dtype=np.int32) for n in streams]
-        self._num_free = self.capacity.copy()
+        # Plain numbers, as there are few ranks: a request's next page is asked for thousands of times a second.
+        self._per_block, self._capacity = list(streams), self.capacity.tolist()
+        self._num_free = list(self._capacity)
         # All streams' ids of a page index stand together, as they are handed out; on the device a stream's do.
         self._entries = np.zeros((num_chunks, TABLE_CHUNK, ends[-1]), dtype=np.int32)
         self._chunk_of = np.zeros((num_slots + 1, max_chunks), dtype=np.int32)
@@ -93,7 +95,8 @@ class PagePool:
     @property
     def used_blocks(self) -> int:
         """Blocks that the pages in use fill on the fullest rank."""
-        return int((-(-(self.capacity - self._num_free) // self.streams)).max())
+        ranks = zip(self._capacity, self._num_free, self._per_block)
+        return max(-((free - capacity) // streams) for capacity, free, streams in ranks)
 
     def live_blocks(self, slots: np.ndarray | int) -> np.ndarray:
         """[R] (or one number) blocks that the live pages of each slot fill on the rank where they fill most."""
@@ -111,7 +114,7 @@ class PagePool:
         """Whether ``slot`` (0: a new one) can get ``count`` more pages in every stream."""
         return (
             (slot != 0 or self.has_free_slot)
-            and bool((count * self.streams <= self._num_free).all())
+            and all(count * streams <= free for streams, free in zip(self._per_block, self._num_free))
             and self._chunks_missing(slot, count) <= len(self._free_chunks)
         )
 
@@ -136,10 +139,10 @@ class PagePool:
         page = np.arange(first, first + count)
         chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], page % TABLE_CHUNK
         ids = np.empty((count, self._entries.shape[2]), dtype=np.int32)
-        for free, top, columns in zip(self._free, self._num_free.tolist(), self.columns):
-            taken = count * (columns.stop - columns.start)
+        for rank, (free, streams, columns) in enumerate(zip(self._free, self._per_block, self.columns)):
+            top, taken = self._num_free[rank], count * streams
             ids[:, columns] = free[top - taken : top].reshape(count, -1)
-        self._num_free -= count * self.streams
+            self._num_free[rank] = top - taken
         self._entries[chunk, offset] = ids
         self.num_pages[slot] = first + count
         self.live_pages[slot] += count * self.streams
@@ -254,7 +257,7 @@ class PagePool:
 
     def _push(self, rank: int, ids: np.ndarray) -> None:
         """Put page ids back on the rank's stack."""
-        top = int(self._num_free[rank])
+        top = self._num_free[rank]
         self._free[rank][top : top + len(ids)] = ids
         self._num_free[rank] = top + len(ids)
         self.used_total -= len(ids)
@@ -282,4 +285,4 @@ class PagePool:
 
     def free_ids(self, rank: int) -> np.ndarray:
         """Page ids free on ``rank`` (for checks and tests)."""
-        return self._free[rank][: int(self._num_free[rank])]
+        return self._free[rank][: self._num_free[rank]]
