@@ -40,7 +40,7 @@ demo: setup
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 serve: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/serve.sh '$(MODEL)' $(ARGS)
