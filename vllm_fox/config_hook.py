@@ -36,8 +36,7 @@ class PagedConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """vLLM calls this before anything is loaded."""
         settings = FoxSettings.from_vllm_config(vllm_config)
-        refusals = [*_unsupported(vllm_config), *cls.refusals(vllm_config, settings)]
-        for found, what in refusals:
+        for found, what in cls.refusals(vllm_config, settings):
             if found:
                 raise ValueError(f"{cls.family} do not support {what} in vllm-fox yet: leave it out.")
         _check_ranks(vllm_config)
@@ -53,7 +52,7 @@ class PagedConfigHook(VerifyAndUpdateConfig):
     @classmethod
     def refusals(cls, vllm_config: VllmConfig, settings: FoxSettings) -> list[tuple[object, str]]:
         """Whether something is asked for that this family lacks, and what."""
-        raise NotImplementedError
+        return _unsupported(vllm_config)
 
 
 class FoxConfigHook(PagedConfigHook):
@@ -65,8 +64,9 @@ class FoxConfigHook(PagedConfigHook):
 
     @classmethod
     def refusals(cls, vllm_config: VllmConfig, settings: FoxSettings) -> list[tuple[object, str]]:
-        """Of dtypes of the pages."""
-        return [_unsupported_dtype(vllm_config, [*_own_dtypes(vllm_config), *_float8_dtypes()])]
+        """Also of dtypes of the pages."""
+        dtypes = [*_own_dtypes(vllm_config), *_float8_dtypes()]
+        return [*super().refusals(vllm_config, settings), _unsupported_dtype(vllm_config, dtypes)]
 
 
 class SparseGPT2ConfigHook(PagedConfigHook):
@@ -79,9 +79,10 @@ class SparseGPT2ConfigHook(PagedConfigHook):
 
     @classmethod
     def refusals(cls, vllm_config: VllmConfig, settings: FoxSettings) -> list[tuple[object, str]]:
-        """Of float8 pages, pipeline stages (layers need what those below have dropped), and FoX's own option."""
+        """Also of float8 pages, pipeline stages (layers need what those below drop), and FoX's own option."""
         stages = vllm_config.parallel_config.pipeline_parallel_size
         return [
+            *super().refusals(vllm_config, settings),
             _unsupported_dtype(vllm_config, _own_dtypes(vllm_config)),
             (stages > 1, f"pipeline stages (--pipeline-parallel-size {stages})"),
             (

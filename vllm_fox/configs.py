@@ -43,8 +43,7 @@ class _StrictConfig(PretrainedConfig):
             self._complete()
 
     def _complete(self) -> None:
-        """Check the fields, and set those that follow from them."""
-        raise NotImplementedError
+        """Check the fields, and set those that follow from them: of these there are none."""
 
 
 class _ForgettingTransformerConfig(_StrictConfig):

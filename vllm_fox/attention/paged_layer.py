@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -94,6 +95,7 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
         return torch.empty(0, dtype=torch.uint8, device=cache.device).set_(cache.untyped_storage())
 
     @staticmethod
+    @abstractmethod
     def make_state(layers: list[Any], table: PageTable, max_rows: int) -> State:
         """What a worker's layers share from step to step.
 
@@ -102,7 +104,6 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
             table: its page table.
             max_rows: most requests of a step.
         """
-        raise NotImplementedError
 
     @classmethod
     def bind_page_table(cls, layers: list[Any], table: PageTable, max_rows: int) -> None:
