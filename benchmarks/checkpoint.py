@@ -207,17 +207,17 @@ def llama_parameters(geometry: Geometry) -> int:
 GPT2_SMALL = Geometry(layers=12, hidden=768, heads=12, vocab=50257, max_positions=1024)
 
 
+def gpt2_sizes(geometry: Geometry) -> dict[str, Any]:
+    """Fields of both configs."""
+    sizes = {"n_layer": geometry.layers, "n_head": geometry.heads, "n_embd": geometry.hidden}
+    return {"vocab_size": geometry.vocab, **sizes}
+
+
 def write_gpt2(folder: Path, geometry: Geometry) -> None:
     """config.json only."""
     from transformers import GPT2Config
 
-    config = GPT2Config(
-        vocab_size=geometry.vocab,
-        n_positions=geometry.max_positions,
-        n_embd=geometry.hidden,
-        n_layer=geometry.layers,
-        n_head=geometry.heads,
-    )
+    config = GPT2Config(n_positions=geometry.max_positions, **gpt2_sizes(geometry))
     config.dtype = torch.bfloat16
     config.architectures = ["GPT2LMHeadModel"]
     config.save_pretrained(folder)
@@ -229,13 +229,7 @@ def write_sparse_gpt2(folder: Path, geometry: Geometry) -> None:
     from vllm_fox.hf import SparseGPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = SparseGPT2Config(
-        n_layer=geometry.layers,
-        n_head=geometry.heads,
-        n_embd=geometry.hidden,
-        block_size=geometry.max_positions,
-        vocab_size=geometry.vocab,
-    )
+    config = SparseGPT2Config(block_size=geometry.max_positions, **gpt2_sizes(geometry))
     model: Any = SparseGPT2LMHeadModel(config).to("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.init.normal_(model.transformer["wpe"].weight, std=4 * STD)
     ids = torch.randint(geometry.vocab, (1, geometry.max_positions), device=model.device)
@@ -334,10 +328,7 @@ def main() -> None:
         command = commands.add_parser(name, help=text)
         command.add_argument("folder", type=Path)
         add_geometry_options(command)
-    for name, text in (
-        ("sparse-gpt2", "a GPT-2 that drops tokens"),
-        ("gpt2", "config.json of GPT-2"),
-    ):
+    for name, text in (("sparse-gpt2", "a GPT-2 that drops tokens"), ("gpt2", "config.json of GPT-2")):
         commands.add_parser(name, help=text).add_argument("folder", type=Path)
     statistics = commands.add_parser("statistics", help=f"write {STATISTICS.name} from measured gates")
     statistics.add_argument("trace", type=Path, help="safetensors with log_forget and logit_bound")

@@ -12,10 +12,10 @@ import argparse
 import asyncio
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,12 @@ CAPTION = (
 )
 
 
-def prompt(vocab: int, tokens: int, seed: int) -> list[int]:
-    """Random token ids."""
-    return torch.randint(10, vocab, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One model: seconds, most requests at once and KV memory for every context and number of requests."""
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from benchmarks.serving import Recorder, ask
+    from benchmarks.serving import Recorder, throughput
 
     gpu = torch.cuda.is_available()
     options: dict[str, Any] = {"gpu_memory_utilization": args.gpu_memory_utilization} if gpu else {}
@@ -54,7 +49,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             dtype="bfloat16" if gpu else "float32",
             max_model_len=max(args.contexts),
             max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=args.max_num_batched_tokens,
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
             disable_log_stats=False,
@@ -65,45 +60,19 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     rows = []
     try:
-        vocab, cache = engine.model_config.get_vocab_size(), engine.vllm_config.cache_config
-        assert cache.num_gpu_blocks is not None
         for context in args.contexts:
             answer = int(context * args.answer_share)
-            for batch in args.batches:
-                prompts = [prompt(vocab, context - answer, seed) for seed in range(batch)]
-                # What a first batch of its size costs is not counted.
-                await asyncio.gather(*(ask(engine, f"warm {n}", one, 4) for n, one in enumerate(prompts)))
-                for recorder in Recorder.engines:
-                    recorder.restart()
-                start = time.perf_counter()
-                await asyncio.gather(*(ask(engine, f"{n}", one, answer) for n, one in enumerate(prompts)))
-                seconds = time.perf_counter() - start
-                steps = [step for recorder in Recorder.engines for step in recorder.steps]
-                rows.append(
-                    {
-                        "context": context,
-                        "requests": batch,
-                        "prompt": context - answer,
-                        "answer": answer,
-                        "seconds": seconds,
-                        "tokens_per_second": batch * answer / seconds,
-                        "running": max(step[3] for step in steps),
-                        "preemptions": sum(recorder.preemptions for recorder in Recorder.engines),
-                        "usage": max(step[4] for step in steps),
-                        "blocks": cache.num_gpu_blocks,
-                        # Steps without a prompt, by how long they took.
-                        "decode_ms": 1e3 * median([step[0] for step in steps if not step[1]]),
-                    }
-                )
+            for requests in args.batches:
+                args.prompt, args.output, args.requests = context - answer, answer, requests
+                found = await throughput(engine, args)
+                # Steps without a prompt.
+                decodes = [seconds for seconds, read, *_ in found.pop("steps") if not read]
+                decode_ms = 1e3 * statistics.median(decodes) if decodes else None
+                rows.append({"context": context, "requests": requests, "decode_ms": decode_ms} | found)
                 print(rows[-1], file=sys.stderr, flush=True)
     finally:
         engine.shutdown()
     return rows
-
-
-def median(values: list[float]) -> float:
-    """nan of none."""
-    return sorted(values)[len(values) // 2] if values else float("nan")
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -119,13 +88,15 @@ def compare(args: argparse.Namespace) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
     print(CAPTION if random else f"{args.model} and {args.dense}")
-    heads = ("context", "requests", "answered tok/s", "of dense", "running", "of dense", "KV peak", "decode ms")
-    print(f"{'':<8}" + "".join(f"{head:>16}" for head in heads))
+    speed = "output_tokens_per_second"
+    heads = ("context", "requests", "answered tok/s", "of dense", "running", "of dense", "KV peak", "preempted")
+    print(f"{'':<8}" + "".join(f"{head:>16}" for head in (*heads, "decode ms")))
     for dense, dcp in zip(found["dense"], found["DCP"], strict=True):
         for name, row in (("dense", dense), ("DCP", dcp)):
-            cells = [f"{row['context']:,}", f"{row['requests']:,}", f"{row['tokens_per_second']:,.0f}"]
-            cells += [f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}x", f"{row['running']:,}"]
-            cells += [f"{row['running'] / dense['running']:.2f}x", f"{row['usage']:.1%}", f"{row['decode_ms']:.2f}"]
+            cells = [f"{row['context']:,}", f"{row['requests']:,}", f"{row[speed]:,.0f}"]
+            cells += [f"{row[speed] / dense[speed]:.2f}x", f"{row['peak_running']:,}"]
+            cells += [f"{row['peak_running'] / dense['peak_running']:.2f}x", f"{row['peak_kv_usage']:.1%}"]
+            cells += [str(row["preemptions"]), f"{row['decode_ms'] or float('nan'):.2f}"]
             print(f"{name:<8}" + "".join(f"{cell:>16}" for cell in cells))
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     save(args.json, {"caption": CAPTION if random else None, "options": options} | found)
@@ -142,6 +113,7 @@ def main() -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.1)
     parser.add_argument("--json", default="results/dcp_serving.json")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.set_defaults(max_num_batched_tokens=8192, profile=None, limit_seconds=None)  # of benchmarks.serving
     args = parser.parse_args()
     if (args.model is None) != (args.dense is None):
         parser.error("--model and --dense go together.")

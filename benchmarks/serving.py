@@ -108,9 +108,10 @@ def engine_options(args: argparse.Namespace, longest: int) -> dict[str, Any]:
     return {"model": str(model), **options}
 
 
-def prompt(tokens: int, seed: int) -> list[int]:
+def prompt(engine: AsyncLLM, tokens: int, seed: int) -> list[int]:
     """Random token ids."""
-    return torch.randint(10, 32000, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(10, engine.model_config.get_vocab_size(), (tokens,), generator=rng).tolist()
 
 
 def greedy(output: int, kind: RequestOutputKind) -> SamplingParams:
@@ -127,9 +128,10 @@ async def ask(engine: AsyncLLM, name: str, tokens: list[int], output: int) -> No
 
 async def throughput(engine: AsyncLLM, args: argparse.Namespace) -> dict[str, Any]:
     """Total time for many long prompts, and how many ran at once."""
-    warm = [prompt(min(args.prompt, args.max_num_batched_tokens) + 8, args.requests + n) for n in range(4)]
+    length = min(args.prompt, args.max_num_batched_tokens) + 8
+    warm = [prompt(engine, length, args.requests + n) for n in range(4)]
     await asyncio.gather(*(ask(engine, f"warm-up {n}", one, min(16, args.output)) for n, one in enumerate(warm)))
-    prompts = [prompt(args.prompt, index) for index in range(args.requests)]
+    prompts = [prompt(engine, args.prompt, index) for index in range(args.requests)]
     for recorder in Recorder.engines:
         recorder.restart()
     with sampled(args.profile) if args.profile else nullcontext():
@@ -168,7 +170,7 @@ async def latency(engine: AsyncLLM, lengths: list[int]) -> list[dict[str, Any]]:
     # Round after round, so that a slow spell of the machine does not fall on one length.
     for repeat in range(LATENCY_REPEATS + 1):
         for length in lengths:
-            times, tokens = [], prompt(length, repeat)
+            times, tokens = [], prompt(engine, length, repeat)
             start = time.perf_counter()
             async for _ in engine.generate({"prompt_token_ids": tokens}, params, f"{length} {repeat}"):
                 times.append(time.perf_counter())

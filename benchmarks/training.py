@@ -38,7 +38,6 @@ from vllm_fox.kernels import forgetting_attention
 HEADS, DIM = 24, 64
 PEERS = ("official FoX", "official FoX, ACP", "fla", "SDPA (cuDNN)")
 STEP_TOKENS = 65536
-END = 0  # of a text: the id that train_fox.py's tokenizers give it
 
 
 def backward_too(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], Any]:
@@ -221,12 +220,12 @@ def patterns(args: argparse.Namespace) -> dict[str, Any]:
 def positions(args: argparse.Namespace) -> dict[str, Any]:
     """Loss by position in held-out texts, from their first token on, and live share by how much of them is read."""
     held_out = np.load(args.run / "data" / "held_out.npy").astype(np.int64)
-    ends = np.append(np.flatnonzero(held_out == END), len(held_out))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(args.run, True).to(device).eval()
+    ends = np.append(np.flatnonzero(held_out == model.config.eos_token_id), len(held_out))
     texts = [held_out[a : a + args.context] for a, b in zip(ends, ends[1:]) if b - a >= args.context][: args.texts]
     if not texts:
         raise SystemExit(f"--context is {args.context:,}: no held-out text is as long.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(args.run, True).to(device).eval()
     total = torch.zeros(args.context - 1, dtype=torch.float64)
     lengths = [args.context >> n for n in range(5, -1, -1)]
     shares = torch.zeros(len(lengths), dtype=torch.float64)
