@@ -50,7 +50,7 @@ def ask(llm: LLM, reference: dict[str, torch.Tensor]) -> dict[str, Any]:
     run_until_decoding(llm, tokens=8)
     live = usage(llm) * num_blocks(llm) / (8192 / 64)
     pool = manager(llm).pool
-    pages = [int(pool.capacity[rank]) - len(pool.free_ids(rank)) for rank in range(pool.ranks)]
+    pages = [pool.capacity[rank] - len(pool.free_ids(rank)) for rank in range(pool.ranks)]
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     assert_all_free(llm)

@@ -149,6 +149,19 @@ def test_chunks_then_decode(bias: tuple[float, float], page_size: int, propagate
         assert layers.pool.released_total > 0
 
 
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="of the Triton kernel")
+def test_few_programs_share_the_tokens_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are many rows: drop times of all blocks of tokens, whoever finds them."""
+    from vllm_fox.kernels.drop_times import kernel
+
+    monkeypatch.setattr(kernel, "ENOUGH", 1)
+    layers = Layers((2.5,))
+    inputs = inputs_of(layers, 203)
+    slot = layers.open()
+    out = [layers.step([(slot, part)])[0] for part in inputs.split([200, 1, 1, 1], dim=1)]
+    close(torch.cat(out, 1), formula(layers, inputs)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads, dim, int_dim", [(3, 64, 64), (1, 128, 8), (5, 48, 24)])
 def test_dtypes_and_sizes(heads: int, dim: int, int_dim: int, dtype: torch.dtype) -> None:

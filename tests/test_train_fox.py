@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import vllm_fox.hf  # noqa: F401 (makes AutoModelForCausalLM know the model)
@@ -82,6 +83,8 @@ def test_it_learns_and_reports(whole: Path) -> None:
 def test_its_model_is_served_as_it_is(whole: Path) -> None:
     folder = whole / "model"
     assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
+    saved = load_file(folder / "model.safetensors")
+    assert "model.embeddings.weight" in saved and "lm_head.weight" not in saved  # tied: once
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = "def main(argv=None):\n    "
@@ -90,6 +93,16 @@ def test_its_model_is_served_as_it_is(whole: Path) -> None:
     with engine(folder, max_model_len=128) as llm:
         (out,) = generate(llm, [ids[0].tolist()], greedy(16))
     assert list(out.outputs[0].token_ids) == want[0, ids.shape[1] :].tolist()
+
+
+def test_copies_of_a_text_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one could be held out and another trained on."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from text_corpus import find_texts
+
+    for name, content in (("a.py", "x = 1"), ("b.py", "y = 2"), ("c.py", "x = 1")):
+        (tmp_path / name).write_text(content)
+    assert [path.name for path in find_texts(tmp_path)] == ["a.py", "b.py"]
 
 
 def test_errors_name_what_is_wrong(text: Path, whole: Path, tmp_path: Path) -> None:
