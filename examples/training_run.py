@@ -257,7 +257,7 @@ def make_optimizers(
     named = list(model.named_parameters())
     rates = {id(p): rate_of(name) for name, p in named}
     # QK-norm's gains decay too: they set ACP's bound on logits, and what has no other pull drifts up.
-    decaying = [p for name, p in named if p.dim() > 1 or "q_norm" in name or "k_norm" in name]
+    decaying = {id(p) for name, p in named if p.dim() > 1 or "q_norm" in name or "k_norm" in name}
     matrices: list[torch.nn.Parameter] = []
     if args.optimizer == "muon":
         inside = [p for name, p in named if ".layers." in name or ".h." in name]
@@ -267,7 +267,7 @@ def make_optimizers(
     for rate in sorted(set(rates.values())):
         mine = [p for _, p in named if rates[id(p)] == rate and id(p) not in apart]
         for decays in (True, False):
-            params = [p for p in mine if any(p is d for d in decaying) == decays]
+            params = [p for p in mine if (id(p) in decaying) == decays]
             groups.append({"params": params, "weight_decay": args.weight_decay * decays, "rate": rate})
     groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]

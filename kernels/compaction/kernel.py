@@ -37,6 +37,18 @@ def _copy(
         tl.store(v_pages + there, v, mask=mask)
 
 
+@triton.jit
+def _free_places(
+    end_pages, chunk_of, entries, slot, layer, place, length, max_chunks, streams,
+    PAGE_INTS: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, NEVER: tl.constexpr,
+):  # fmt: skip
+    """Pages of a block of places, and 1 for those of dropped tokens; not for those that are not written yet."""
+    written = place < length
+    ids = masked_page_id(chunk_of, entries, slot, layer, place // P, written, max_chunks, streams, CHUNK)
+    ends = tl.load(end_pages + ids * PAGE_INTS + place % P, mask=written, other=NEVER)
+    return ids, (ends != NEVER).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "max_chunks", "streams"])
 def _compact(
     k_pages, v_pages, int_pages, begin_pages, end_pages, chunk_of, entries, first_live,
@@ -56,11 +68,11 @@ def _compact(
     room = 0
     n = tl.arange(0, N)
     for at in range(first * P, length, N):
-        place = at + n
-        written = place < length
-        ids = masked_page_id(chunk_of, entries, slot, layer, place // P, written, max_chunks, streams, CHUNK)
-        ends = tl.load(end_pages + ids * PAGE_INTS + place % P, mask=written, other=NEVER)
-        room += tl.sum((ends != NEVER).to(tl.int32), 0)
+        _, free = _free_places(
+            end_pages, chunk_of, entries, slot, layer, at + n, length, max_chunks, streams, PAGE_INTS, P, CHUNK,
+            NEVER,
+        )  # fmt: skip
+        room += tl.sum(free, 0)
     # How many of the oldest pages can be emptied. `room` becomes that of all pages behind the one looked at.
     offset = tl.arange(0, P)
     live, behind, searching = 0, first, 1
@@ -82,12 +94,13 @@ def _compact(
     source_page = page_id(chunk_of, entries, slot, layer, source, max_chunks, streams, CHUNK)
     alive = (tl.load(end_pages + source_page * PAGE_INTS + offset) == NEVER).to(tl.int32)
     place = at + t
-    ids = masked_page_id(chunk_of, entries, slot, layer, place // P, place < length, max_chunks, streams, CHUNK)
-    ends = tl.load(end_pages + ids * PAGE_INTS + place % P, mask=place < length, other=NEVER)
-    free = (ends != NEVER).to(tl.int32)
+    ids, vacant = _free_places(
+        end_pages, chunk_of, entries, slot, layer, place, length, max_chunks, streams, PAGE_INTS, P, CHUNK, NEVER,
+    )  # fmt: skip
     while source < behind:
         # n-th to n-th: [token of the page, place].
-        pairs = (tl.cumsum(alive, 0)[:, None] == tl.cumsum(free, 0)[None, :]) & (alive[:, None] * free[None, :] > 0)
+        nth, mth = tl.cumsum(alive, 0), tl.cumsum(vacant, 0)
+        pairs = (nth[:, None] == mth[None, :]) & (alive[:, None] * vacant[None, :] > 0)
         moved = tl.max(pairs.to(tl.int32), 1) > 0
         page = tl.sum(tl.where(pairs, ids[None, :], 0), 1)
         to = tl.sum(tl.where(pairs, (place % P)[None, :], 0), 1)
@@ -101,19 +114,18 @@ def _compact(
         tl.store(begin_pages + page * PAGE_INTS + to, begin, mask=moved)
         tl.store(end_pages + page * PAGE_INTS + to, NEVER, mask=moved)
         alive = tl.where(moved, 0, alive)
-        free = tl.where(tl.max(pairs.to(tl.int32), 0) > 0, 0, free)
+        vacant = tl.where(tl.max(pairs.to(tl.int32), 0) > 0, 0, vacant)
         if tl.max(alive, 0) == 0:
             source += 1
             source_page = page_id(chunk_of, entries, slot, layer, source, max_chunks, streams, CHUNK)
             alive = (tl.load(end_pages + source_page * PAGE_INTS + offset) == NEVER).to(tl.int32)
-        if (tl.max(free, 0) == 0) & (at + TARGETS < length):
+        if (tl.max(vacant, 0) == 0) & (at + TARGETS < length):
             at += TARGETS
             place = at + t
-            ids = masked_page_id(
-                chunk_of, entries, slot, layer, place // P, place < length, max_chunks, streams, CHUNK
-            )
-            ends = tl.load(end_pages + ids * PAGE_INTS + place % P, mask=place < length, other=NEVER)
-            free = (ends != NEVER).to(tl.int32)
+            ids, vacant = _free_places(
+                end_pages, chunk_of, entries, slot, layer, place, length, max_chunks, streams, PAGE_INTS, P, CHUNK,
+                NEVER,
+            )  # fmt: skip
     tl.store(remembered, behind)
 
 

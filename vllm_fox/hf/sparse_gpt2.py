@@ -22,6 +22,8 @@ from .dropping_attention import dropping_attention
 
 INITIAL_BIAS = 5.0
 """Interaction score of a fresh model: nothing is dropped."""
+INITIAL_STD = 0.02
+"""Standard deviation of fresh weights, as in GPT-2."""
 
 
 class _Projection(nn.Linear):
@@ -31,7 +33,7 @@ class _Projection(nn.Linear):
     cannot initialise its projections.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, std: float = 0.02) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, std: float = INITIAL_STD) -> None:
         super().__init__(inputs, outputs, bias=bias)
         self.init_std = std
 
@@ -44,7 +46,7 @@ class SparseSelfAttention(nn.Module):
         size, bias = config.n_embd, config.bias
         self.heads = config.n_head
         self.c_attn = _Projection(size, 3 * size, bias)
-        self.c_proj = _Projection(size, size, bias, 0.02 / math.sqrt(2 * config.n_layer))
+        self.c_proj = _Projection(size, size, bias, INITIAL_STD / math.sqrt(2 * config.n_layer))
         self.q_int = _Projection(size, config.int_n_embd, False, size**-0.5)
         self.k_int = _Projection(size, config.int_n_embd, False, size**-0.5)
         self.int_bias = nn.Parameter(torch.full((1,), INITIAL_BIAS))
@@ -80,7 +82,7 @@ class MLP(nn.Module):
         super().__init__()
         size, inner = config.n_embd, 4 * config.n_embd
         self.c_fc = _Projection(size, inner, config.bias)
-        self.c_proj = _Projection(inner, size, config.bias, 0.02 / math.sqrt(2 * config.n_layer))
+        self.c_proj = _Projection(inner, size, config.bias, INITIAL_STD / math.sqrt(2 * config.n_layer))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to the same."""
@@ -161,7 +163,7 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=getattr(module, "init_std", 0.02))
+            nn.init.normal_(module.weight, std=getattr(module, "init_std", INITIAL_STD))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):

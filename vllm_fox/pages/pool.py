@@ -71,12 +71,11 @@ class PagePool:
         self.ranks = len(streams)
         ends = np.cumsum(streams).tolist()
         self.columns = [slice(end - count, end) for end, count in zip(ends, streams)]
-        self.capacity = (num_blocks - 1) * self.streams
+        self.capacity = [(num_blocks - 1) * n for n in streams]
         # Each rank's stack: [: num_free] are its free ids. Low ids are on top, so that a light load stays dense.
         self._free = [np.arange(num_blocks * n - 1, n - 1, -1, dtype=np.int32) for n in streams]
         # Plain numbers, as there are few ranks: a request's next page is asked for thousands of times a second.
-        self._per_block, self._capacity = list(streams), self.capacity.tolist()
-        self._num_free = list(self._capacity)
+        self._per_block, self._num_free = list(streams), list(self.capacity)
         # All streams' ids of a page index stand together, as they are handed out; on the device a stream's do.
         self._entries = np.zeros((num_chunks, TABLE_CHUNK, ends[-1]), dtype=np.int32)
         self._chunk_of = np.zeros((num_slots + 1, max_chunks), dtype=np.int32)
@@ -95,7 +94,7 @@ class PagePool:
     @property
     def used_blocks(self) -> int:
         """Blocks that the pages in use fill on the fullest rank."""
-        ranks = zip(self._capacity, self._num_free, self._per_block)
+        ranks = zip(self.capacity, self._num_free, self._per_block)
         return max(-((free - capacity) // streams) for capacity, free, streams in ranks)
 
     def live_blocks(self, slots: np.ndarray | int) -> np.ndarray:
