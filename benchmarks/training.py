@@ -123,7 +123,8 @@ def systems(args: argparse.Namespace, context: int) -> tuple[dict[str, Any], dic
     for name, pruning in (("ours, ACP", True), ("ours, no ACP", False)):
         found[name] = Loss(load(args.run, pruning, context))
         if args.compile:
-            found[name].compile(dynamic=False)
+            for layer in found[name].model.model.layers:
+                layer.compile(dynamic=False)
     try:
         model = found["ours, ACP"].model
         found["official, ACP"] = official_model(model.config, model.state_dict())

@@ -56,7 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
+    parser.add_argument(
+        "--compile", action="store_true", help="the layers, by torch.compile: twice as fast on a GPU"
+    )
     parser.add_argument("--eval-every", type=int, default=100, help="steps between validations")
     parser.add_argument("--eval-windows", type=int, default=16)
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -288,6 +290,13 @@ def held_out(accelerator: Accelerator, corpus: Corpus, args: argparse.Namespace)
         yield ids.to(accelerator.device)
 
 
+def compile_layers(model: Any) -> None:
+    """torch.compile of each layer by itself: they are alike, so the first one's code serves all."""
+    for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
+        for layer in layers:
+            layer.compile(dynamic=False)
+
+
 def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -312,7 +321,7 @@ def train(
         The wrapped model, trained.
     """
     if args.compile:
-        model.compile(dynamic=False)
+        compile_layers(model)
     optimizers = make_optimizers(model, args, rate_of)
     accelerator.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {len(corpus.train):,} tokens, "
@@ -350,7 +359,8 @@ def train(
         finished = step + 1
         if args.eval_every and (finished % args.eval_every == 0 or finished == args.steps):
             model.eval()
-            with torch.no_grad():
+            # A few windows, whose shape would have to be compiled for.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 shown = validate(model)
             model.train()
             values |= shown
