@@ -25,10 +25,11 @@ from training_run import FIXED, add_options, begin, check_disk, check_options, e
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from vllm_fox.hf import SparseGPT2LMHeadModel
+from vllm_fox.hf.sparse_gpt2 import INITIAL_BIAS
 
 OWN = (
     "gpt2", "dense", "window", "dense_steps", "dense_lr", "gamma", "alpha", "alpha_steps", "int_n_embd",
-    "int_rate", "propagate",
+    "int_bias", "int_rate", "propagate",
 )  # fmt: skip
 
 
@@ -45,6 +46,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, default=8.0, help="of the alpha-sigmoid, at the end")
     parser.add_argument("--alpha-steps", type=int, help="steps until then; three quarters of --steps")
     parser.add_argument("--int-n-embd", type=int, default=64, help="size of the interaction projections")
+    parser.add_argument(
+        "--int-bias", type=float, default=INITIAL_BIAS, help="first score; more, and far tokens fade less at first"
+    )
     parser.add_argument("--int-rate", type=float, default=10.0, help="learning rate of what decides, over --lr")
     parser.add_argument(
         "--no-propagate",
@@ -137,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     model: Any = dense
     plain = args.dense or args.window is not None
     if not plain:
-        sizes = {"int_n_embd": args.int_n_embd, "propagate_in_depth": args.propagate}
+        sizes = {"int_bias": args.int_bias, "int_n_embd": args.int_n_embd, "propagate_in_depth": args.propagate}
         model = SparseGPT2LMHeadModel.from_gpt2(dense, **sizes)
     check_disk(args, sum(p.numel() for p in model.parameters()))
     baseline = (partial(dense_loss, **near), partial(losses, **near))

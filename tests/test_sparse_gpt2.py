@@ -162,6 +162,10 @@ def test_gpt2_is_the_starting_point(tmp_path: Path) -> None:
     model = SparseGPT2LMHeadModel.from_gpt2(tmp_path, int_n_embd=4, propagate_in_depth=False).eval()
     assert (model.config.int_n_embd, model.config.propagate_in_depth) == (4, False)
     torch.testing.assert_close(model(tokens(30)).logits, dense(tokens(30)).logits)
+    # In training everything fades with distance, by how much the first scores say.
+    fading = [SparseGPT2LMHeadModel.from_gpt2(dense, int_bias=bias).train() for bias in (5.0, 15.0)]
+    apart = [(model(tokens(30)).logits - dense(tokens(30)).logits).abs().max() for model in fading]
+    assert apart[1] < 1e-3 * apart[0]
     with pytest.raises(ValueError, match="n_inner is 64 .* must be 128"):
         SparseGPT2LMHeadModel.from_gpt2(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_inner=64)))
 
