@@ -32,7 +32,7 @@ from benchmarks.peers import (
     pruning_threshold,
 )
 from benchmarks.record import save
-from vllm_fox.hf import ForgettingTransformerForCausalLM, live_shares
+from vllm_fox.hf import ForgettingTransformerForCausalLM, compile_layers, live_shares
 from vllm_fox.kernels import forgetting_attention
 
 HEADS, DIM = 24, 64
@@ -123,8 +123,7 @@ def systems(args: argparse.Namespace, context: int) -> tuple[dict[str, Any], dic
     for name, pruning in (("ours, ACP", True), ("ours, no ACP", False)):
         found[name] = Loss(load(args.run, pruning, context))
         if args.compile:
-            for layer in found[name].model.model.layers:
-                layer.compile(dynamic=False)
+            compile_layers(found[name])
     try:
         model = found["ours, ACP"].model
         found["official, ACP"] = official_model(model.config, model.state_dict())

@@ -58,7 +58,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     check_options(parser, args)
-    for name, least in (("dense_steps", 1), ("gamma", 0), ("alpha", 1), ("int_n_embd", 1), ("int_rate", 0)):
+    least_of = {"dense_steps": 1, "gamma": 0, "alpha": 1, "int_n_embd": 1, "int_bias": 0, "int_rate": 0}
+    for name, least in least_of.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}.")
     if args.window is not None and (args.dense or not 1 <= args.window <= args.context):

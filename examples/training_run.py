@@ -24,6 +24,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from vllm_fox.hf import compile_layers
+
 KEEP = 2  # checkpoints
 
 
@@ -288,13 +290,6 @@ def held_out(accelerator: Accelerator, corpus: Corpus, args: argparse.Namespace)
         start = index * args.context
         ids = torch.from_numpy(corpus.held_out[start : start + args.context].astype("int64"))[None]
         yield ids.to(accelerator.device)
-
-
-def compile_layers(model: Any) -> None:
-    """torch.compile of each layer by itself: they are alike, so the first one's code serves all."""
-    for layers in [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]:
-        for layer in layers:
-            layer.compile(dynamic=False)
 
 
 def train(

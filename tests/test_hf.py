@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.checkpoints import make_checkpoint
 from tests.reference_model import reference_logits
 from vllm_fox.architecture import Architecture, expected_weights
-from vllm_fox.hf import ForgettingCache, ForgettingTransformerForCausalLM, live_shares
+from vllm_fox.hf import ForgettingCache, ForgettingTransformerForCausalLM, compile_layers, live_shares
 
 PRO = {
     "use_output_gate": True, "use_output_norm": True, "qk_norm": True, "use_k_shift": True, "use_v_shift": True,
@@ -140,6 +140,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(pro: Any) -> None:
     for name, grad in grads[0].items():
         assert grad is not None and grad.abs().max() > 0, name
         torch.testing.assert_close(grad, grads[1][name])
+
+
+def test_layers_are_compiled_once_for_all(tmp_path: Path) -> None:
+    model = load(make_checkpoint(tmp_path, "official", **PRO))
+    ids, graphs = tokens(2, 40), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        want = model(input_ids=ids, use_cache=False).logits
+        compile_layers(model, backend=backend)
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, want)
+    assert len(model.model.layers) > 1
+    # One layer's attention in one graph, which all of them ran.
+    assert [sum("whole_sequence" in str(node.target) for node in graph.graph.nodes) for graph in graphs] == [1]
 
 
 def test_live_shares_are_those_of_the_formula(pro: Any) -> None:

@@ -8,6 +8,7 @@ from vllm_fox.tokenizer import register_tokenizer
 
 from .alpha_sigmoid import alpha_sigmoid
 from .cache import ForgettingCache
+from .compiling import compile_layers
 from .live_share import live_shares
 from .modeling import FlaForgettingTransformerForCausalLM, ForgettingTransformerForCausalLM
 from .sparse_gpt2 import SparseGPT2LMHeadModel
@@ -27,5 +28,6 @@ __all__ = [
     "SparseGPT2Config",
     "SparseGPT2LMHeadModel",
     "alpha_sigmoid",
+    "compile_layers",
     "live_shares",
 ]

@@ -133,8 +133,8 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
 
         Args:
             source: a checkpoint, or the model.
-            int_bias: score that they give. In training a query leaves ``1 - exp(-int_bias)`` of a token at first,
-                in each layer: the paper's 5 leaves 3 % of one that is 500 tokens back.
+            int_bias: score that they give. In training a query leaves about ``1 - exp(-int_bias)`` of a token at
+                first, in each layer: the paper's 5 leaves 3 % of one that is 500 tokens back.
             config: ``int_n_embd`` and ``propagate_in_depth``, if not the default's.
         """
         dense = source if isinstance(source, GPT2LMHeadModel) else GPT2LMHeadModel.from_pretrained(source)
@@ -162,9 +162,9 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
                 # transformers keeps GPT-2's matrices as [in, out].
                 matrix = tensor.dim() == 2 and ".h." in name
                 own[name].copy_(tensor.T if matrix else tensor)
-        for name, tensor in own.items():
-            if name.endswith(".int_bias"):
-                tensor.fill_(int_bias)
+        blocks: Any = model.transformer["h"]
+        for block in blocks:
+            nn.init.constant_(block.attn.int_bias, int_bias)
         return model
 
     @torch.no_grad()

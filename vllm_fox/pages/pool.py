@@ -173,7 +173,7 @@ class PagePool:
         current = self.epoch[slots] == epochs
         if not current.all():
             slots, starts = slots[current], starts[current]
-        columns, streams = self.columns[rank], int(self.streams[rank])
+        columns, streams = self.columns[rank], self._per_block[rank]
         old = self.start[slots, columns]
         moved = np.flatnonzero(starts > old)
         row, stream = np.divmod(moved, streams)
@@ -226,7 +226,7 @@ class PagePool:
         if total * SPARSE < (last - first) * TABLE_CHUNK * len(stream):
             self._free_ranges(rank, np.full(len(stream), slot), stream, low, high)
             return
-        columns, streams = self.columns[rank], int(self.streams[rank])
+        columns, streams = self.columns[rank], self._per_block[rank]
         start, length = np.zeros(streams, dtype=np.int32), np.zeros(streams, dtype=np.uint32)
         start[stream - columns.start], length[stream - columns.start] = low, high - low
         page = np.arange(first * TABLE_CHUNK, (first + 1) * TABLE_CHUNK, dtype=np.int32)[:, None]
