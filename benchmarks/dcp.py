@@ -2,6 +2,7 @@
 
 python -m benchmarks.dcp tradeoff RUN...             # runs of examples/finetune_dcp.py from one checkpoint
 python -m benchmarks.dcp kinds RUN                   # which tokens its model drops, by layer and kind
+python -m benchmarks.dcp layers DENSE_RUN            # which layers of a dense model need what is far
 """
 
 from __future__ import annotations
@@ -75,10 +76,8 @@ def kinds(args: argparse.Namespace) -> None:
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.run / "model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.run / "model")
-    held_out = np.load(args.run / "data" / "held_out.npy")
     length = model.config.block_size
-    count = min(args.windows, len(held_out) // length)
-    ids = torch.from_numpy(held_out[: count * length].reshape(count, length).astype(np.int64))
+    ids = held_out(args.run, length, args.windows)
     kind_of = [KINDS.index(classify(tokenizer.decode([i]))) for i in range(model.config.vocab_size)]
     kinds_of = torch.tensor(kind_of)[ids]
     # By token: over the queries that come after it, the share that sees it.
@@ -106,6 +105,44 @@ def kinds(args: argparse.Namespace) -> None:
     axis.set_ylabel("later queries that see such a token, %")
     finish(figure, args.out)
     save(args.json, {"kinds": KINDS, "shares": shares.tolist(), "tokens": totals.tolist()})
+
+
+def layers(args: argparse.Namespace) -> None:
+    """What it costs a dense model if one layer sees only the newest tokens, and the others all."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(args.run / "model", dtype=torch.float32).eval()
+    length = model.config.n_positions
+    ids = held_out(args.run, length, args.texts)
+    seen = torch.ones(1, 1, length, length, dtype=torch.bool).tril().triu(1 - args.window)
+
+    def loss(near: int | None) -> float:
+        blocks = model.transformer.h[near : near + 1] if near is not None else []
+        hooks = [
+            block.attn.register_forward_pre_hook(
+                lambda _, given, named: (given, named | {"attention_mask": seen}), with_kwargs=True
+            )
+            for block in blocks
+        ]
+        with torch.no_grad():
+            found = [model(input_ids=one[None], labels=one[None]).loss.item() for one in ids]
+        for hook in hooks:
+            hook.remove()
+        return float(np.mean(found))
+
+    dense = loss(None)
+    costs = [loss(layer) - dense for layer in range(model.config.n_layer)]
+    print(f"loss {dense:.4f}; with a window of {args.window} in one layer:")
+    for layer, cost in enumerate(costs):
+        print(f"layer {layer:2}: {cost:+.4f}")
+    save(args.json, {"window": args.window, "loss": dense, "costs": costs})
+
+
+def held_out(run: Path, length: int, count: int) -> torch.Tensor:
+    """[count or fewer, length] of the run's held-out text."""
+    data = np.load(run / "data" / "held_out.npy")
+    count = min(count, len(data) // length)
+    return torch.from_numpy(data[: count * length].reshape(count, length).astype(np.int64))
 
 
 def classify(text: str) -> str:
@@ -144,6 +181,12 @@ def main() -> None:
     sub.add_argument("--out", default="docs/dcp_kinds.png")
     sub.add_argument("--json", default="results/dcp_kinds.json")
     sub.set_defaults(run_command=kinds)
+    sub = commands.add_parser("layers")
+    sub.add_argument("run", type=Path)
+    sub.add_argument("--window", type=int, default=32)
+    sub.add_argument("--texts", type=int, default=24)
+    sub.add_argument("--json", default="results/dcp_layers.json")
+    sub.set_defaults(run_command=layers)
     args = parser.parse_args()
     args.run_command(args)
 
