@@ -3,7 +3,8 @@
 python -m benchmarks.dcp_serving                                       # GPT-2 small's sizes, random weights
 python -m benchmarks.dcp_serving --model examples/dcp-tiny --dense GPT2
 
-Each model runs in a process of its own, on the same prompts, which fill a context but for the answers.
+Each model has an engine in a process of its own; both stay until the end and are measured in turn, round after
+round, on the same prompts, so that a slow spell of the machine meets both.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +30,72 @@ CAPTION = (
     f"GPT-2 small's sizes. DCP: random weights, with interaction biases that keep {KEPT:.0%} of the (query, "
     "earlier token) pairs. Dense: vLLM's GPT-2, random weights."
 )
+SPEED = "output_tokens_per_second"
 
 
-async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One model: seconds, most requests at once and KV memory for every context and number of requests."""
+class Engine:
+    """A model that is served by another process.
+
+    Args:
+        name: for messages.
+        model: its folder.
+        args: of the program.
+    """
+
+    def __init__(self, name: str, model: Path, args: argparse.Namespace) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, str(model), args))
+        self._process.start()
+        theirs.close()
+        self._answer()
+
+    def measure(self, context: int, requests: int) -> dict[str, Any]:
+        """Seconds, most requests at once and KV memory for so many requests of so many tokens."""
+        self._pipe.send((context, requests))
+        row = self._answer()
+        print(self.name, row, file=sys.stderr, flush=True)
+        return row
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.is_alive():
+            self._pipe.send(None)
+        self._process.join()
+
+    def _answer(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise SystemExit(f"The engine of {self.name} has ended; what it said is above.") from None
+
+
+def _serve(pipe: Connection, model: str, args: argparse.Namespace) -> None:
+    # A forked process inherits locks of threads that do not exist in it.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    asyncio.run(_answer_all(pipe, model, args))
+
+
+async def _answer_all(pipe: Connection, model: str, args: argparse.Namespace) -> None:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from benchmarks.serving import Recorder, throughput
 
-    gpu = torch.cuda.is_available()
-    options: dict[str, Any] = {"gpu_memory_utilization": args.gpu_memory_utilization} if gpu else {}
-    if gpu:
+    options: dict[str, Any] = {}
+    if torch.cuda.is_available():
         sizes = [n for n in (1, 8, 64, 256, 512, 1024, 1536, 2048) if n <= args.max_num_seqs]
-        options["compilation_config"] = {"cudagraph_capture_sizes": sizes}
-    options["load_format"] = "auto" if (args.measure / "model.safetensors").exists() else "dummy"
+        options = {
+            "compilation_config": {"cudagraph_capture_sizes": sizes},
+            "kv_cache_memory_bytes": args.kv_bytes,
+            "gpu_memory_utilization": 0.4,  # what vLLM wants to find free, not what it takes
+        }
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
-            model=str(args.measure),
-            dtype="bfloat16" if gpu else "float32",
+            model=model,
+            load_format="auto" if (Path(model) / "model.safetensors").exists() else "dummy",
+            dtype="bfloat16" if torch.cuda.is_available() else "float32",
             max_model_len=max(args.contexts),
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
@@ -58,71 +107,110 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         ),
         stat_loggers=[Recorder],
     )
-    rows = []
     try:
-        for context in args.contexts:
+        pipe.send(None)
+        while (job := await asyncio.to_thread(pipe.recv)) is not None:
+            context, requests = job
             answer = int(context * args.answer_share)
-            for requests in args.batches:
-                args.prompt, args.output, args.requests = context - answer, answer, requests
-                found = await throughput(engine, args)
-                # Steps without a prompt.
-                decodes = [seconds for seconds, read, *_ in found.pop("steps") if not read]
-                decode_ms = 1e3 * statistics.median(decodes) if decodes else None
-                rows.append({"context": context, "requests": requests, "decode_ms": decode_ms} | found)
-                print(rows[-1], file=sys.stderr, flush=True)
+            args.prompt, args.output, args.requests = context - answer, answer, requests
+            found = await throughput(engine, args)
+            steps = found.pop("steps")
+            for kind, seconds in (
+                ("decode", [took for took, read, *_ in steps if not read]),
+                ("mixed", [took for took, read, *_ in steps if read]),
+            ):
+                found[f"{kind}_steps"] = len(seconds)
+                found[f"{kind}_ms"] = 1e3 * statistics.median(seconds) if seconds else None
+            pipe.send({"context": context, "requests": requests} | found)
     finally:
         engine.shutdown()
-    return rows
+
+
+def kv_bytes(dense: Path, requests: int, context: int) -> int:
+    """What K and V of so many whole requests of a dense GPT-2 take in bfloat16, and vLLM's own block."""
+    config = json.loads((dense / "config.json").read_text())
+    return (requests * context + 16) * config["n_layer"] * config["n_embd"] * 2 * 2
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Both models, one after the other, and a table."""
+    """Both models, in turn, and a table of medians over the rounds."""
     random = args.model is None
     if random:
         folder = Path(tempfile.gettempdir()) / "vllm-fox-bench"
         args.model = ready(folder / f"sparse-gpt2-{GPT2_SMALL.name}", write_sparse_gpt2, GPT2_SMALL)
         args.dense = ready(folder / f"gpt2-{GPT2_SMALL.name}", write_gpt2, GPT2_SMALL)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name, model in (("dense", args.dense), ("DCP", args.model)):
-        command = [sys.executable, "-m", "benchmarks.dcp_serving", *sys.argv[1:], "--measure", str(model)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+    args.kv_bytes = kv_bytes(args.dense, args.room, max(args.contexts))
+    engines: list[Engine] = []
+    rows: dict[str, list[dict[str, Any]]] = {"dense": [], "DCP": []}
+    try:
+        for name, model in (("dense", args.dense), ("DCP", args.model)):
+            engines.append(Engine(name, model, args))
+        for _ in range(args.rounds):
+            for context in args.contexts:
+                for requests in args.batches:
+                    for engine in engines:
+                        rows[engine.name].append(engine.measure(context, requests))
+    finally:
+        for engine in engines:
+            engine.close()
     print(CAPTION if random else f"{args.model} and {args.dense}")
-    speed = "output_tokens_per_second"
+    if torch.cuda.is_available():
+        print(
+            f"KV memory of each: {args.kv_bytes / 2**30:.2f} GiB, {args.room} dense requests of "
+            f"{max(args.contexts):,} tokens. Medians of {args.rounds} rounds."
+        )
     heads = ("context", "requests", "answered tok/s", "of dense", "running", "of dense", "KV peak", "preempted")
-    print(f"{'':<8}" + "".join(f"{head:>16}" for head in (*heads, "decode ms")))
-    for dense, dcp in zip(found["dense"], found["DCP"], strict=True):
-        for name, row in (("dense", dense), ("DCP", dcp)):
-            cells = [f"{row['context']:,}", f"{row['requests']:,}", f"{row[speed]:,.0f}"]
-            cells += [f"{row[speed] / dense[speed]:.2f}x", f"{row['peak_running']:,}"]
-            cells += [f"{row['peak_running'] / dense['peak_running']:.2f}x", f"{row['peak_kv_usage']:.1%}"]
-            cells += [str(row["preemptions"]), f"{row['decode_ms'] or float('nan'):.2f}"]
-            print(f"{name:<8}" + "".join(f"{cell:>16}" for cell in cells))
+    print(f"{'':<8}" + "".join(f"{head:>16}" for head in (*heads, "decode ms", "mixed ms")))
+    for context in args.contexts:
+        for requests in args.batches:
+            for name in rows:
+                print(f"{name:<8}" + "".join(f"{cell:>16}" for cell in _cells(rows, name, context, requests)))
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    save(args.json, {"caption": CAPTION if random else None, "options": options} | found)
+    save(args.json, {"caption": CAPTION if random else None, "options": options} | rows)
+
+
+def _cells(rows: dict[str, list[dict[str, Any]]], name: str, context: int, requests: int) -> list[str]:
+    """A line of the table. Ratios are medians too, of what two neighbouring runs give."""
+    mine, dense = (
+        [row for row in rows[of] if (row["context"], row["requests"]) == (context, requests)]
+        for of in (name, "dense")
+    )
+
+    def median(key: str) -> float:
+        found = [row[key] for row in mine if row[key] is not None]
+        return statistics.median(found) if found else float("nan")
+
+    def ratio(key: str) -> str:
+        return f"{statistics.median(a[key] / b[key] for a, b in zip(mine, dense, strict=True)):.2f}x"
+
+    return [
+        *(f"{context:,}", f"{requests:,}", f"{median(SPEED):,.0f}", ratio(SPEED)),
+        *(f"{median('peak_running'):,.0f}", ratio("peak_running"), f"{median('peak_kv_usage'):.1%}"),
+        *(f"{median('preemptions'):,.0f}", f"{median('decode_ms'):.2f}", f"{median('mixed_ms'):.2f}"),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a sparse_gpt2; GPT-2 small's sizes with random weights without")
     parser.add_argument("--dense", type=Path, help="a gpt2 of the same size")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 2048], help="requests at once")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 512], help="requests at once")
     parser.add_argument("--answer-share", type=float, default=0.75, help="of a context, the rest is prompt")
-    parser.add_argument("--max-num-seqs", type=int, default=2048)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-num-seqs", type=int, default=512)
+    parser.add_argument(
+        "--room",
+        type=int,
+        default=64,
+        help="KV memory of each engine on a GPU, in dense requests of the longest context",
+    )
     parser.add_argument("--json", default="results/dcp_serving.json")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(max_num_batched_tokens=8192, profile=None, limit_seconds=None)  # of benchmarks.serving
     args = parser.parse_args()
     if (args.model is None) != (args.dense is None):
         parser.error("--model and --dense go together.")
-    if args.measure is None:
-        compare(args)
-        return
-    # A forked process inherits locks of threads that do not exist in it.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    print(json.dumps(asyncio.run(measure(args))))
+    compare(args)
 
 
 if __name__ == "__main__":
