@@ -14,7 +14,7 @@ import torch
 
 from .alpha_sigmoid import log_alpha_sigmoid
 
-ROWS = {"cpu": 64, "cuda": 512}
+ROWS = {"cpu": 64, "cuda": 256}
 """Queries whose weights are in memory at once: what fits a core's cache, or fills a GPU."""
 FLOOR = -85.0
 """Least log I in training: a gradient can still come from a token that is as good as dropped."""
