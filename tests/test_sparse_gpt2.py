@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from tests.checkpoints import make_sparse_gpt2
 from tests.reference_sparse_gpt2 import reference
-from vllm_fox.hf import SparseGPT2Config, SparseGPT2LMHeadModel, alpha_sigmoid
-from vllm_fox.hf.alpha_sigmoid import log_alpha_sigmoid
-from vllm_fox.hf.dropping_attention import FLOOR, dropping_attention
+from vllm_fox.hf import SparseGPT2Config, SparseGPT2LMHeadModel, alpha_sigmoid, compile_layers
+from vllm_fox.hf.alpha_sigmoid import log_alpha_sigmoid, soft_step
+from vllm_fox.hf.dropping_attention import FLOOR, ROWS, dropping_attention
 
 
 def tokens(length: int, seed: int = 0) -> torch.Tensor:
@@ -90,9 +92,9 @@ def test_training_in_blocks_is_the_formula(alpha: float, stacked: bool) -> None:
 
 @pytest.mark.parametrize("alpha", [1.0, 1.003, 1.3, 1.5, 2.0, 3.7, 8.0])
 def test_the_logarithm_in_float32(alpha: float) -> None:
-    """From a table where there is no formula: p and its slope, against bisection in float64."""
+    """From a table: p and its slope, against formula or bisection in float64."""
     s = torch.linspace(-3, 8, 3001)
-    logs, slope = log_alpha_sigmoid(s, alpha)
+    logs, slope = log_alpha_sigmoid(s, soft_step(alpha, s.device))
     exact = s.double().requires_grad_()
     p = alpha_sigmoid(exact, alpha)
     p.sum().backward()
@@ -120,6 +122,29 @@ def test_loss_counts_what_is_kept_and_all_weights_learn() -> None:
     assert 0 < (weighted - plain).item() < 0.5
     weighted.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_compiled_layers_serve_every_alpha(propagate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While alpha rises nothing is compiled anew, and the gradients are those without compiling."""
+    monkeypatch.setitem(ROWS, "cpu", 16)
+    model, ids, graphs = make_sparse_gpt2(propagate_in_depth=propagate).train(), tokens(24), []
+    compiled = copy.deepcopy(model)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_layers(compiled, backend=backend)
+    for alpha in (1.0, 1.3, 1.5, 8.0):
+        for one in (model, compiled):
+            one.zero_grad()
+            one.alpha = alpha
+            one(ids, labels=ids, gamma=0.5).loss.backward()
+        for want, found in zip(model.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, want.grad)
+    # The first layer has none below it to hear from.
+    assert len(graphs) == 1 + propagate
 
 
 def test_gradients_of_the_softened_model() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +13,7 @@ STEPS = 40
 LEAST = -80.0
 """Log of the least p other than 0."""
 WIDEST, CELLS = 40.0, 16384
-"""A table of p for float32: scores up to so far from 0, and so many of them."""
+"""A table of p: scores up to so far from 0, and so many of them."""
 
 
 class _AlphaSigmoid(torch.autograd.Function):
@@ -58,47 +58,69 @@ def alpha_sigmoid(s: torch.Tensor, alpha: float) -> torch.Tensor:
     return result
 
 
+class SoftStep(NamedTuple):
+    """The alpha-sigmoid of one alpha as tensors only: code that is compiled for one serves every alpha.
+
+    Attributes:
+        table: [CELLS + 1] float32, the smaller of p and 1 - p at scores from 0 on.
+        scale: [], cells for a score of 1.
+        power: [], 2 - alpha.
+    """
+
+    table: torch.Tensor
+    scale: torch.Tensor
+    power: torch.Tensor
+
+
+@lru_cache(maxsize=2)
+def soft_step(alpha: float, device: torch.device) -> SoftStep:
+    """For training, where alpha changes from step to step. Made on the device: a GPU need not wait for a busy CPU.
+
+    Raises:
+        ValueError: alpha is under 1, or infinite.
+    """
+    if not 1 <= alpha < math.inf:
+        raise ValueError(f"soft_step: alpha is {alpha}: it must be at least 1, and finite.")
+    width = WIDEST if alpha == 1 else min(WIDEST, 1 / (alpha - 1))
+    scores = torch.linspace(0, -width, CELLS + 1, dtype=torch.float64, device=device)
+    table = torch.sigmoid(scores) if alpha == 1 else _solve(scores, alpha)
+    # Filled where they lie: a copy from the host would be waited for.
+    scale, power = (torch.full((), x, dtype=torch.float32, device=device) for x in (CELLS / width, 2 - alpha))
+    return SoftStep(table.float(), scale, power)
+
+
 @torch.no_grad()
-def log_alpha_sigmoid(s: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+def log_alpha_sigmoid(s: torch.Tensor, alpha: float | SoftStep) -> tuple[torch.Tensor, torch.Tensor]:
     """Log of :func:`alpha_sigmoid` and its slope at s, without a graph; -inf and 0 where it is 0.
 
-    In float32 and an alpha without a formula, p is interpolated, to about 1e-6: bisection takes a hundred passes
-    over the scores, and a training step has many more scores than tokens.
+    From a :class:`SoftStep`, p is interpolated, to about 1e-6: bisection takes a hundred passes over the scores,
+    and a training step has many more scores than tokens.
     """
-    if alpha == math.inf:
+    power: float | torch.Tensor
+    if isinstance(alpha, SoftStep):
+        small, power = _interpolate(s, alpha), alpha.power
+    elif alpha == math.inf:
         return torch.zeros_like(s).masked_fill(s <= 0, -math.inf), torch.zeros_like(s)
-    if alpha == 1:
+    elif alpha == 1:
         logs = torch.nn.functional.logsigmoid(s)
         return logs, -torch.expm1(logs)
-    exact = s.dtype == torch.float64 or alpha in (1.5, 2)
-    small = _solve(-s.abs(), alpha) if exact else _interpolate(s, alpha)
+    else:
+        small, power = _solve(-s.abs(), alpha), 2 - alpha
     negative = s < 0
     p = torch.where(negative, small, 1 - small)
     logs = torch.where(negative, small.log(), torch.log1p(-small))
-    power = 2 - alpha
     # As in _AlphaSigmoid's gradient, divided by p.
     u, w = small.clamp(min=math.exp(LEAST)).pow(power), (1 - small).pow(power)
     return logs, torch.where(small > 0, 1 / ((1 / u + 1 / w) * p), 0.0)
 
 
-def _interpolate(s: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The smaller of p and 1 - p, from a table over -|s|."""
-    table, width = _table(alpha, s.device)
-    at = (s.abs() * (CELLS / width)).clamp_(max=CELLS)
-    cell = at.int().clamp_(max=CELLS - 1)
+def _interpolate(s: torch.Tensor, step: SoftStep) -> torch.Tensor:
+    """The smaller of p and 1 - p."""
+    at = (s.abs() * step.scale).clamp(max=CELLS)
+    cell = at.int().clamp(max=CELLS - 1)
     part = at - cell
-    low, high = table[cell], table[cell + 1]
+    low, high = step.table[cell], step.table[cell + 1]
     return torch.where(at >= CELLS, 0.0, low + part * (high - low))
-
-
-@lru_cache(maxsize=2)
-def _table(alpha: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """[CELLS + 1] float32 p at scores from 0 down to the negative of the second value, where p is 0 or nearly.
-
-    Made where it is used: alpha changes from step to step, and a GPU need not wait for a busy CPU.
-    """
-    width = min(WIDEST, 1 / (alpha - 1))
-    return _solve(torch.linspace(0, -width, CELLS + 1, dtype=torch.float64, device=device), alpha).float(), width
 
 
 def _solve(s: torch.Tensor, alpha: float) -> torch.Tensor:

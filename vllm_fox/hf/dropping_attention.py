@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .alpha_sigmoid import log_alpha_sigmoid
+from .alpha_sigmoid import SoftStep, log_alpha_sigmoid
 
 ROWS = {"cpu": 64, "cuda": 256}
 """Queries whose weights are in memory at once: what fits a core's cache, or fills a GPU."""
@@ -28,7 +28,7 @@ def dropping_attention(
     k_int: torch.Tensor,
     bias: torch.Tensor,
     before: torch.Tensor | None,
-    alpha: float,
+    alpha: float | SoftStep,
     rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``softmax(q k^T / sqrt(d) + log I + before) v``, causal, with DCP's I (arXiv 2305.15805),
@@ -40,15 +40,17 @@ def dropping_attention(
         q_int, k_int: [B, T, r] float32 or wider.
         bias: [1].
         before: [B, T, T] log I of layers below, summed, or None. Only what is under the diagonal is read.
-        alpha: of the alpha-sigmoid; infinity drops tokens altogether.
+        alpha: of the alpha-sigmoid, or its table in float32; infinity drops tokens altogether.
         rows: queries of a block; :data:`ROWS` unless given.
 
     Returns:
         out [B, H, T, d]; log I + before [B, T, T], of any value above the diagonal; and the mean of I over all
         queries but the last and all T keys, those that a query cannot see counting as 1. All are differentiable.
     """
+    # torch.compile follows tensors into an autograd function only where they are arguments of their own.
+    exact, soft = (None, alpha) if isinstance(alpha, SoftStep) else (alpha, (None, None, None))
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _DroppingAttention.apply(
-        q, k, v, q_int, k_int, bias, before, alpha, rows or ROWS[q.device.type]
+        q, k, v, q_int, k_int, bias, before, rows or ROWS[q.device.type], exact, *soft
     )
     return result
 
@@ -64,10 +66,12 @@ class _DroppingAttention(torch.autograd.Function):
         k_int: torch.Tensor,
         bias: torch.Tensor,
         before: torch.Tensor | None,
-        alpha: float,
         rows: int,
+        exact: float | None,
+        *soft: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, _, length, dim = q.shape
+        alpha = SoftStep(*soft) if exact is None else exact
         out = torch.empty_like(q)
         logs = q_int.new_zeros(batch, length, length)
         lse = q_int.new_empty(q.shape[:3])
@@ -90,15 +94,16 @@ class _DroppingAttention(torch.autograd.Function):
             lse[:, :, block] = (peak + mass.log())[..., 0]
             out[:, :, block] = weights.to(v.dtype) @ v[:, :, : block.stop] / mass
         kept /= max(1, batch * (length - 1) * length)
-        ctx.save_for_backward(q, k, v, q_int, k_int, bias, before, out, lse, *carries)
-        ctx.alpha, ctx.rows = alpha, rows
+        ctx.save_for_backward(q, k, v, q_int, k_int, bias, before, out, lse, *soft, *carries)
+        ctx.exact, ctx.rows = exact, rows
         return out, logs, kept
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, grad_out: torch.Tensor, grad_logs: torch.Tensor, grad_kept: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, q_int, k_int, bias, before, out, lse, *carries = ctx.saved_tensors
+        q, k, v, q_int, k_int, bias, before, out, lse, table, scale, power, *carries = ctx.saved_tensors
+        alpha = SoftStep(table, scale, power) if ctx.exact is None else ctx.exact
         batch, _, length, dim = q.shape
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
         grad_q_int, grad_k_int, grad_bias = (torch.zeros_like(x) for x in (q_int, k_int, bias))
@@ -109,7 +114,7 @@ class _DroppingAttention(torch.autograd.Function):
         later = q_int.new_zeros(batch, length)
         for block, carry in zip(reversed(_blocks(length, ctx.rows)), reversed(carries), strict=True):
             keys = slice(0, block.stop)
-            own, slope = _own_logs(q_int, k_int, bias, carry, block, ctx.alpha)
+            own, slope = _own_logs(q_int, k_int, bias, carry, block, alpha)
             total = own if before is None else own + before[:, block, keys]
             weights = _logits(q, k, total, block, dim).sub_(lse[:, :, block, None]).exp_()
             grad = grad_out[:, :, block]
@@ -133,7 +138,7 @@ class _DroppingAttention(torch.autograd.Function):
             grad_q_int[:, block] = grad_scores @ k_int[:, keys]
             grad_k_int[:, keys] += grad_scores.transpose(1, 2) @ q_int[:, block]
         given = None if before is None else grad_before
-        return grad_q, grad_k, grad_v, grad_q_int, grad_k_int, grad_bias, given, None, None
+        return grad_q, grad_k, grad_v, grad_q_int, grad_k_int, grad_bias, given, *[None] * 5
 
 
 def _blocks(length: int, rows: int) -> list[slice]:
@@ -141,7 +146,12 @@ def _blocks(length: int, rows: int) -> list[slice]:
 
 
 def _own_logs(
-    q_int: torch.Tensor, k_int: torch.Tensor, bias: torch.Tensor, carry: torch.Tensor, block: slice, alpha: float
+    q_int: torch.Tensor,
+    k_int: torch.Tensor,
+    bias: torch.Tensor,
+    carry: torch.Tensor,
+    block: slice,
+    alpha: float | SoftStep,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log I of a block of queries and the keys up to its end [B, rows, keys], given that of the query before [B, T]
     (0 for keys behind it), and the slope of the pair's own factor in it."""

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from vllm_fox.configs import SparseGPT2Config
 
+from .alpha_sigmoid import SoftStep, soft_step
 from .dropping_attention import dropping_attention
 
 INITIAL_BIAS = 5.0
@@ -64,7 +65,7 @@ class SparseSelfAttention(nn.Module):
         return q, k
 
     def forward(
-        self, x: torch.Tensor, alpha: float, before: torch.Tensor | None
+        self, x: torch.Tensor, alpha: float | SoftStep, before: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, T, hidden], normed, to the same; the layer's log I plus ``before``; and the mean of I (see
         :func:`.dropping_attention.dropping_attention`)."""
@@ -98,6 +99,14 @@ class Block(nn.Module):
         self.attn = SparseSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, alpha: float | SoftStep, before: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The layer's output [B, T, hidden], and the rest as :meth:`SparseSelfAttention.forward`."""
+        y, logs, kept = self.attn(self.ln_1(x), alpha, before)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), logs, kept
 
 
 class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
@@ -218,18 +227,17 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
         length = input_ids.shape[1]
         if length > self.config.block_size:
             raise ValueError(f"input_ids has {length} tokens: the model's block_size is {self.config.block_size}.")
-        alpha = self.alpha if self.training else math.inf
+        alpha: float | SoftStep = self.alpha if self.training else math.inf
+        if alpha != math.inf and self.dtype != torch.float64:
+            alpha = soft_step(self.alpha, input_ids.device)
         wte, wpe, blocks, ln_f = (self.transformer[name] for name in ("wte", "wpe", "h", "ln_f"))
         x = wte(input_ids) + wpe(torch.arange(length, device=input_ids.device))
         kept, before = [], None
         assert isinstance(blocks, nn.ModuleList)
         for block in blocks:
-            assert isinstance(block, Block)
-            y, logs, mine = block.attn(block.ln_1(x), alpha, before)
+            x, logs, mine = block(x, alpha, before)
             kept.append(mine)
             before = logs if self.config.propagate_in_depth else None
-            x = x + y
-            x = x + block.mlp(block.ln_2(x))
         return ln_f(x), torch.stack(kept).mean()
 
     def forward(
