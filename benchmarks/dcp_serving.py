@@ -34,7 +34,7 @@ SPEED = "output_tokens_per_second"
 
 
 class Engine:
-    """A model that is served by another process.
+    """A model that is served by another process. It starts at once: engines need not wait for each other.
 
     Args:
         name: for messages.
@@ -49,6 +49,9 @@ class Engine:
         self._process = context.Process(target=_serve, args=(theirs, str(model), args))
         self._process.start()
         theirs.close()
+
+    def wait(self) -> None:
+        """Until it can be measured."""
         self._answer()
 
     def measure(self, context: int, requests: int) -> dict[str, Any]:
@@ -145,6 +148,8 @@ def compare(args: argparse.Namespace) -> None:
     try:
         for name, model in (("dense", args.dense), ("DCP", args.model)):
             engines.append(Engine(name, model, args))
+        for engine in engines:
+            engine.wait()
         for _ in range(args.rounds):
             for context in args.contexts:
                 for requests in args.batches:
@@ -165,6 +170,10 @@ def compare(args: argparse.Namespace) -> None:
         for requests in args.batches:
             for name in rows:
                 print(f"{name:<8}" + "".join(f"{cell:>16}" for cell in _cells(rows, name, context, requests)))
+        best = {name: _best(rows[name], context) for name in rows}
+        said = [f"{name} {speed:,.0f} with {requests:,} requests" for name, (speed, requests) in best.items()]
+        ratio = best["DCP"][0] / best["dense"][0]
+        print(f"Most tokens/s at any batch, context {context:,}: {', '.join(said)}: {ratio:.2f}x.")
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     save(args.json, {"caption": CAPTION if random else None, "options": options} | rows)
 
@@ -188,6 +197,15 @@ def _cells(rows: dict[str, list[dict[str, Any]]], name: str, context: int, reque
         *(f"{median('peak_running'):,.0f}", ratio("peak_running"), f"{median('peak_kv_usage'):.1%}"),
         *(f"{median('preemptions'):,.0f}", f"{median('decode_ms'):.2f}", f"{median('mixed_ms'):.2f}"),
     ]
+
+
+def _best(rows: list[dict[str, Any]], context: int) -> tuple[float, int]:
+    """Most tokens/s, as a median over the rounds, and with how many requests."""
+    speeds: dict[int, list[float]] = {}
+    for row in rows:
+        if row["context"] == context:
+            speeds.setdefault(row["requests"], []).append(row[SPEED])
+    return max((statistics.median(found), requests) for requests, found in speeds.items())
 
 
 def main() -> None:

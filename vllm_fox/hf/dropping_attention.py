@@ -130,7 +130,7 @@ class _DroppingAttention(torch.autograd.Function):
             grad_own[:, :counted] += share * own[:, :counted].exp()
             grad_own.masked_fill_(own <= FLOOR, 0.0)
             # Of a sum over queries up to k: everything from k on.
-            grad_own = grad_own.flip(1).cumsum(1).flip(1) + later[:, None, keys]
+            grad_own = _up_to(grad_own).T @ grad_own + later[:, None, keys]
             later[:, keys] = grad_own[:, 0]
             grad_scores = grad_own * slope
             grad_bias += grad_scores.sum()
@@ -160,10 +160,17 @@ def _own_logs(
     logs, slope = log_alpha_sigmoid(scores, alpha)
     query = torch.arange(block.start, block.stop, device=q_int.device)[:, None]
     earlier = torch.arange(block.stop, device=q_int.device) < query
-    logs = torch.where(earlier, logs, 0.0).cumsum(1).add_(carry[:, None, keys])
-    if alpha != math.inf:
-        logs.clamp_(min=FLOOR)
+    # No term is above 0, so that one under FLOOR brings the sum under it too, as far as it may be.
+    logs = torch.where(earlier, logs.clamp_(min=FLOOR), 0.0)
+    logs = (_up_to(logs) @ logs).add_(carry[:, None, keys])
+    logs = logs.clamp_(min=FLOOR) if alpha != math.inf else logs.masked_fill_(logs <= FLOOR, -math.inf)
     return logs, torch.where(earlier, slope, 0.0)
+
+
+def _up_to(x: torch.Tensor) -> torch.Tensor:
+    """[n, n] for x [B, n, ...]: times x, its running sum over dim 1. Each key's own sum is too little work for a
+    GPU to go down it in order."""
+    return torch.ones(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device).tril()
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, total: torch.Tensor, block: slice, dim: int) -> torch.Tensor:
