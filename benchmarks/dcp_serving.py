@@ -164,12 +164,13 @@ def compare(args: argparse.Namespace) -> None:
             f"KV memory of each: {args.kv_bytes / 2**30:.2f} GiB, {args.room} dense requests of "
             f"{max(args.contexts):,} tokens. Medians of {args.rounds} rounds."
         )
-    heads = ("context", "requests", "answered tok/s", "of dense", "running", "of dense", "KV peak", "preempted")
-    print(f"{'':<8}" + "".join(f"{head:>16}" for head in (*heads, "decode ms", "mixed ms")))
+    heads = ("context", "requests", "tokens/s", "of dense", "running, mean", "of dense", "at most", "of dense")
+    heads += ("KV peak", "preempted", "decode ms", "mixed ms")
+    print(f"{'':<8}" + "".join(f"{head:>14}" for head in heads))
     for context in args.contexts:
         for requests in args.batches:
             for name in rows:
-                print(f"{name:<8}" + "".join(f"{cell:>16}" for cell in _cells(rows, name, context, requests)))
+                print(f"{name:<8}" + "".join(f"{cell:>14}" for cell in _cells(rows, name, context, requests)))
         best = {name: _best(rows[name], context) for name in rows}
         said = [f"{name} {speed:,.0f} with {requests:,} requests" for name, (speed, requests) in best.items()]
         ratio = best["DCP"][0] / best["dense"][0]
@@ -194,8 +195,9 @@ def _cells(rows: dict[str, list[dict[str, Any]]], name: str, context: int, reque
 
     return [
         *(f"{context:,}", f"{requests:,}", f"{median(SPEED):,.0f}", ratio(SPEED)),
-        *(f"{median('peak_running'):,.0f}", ratio("peak_running"), f"{median('peak_kv_usage'):.1%}"),
-        *(f"{median('preemptions'):,.0f}", f"{median('decode_ms'):.2f}", f"{median('mixed_ms'):.2f}"),
+        *(f"{median('mean_running'):,.0f}", ratio("mean_running"), f"{median('peak_running'):,.0f}"),
+        *(ratio("peak_running"), f"{median('peak_kv_usage'):.1%}", f"{median('preemptions'):,.0f}"),
+        *(f"{median('decode_ms'):.2f}", f"{median('mixed_ms'):.2f}"),
     ]
 
 

@@ -145,6 +145,8 @@ async def throughput(engine: AsyncLLM, args: argparse.Namespace) -> dict[str, An
         task.cancel()
     steps = [recorder.steps for recorder in Recorder.engines]
     read, answered = (sum(step[column] for one in steps for step in one) for column in (1, 2))
+    # Over time: a peak that lasts until the first preemption says little.
+    running = sum(sum(step[0] * step[3] for step in one) for one in steps) / seconds
     profile = {"profile": summary(args.profile)} if args.profile else {}
     return profile | {
         "complete": not left,
@@ -154,6 +156,7 @@ async def throughput(engine: AsyncLLM, args: argparse.Namespace) -> dict[str, An
         "output_tokens": answered,
         "output_tokens_per_second": answered / seconds,
         "prompt_tokens_per_second": read / seconds,
+        "mean_running": running,
         "peak_running": sum(max(step[3] for step in one) for one in steps),
         "peak_kv_usage": max(step[4] for one in steps for step in one),
         "preemptions": sum(recorder.preemptions for recorder in Recorder.engines),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from tests.checkpoints import make_sparse_gpt2
 from tests.reference_sparse_gpt2 import reference
-from vllm_fox.hf import SparseGPT2Config, SparseGPT2LMHeadModel, alpha_sigmoid, compile_layers
+from vllm_fox.hf import SparseGPT2Config, SparseGPT2LMHeadModel, alpha_sigmoid, compile_layers, dropping_steps
 from vllm_fox.hf.alpha_sigmoid import LEAST, log_alpha_sigmoid, soft_step
-from vllm_fox.hf.dropping_attention import FLOOR, ROWS, dropping_attention
+from vllm_fox.hf.dropping_attention import FUSED, ROWS, dropping_attention
+from vllm_fox.hf.dropping_steps import FLOOR
 
 
 def tokens(length: int, seed: int = 0) -> torch.Tensor:
@@ -136,6 +138,7 @@ def test_compiled_layers_serve_every_alpha(propagate: bool, monkeypatch: pytest.
         return graph.forward
 
     compile_layers(compiled, backend=backend)
+    counts = []
     for alpha in (1.0, 1.3, 1.5, 8.0):
         for one in (model, compiled):
             one.zero_grad()
@@ -143,8 +146,30 @@ def test_compiled_layers_serve_every_alpha(propagate: bool, monkeypatch: pytest.
             one(ids, labels=ids, gamma=0.5).loss.backward()
         for want, found in zip(model.parameters(), compiled.parameters(), strict=True):
             torch.testing.assert_close(found.grad, want.grad)
-    # The first layer has none below it to hear from.
-    assert len(graphs) == 1 + propagate
+        counts.append(len(graphs))
+    # What stands around attention, which is a piece of its own; the first layer has none below it to hear from.
+    assert counts == [4 + 2 * propagate] * 4 and model.config.n_layer > 2
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_fused_steps_are_the_same(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients of what a GPU compiles, as far as PyTorch's tracing; its code for CPUs takes long."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    dropping_steps.fused.cache_clear()
+    inputs = [x.float() for x in softened_inputs(90)[: 7 if stacked else 6]]
+    results = []
+    for fused in (False, True):
+        monkeypatch.setitem(FUSED, "cpu", fused)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        given = [*leaves, *[None] * (7 - len(leaves))]
+        out, logs, kept = dropping_attention(*given, soft_step(1.7, torch.device("cpu")), rows=16, hand_on=stacked)
+        assert (logs is None) != stacked
+        loss = out.cos().sum() + 100 * kept + (logs.tril().sin().sum() if stacked else 0.0)
+        loss.backward()
+        results.append([out, kept, *(x.grad for x in leaves)])
+    dropping_steps.fused.cache_clear()
+    for want, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_the_softened_model() -> None:

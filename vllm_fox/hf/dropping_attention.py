@@ -2,7 +2,7 @@
 
 What is kept of key j at query k is I_kj, a product over the queries in between, so log I is a running sum over
 queries that blocks can hand on. Nothing of size [T, T] is kept for the backward pass but what layers hand to those
-above them, one float for each pair of tokens, whatever the number of heads.
+above them, if they do: one float for each pair of tokens, whatever the number of heads.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 
-from .alpha_sigmoid import SoftStep, log_alpha_sigmoid
+from . import dropping_steps
+from .alpha_sigmoid import SoftStep
 
 ROWS = {"cpu": 64, "cuda": 256}
 """Queries whose weights are in memory at once: what fits a core's cache, or fills a GPU."""
-FLOOR = -85.0
-"""Least log I in training: a gradient can still come from a token that is as good as dropped."""
+FUSED = {"cpu": False, "cuda": True}
+"""Whether torch.compile fuses what stands between matrix products, in training. It takes half a minute once."""
 
 
+# As one piece: torch.compile would follow every block of a long text, and take minutes.
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def dropping_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -29,9 +32,11 @@ def dropping_attention(
     bias: torch.Tensor,
     before: torch.Tensor | None,
     alpha: float | SoftStep,
+    *,
+    hand_on: bool = True,
     rows: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``softmax(q k^T / sqrt(d) + log I + before) v``, causal, with DCP's I (arXiv 2305.15805),
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """``softmax(q k^T / sqrt(d) + log I + before) v``, causal, in the types given, with DCP's I (arXiv 2305.15805),
 
         I_kj = product over j < n <= k of alpha_sigmoid(q_int_n . k_int_j / sqrt(r) + bias).
 
@@ -41,17 +46,18 @@ def dropping_attention(
         bias: [1].
         before: [B, T, T] log I of layers below, summed, or None. Only what is under the diagonal is read.
         alpha: of the alpha-sigmoid, or its table in float32; infinity drops tokens altogether.
+        hand_on: whether log I is wanted.
         rows: queries of a block; :data:`ROWS` unless given.
 
     Returns:
-        out [B, H, T, d]; log I + before [B, T, T], of any value above the diagonal; and the mean of I over all
-        queries but the last and all T keys, those that a query cannot see counting as 1. All are differentiable.
+        out [B, H, T, d]; log I + before [B, T, T], of any value above the diagonal, or None; and the mean of I over
+        all queries but the last and all T keys, those that a query cannot see counting as 1. All are
+        differentiable.
     """
-    # torch.compile follows tensors into an autograd function only where they are arguments of their own.
-    exact, soft = (None, alpha) if isinstance(alpha, SoftStep) else (alpha, (None, None, None))
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _DroppingAttention.apply(
-        q, k, v, q_int, k_int, bias, before, rows or ROWS[q.device.type], exact, *soft
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        result: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] = _DroppingAttention.apply(
+            q, k, v, q_int, k_int, bias, before, alpha, hand_on, rows or ROWS[q.device.type]
+        )
     return result
 
 
@@ -66,79 +72,89 @@ class _DroppingAttention(torch.autograd.Function):
         k_int: torch.Tensor,
         bias: torch.Tensor,
         before: torch.Tensor | None,
+        alpha: float | SoftStep,
+        hand_on: bool,
         rows: int,
-        exact: float | None,
-        *soft: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch, _, length, dim = q.shape
-        alpha = SoftStep(*soft) if exact is None else exact
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        batch, _, length, _ = q.shape
+        steps = _steps(q, alpha)
         out = torch.empty_like(q)
-        logs = q_int.new_zeros(batch, length, length)
+        logs = q_int.new_zeros(batch, length, length) if hand_on else None
         lse = q_int.new_empty(q.shape[:3])
         carry = q_int.new_zeros(batch, length)
         kept = q_int.new_zeros(())
         carries = []
         for block in _blocks(length, rows):
+            keys = slice(0, block.stop)
             carries.append(carry)
-            own, _ = _own_logs(q_int, k_int, bias, carry, block, alpha)
+            own, _ = _own_logs(steps, q_int, k_int, bias, carry, block, alpha)
             carry = torch.cat((own[:, -1], carry[:, block.stop :]), dim=1)
             counted = min(block.stop, length - 1) - block.start
             # Keys behind the block, which it cannot see, count as 1.
-            kept += own[:, :counted].exp().sum() + batch * counted * (length - block.stop)
-            total = own if before is None else own + before[:, block, : block.stop]
-            logs[:, block, : block.stop] = total
-            logits = _logits(q, k, total, block, dim)
-            peak = logits.amax(-1, keepdim=True)
-            weights = logits.sub_(peak).exp_()
-            mass = weights.sum(-1, keepdim=True)
-            lse[:, :, block] = (peak + mass.log())[..., 0]
-            out[:, :, block] = weights.to(v.dtype) @ v[:, :, : block.stop] / mass
+            kept += steps.amount(own[:, :counted]) + batch * counted * (length - block.stop)
+            total = own if before is None else own + before[:, block, keys]
+            if logs is not None:
+                logs[:, block, keys] = total
+            products = q[:, :, block] @ k[:, :, keys].transpose(2, 3)
+            weights, mass, lse[:, :, block] = steps.weights(products, total, q.shape[3])
+            out[:, :, block] = weights @ v[:, :, keys] / mass
         kept /= max(1, batch * (length - 1) * length)
-        ctx.save_for_backward(q, k, v, q_int, k_int, bias, before, out, lse, *soft, *carries)
-        ctx.exact, ctx.rows = exact, rows
+        ctx.save_for_backward(q, k, v, q_int, k_int, bias, before, out, lse, *carries)
+        ctx.set_materialize_grads(False)
+        ctx.alpha, ctx.rows = alpha, rows
         return out, logs, kept
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, grad_out: torch.Tensor, grad_logs: torch.Tensor, grad_kept: torch.Tensor
+        ctx: Any,
+        grad_out: torch.Tensor | None,
+        grad_logs: torch.Tensor | None,
+        grad_kept: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, q_int, k_int, bias, before, out, lse, table, scale, power, *carries = ctx.saved_tensors
-        alpha = SoftStep(table, scale, power) if ctx.exact is None else ctx.exact
+        q, k, v, q_int, k_int, bias, before, out, lse, *carries = ctx.saved_tensors
         batch, _, length, dim = q.shape
+        steps = _steps(q, ctx.alpha)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
         grad_q_int, grad_k_int, grad_bias = (torch.zeros_like(x) for x in (q_int, k_int, bias))
         delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1, keepdim=True)
-        share = grad_kept / max(1, batch * (length - 1) * length)
-        grad_before = grad_logs.clone()
+        share = lse.new_zeros(()) if grad_kept is None else grad_kept / max(1, batch * (length - 1) * length)
+        grad_before = None if before is None else torch.zeros_like(before)
         # From queries behind the block: what they pass back to the running sum by key.
         later = q_int.new_zeros(batch, length)
         for block, carry in zip(reversed(_blocks(length, ctx.rows)), reversed(carries), strict=True):
             keys = slice(0, block.stop)
-            own, slope = _own_logs(q_int, k_int, bias, carry, block, alpha)
+            own, slope = _own_logs(steps, q_int, k_int, bias, carry, block, ctx.alpha)
             total = own if before is None else own + before[:, block, keys]
-            weights = _logits(q, k, total, block, dim).sub_(lse[:, :, block, None]).exp_()
+            products = q[:, :, block] @ k[:, :, keys].transpose(2, 3)
             grad = grad_out[:, :, block]
-            grad_v[:, :, keys] += weights.to(v.dtype).transpose(2, 3) @ grad
-            grad_logits = weights * ((grad @ v[:, :, keys].transpose(2, 3)).to(lse.dtype) - delta[:, :, block])
-            down = grad_before[:, block, keys]
-            down += grad_logits.sum(1)
-            grad_logits = (grad_logits * dim**-0.5).to(q.dtype)
-            grad_q[:, :, block] = grad_logits @ k[:, :, keys]
-            grad_k[:, :, keys] += grad_logits.transpose(2, 3) @ q[:, :, block]
-            grad_own = down.clone()
+            passed = grad @ v[:, :, keys].transpose(2, 3)
+            weights, grad_products, down = steps.weights_gradients(
+                products, total, lse[:, :, block], passed, delta[:, :, block], dim
+            )
+            grad_v[:, :, keys] += weights.transpose(2, 3) @ grad
+            grad_q[:, :, block] = grad_products @ k[:, :, keys]
+            grad_k[:, :, keys] += grad_products.transpose(2, 3) @ q[:, :, block]
+            if grad_logs is not None:
+                down = down + grad_logs[:, block, keys]
+            if grad_before is not None:
+                grad_before[:, block, keys] = down
             counted = min(block.stop, length - 1) - block.start
-            grad_own[:, :counted] += share * own[:, :counted].exp()
-            grad_own.masked_fill_(own <= FLOOR, 0.0)
+            grad_own = steps.own_gradients(down, own, share, counted)
             # Of a sum over queries up to k: everything from k on.
-            grad_own = _up_to(grad_own).T @ grad_own + later[:, None, keys]
-            later[:, keys] = grad_own[:, 0]
-            grad_scores = grad_own * slope
+            grad_sums = _up_to(grad_own).T @ grad_own
+            grad_scores = steps.scores_gradients(grad_sums, later[:, keys], slope)
+            later[:, keys] += grad_sums[:, 0]
             grad_bias += grad_scores.sum()
             grad_scores *= q_int.shape[2] ** -0.5
             grad_q_int[:, block] = grad_scores @ k_int[:, keys]
             grad_k_int[:, keys] += grad_scores.transpose(1, 2) @ q_int[:, block]
-        given = None if before is None else grad_before
-        return grad_q, grad_k, grad_v, grad_q_int, grad_k_int, grad_bias, given, *[None] * 5
+        return grad_q, grad_k, grad_v, grad_q_int, grad_k_int, grad_bias, grad_before, *[None] * 3
+
+
+def _steps(q: torch.Tensor, alpha: float | SoftStep) -> Any:
+    fused = FUSED[q.device.type] and isinstance(alpha, SoftStep)
+    return dropping_steps.fused() if fused else dropping_steps
 
 
 def _blocks(length: int, rows: int) -> list[slice]:
@@ -146,6 +162,7 @@ def _blocks(length: int, rows: int) -> list[slice]:
 
 
 def _own_logs(
+    steps: Any,
     q_int: torch.Tensor,
     k_int: torch.Tensor,
     bias: torch.Tensor,
@@ -156,26 +173,13 @@ def _own_logs(
     """log I of a block of queries and the keys up to its end [B, rows, keys], given that of the query before [B, T]
     (0 for keys behind it), and the slope of the pair's own factor in it."""
     keys = slice(0, block.stop)
-    scores = q_int[:, block] @ k_int[:, keys].transpose(1, 2) * q_int.shape[2] ** -0.5 + bias.to(q_int.dtype)
-    logs, slope = log_alpha_sigmoid(scores, alpha)
-    query = torch.arange(block.start, block.stop, device=q_int.device)[:, None]
-    earlier = torch.arange(block.stop, device=q_int.device) < query
-    # No term is above 0, so that one under FLOOR brings the sum under it too, as far as it may be.
-    logs = torch.where(earlier, logs.clamp_(min=FLOOR), 0.0)
-    logs = (_up_to(logs) @ logs).add_(carry[:, None, keys])
-    logs = logs.clamp_(min=FLOOR) if alpha != math.inf else logs.masked_fill_(logs <= FLOOR, -math.inf)
-    return logs, torch.where(earlier, slope, 0.0)
+    products = q_int[:, block] @ k_int[:, keys].transpose(1, 2)
+    logs, slope = steps.decide(products, bias, q_int.shape[2], alpha)
+    own = steps.run_on(_up_to(logs) @ logs, carry[:, keys], alpha == math.inf)
+    return own, slope
 
 
 def _up_to(x: torch.Tensor) -> torch.Tensor:
     """[n, n] for x [B, n, ...]: times x, its running sum over dim 1. Each key's own sum is too little work for a
     GPU to go down it in order."""
     return torch.ones(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device).tril()
-
-
-def _logits(q: torch.Tensor, k: torch.Tensor, total: torch.Tensor, block: slice, dim: int) -> torch.Tensor:
-    """[B, H, rows, keys], -inf where a query cannot see."""
-    logits = (q[:, :, block] @ k[:, :, : block.stop].transpose(2, 3)).to(total.dtype) * dim**-0.5
-    query = torch.arange(block.start, block.stop, device=q.device)[:, None]
-    future = torch.arange(block.stop, device=q.device) > query
-    return logits.add_(total.masked_fill(future, -math.inf)[:, None])

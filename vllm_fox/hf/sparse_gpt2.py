@@ -45,7 +45,7 @@ class SparseSelfAttention(nn.Module):
     def __init__(self, config: SparseGPT2Config) -> None:
         super().__init__()
         size, bias = config.n_embd, config.bias
-        self.heads = config.n_head
+        self.heads, self.hands_on = config.n_head, config.propagate_in_depth
         self.c_attn = _Projection(size, 3 * size, bias)
         self.c_proj = _Projection(size, size, bias, INITIAL_STD / math.sqrt(2 * config.n_layer))
         self.q_int = _Projection(size, config.int_n_embd, False, size**-0.5)
@@ -66,13 +66,13 @@ class SparseSelfAttention(nn.Module):
 
     def forward(
         self, x: torch.Tensor, alpha: float | SoftStep, before: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, T, hidden], normed, to the same; the layer's log I plus ``before``; and the mean of I (see
-        :func:`.dropping_attention.dropping_attention`)."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """[B, T, hidden], normed, to the same; the layer's log I plus ``before``, if layers above need it; and the
+        mean of I (see :func:`.dropping_attention.dropping_attention`)."""
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.c_attn(x).chunk(3, -1))
-        interaction = self.interaction(x)
-        with torch.autocast(x.device.type, enabled=False):
-            out, logs, kept = dropping_attention(q, k, v, *interaction, self.int_bias, before, alpha)
+        out, logs, kept = dropping_attention(
+            q, k, v, *self.interaction(x), self.int_bias, before, alpha, hand_on=self.hands_on
+        )
         return self.c_proj(out.transpose(1, 2).flatten(2)), logs, kept
 
 
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
     def forward(
         self, x: torch.Tensor, alpha: float | SoftStep, before: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """The layer's output [B, T, hidden], and the rest as :meth:`SparseSelfAttention.forward`."""
         y, logs, kept = self.attn(self.ln_1(x), alpha, before)
         x = x + y
@@ -235,9 +235,8 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
         kept, before = [], None
         assert isinstance(blocks, nn.ModuleList)
         for block in blocks:
-            x, logs, mine = block(x, alpha, before)
+            x, before, mine = block(x, alpha, before)
             kept.append(mine)
-            before = logs if self.config.propagate_in_depth else None
         return ln_f(x), torch.stack(kept).mean()
 
     def forward(

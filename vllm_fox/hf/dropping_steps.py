@@ -1,0 +1,106 @@
+"""What :mod:`.dropping_attention` computes between products of matrices, for a block of n queries and the keys up
+to its end (m of them, the last n of which are the block's own). On a GPU torch.compile fuses each function, to one
+pass over its pairs of tokens where PyTorch makes dozens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .alpha_sigmoid import SoftStep, log_alpha_sigmoid
+
+FLOOR = -85.0
+"""Least log I in training: a gradient can still come from a token that is as good as dropped."""
+
+
+def decide(
+    products: torch.Tensor, bias: torch.Tensor, dim: int, alpha: float | SoftStep
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each query leaves of each key, and its slope, from ``q_int k_int^T`` [B, n, m]: log and slope of the
+    alpha-sigmoid, 0 for keys that are not earlier. No log is above 0, so one under FLOOR brings the sum there too,
+    as far as it may be."""
+    logs, slope = log_alpha_sigmoid(products * dim**-0.5 + bias.to(products.dtype), alpha)
+    earlier = _age(products) > 0
+    return torch.where(earlier, logs.clamp(min=FLOOR), 0.0), torch.where(earlier, slope, 0.0)
+
+
+def run_on(sums: torch.Tensor, carry: torch.Tensor, step: bool) -> torch.Tensor:
+    """log I [B, n, m] from its sums within the block and that of the query before [B, m]."""
+    logs = sums + carry[:, None]
+    return logs.masked_fill(logs <= FLOOR, -math.inf) if step else logs.clamp(min=FLOOR)
+
+
+def amount(logs: torch.Tensor) -> torch.Tensor:
+    """Sum of I."""
+    return logs.exp().sum()
+
+
+def weights(
+    products: torch.Tensor, total: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention weights in the products' type and their sums [B, H, n, 1], both over the largest weight, and the
+    logarithm of the sums themselves [B, H, n], from ``q k^T`` [B, H, n, m] and log I [B, n, m]."""
+    logits = _logits(products, total, dim)
+    peak = logits.amax(-1, keepdim=True)
+    found = (logits - peak).exp()
+    mass = found.sum(-1, keepdim=True)
+    return found.to(products.dtype), mass, (peak + mass.log())[..., 0]
+
+
+def weights_gradients(
+    products: torch.Tensor,
+    total: torch.Tensor,
+    lse: torch.Tensor,
+    passed: torch.Tensor,
+    delta: torch.Tensor,
+    dim: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, gradients of ``q k^T``, and of log I [B, n, m].
+
+    Args:
+        passed: gradient of the output times v [B, H, n, m].
+        delta: the output's product with its gradient [B, H, n, 1].
+    """
+    found = (_logits(products, total, dim) - lse[..., None]).exp()
+    grad = found * (passed.to(total.dtype) - delta)
+    return found.to(products.dtype), (grad * dim**-0.5).to(products.dtype), grad.sum(1)
+
+
+def own_gradients(down: torch.Tensor, own: torch.Tensor, share: torch.Tensor, counted: int) -> torch.Tensor:
+    """Gradient of the layer's own log I [B, n, m]: of attention and of the mean of I, whose first ``counted``
+    queries count. None comes from what is at the floor."""
+    counts = torch.arange(own.shape[1], device=own.device)[:, None] < counted
+    grad = down + torch.where(counts, share * own.exp(), 0.0)
+    return torch.where(own > FLOOR, grad, 0.0)
+
+
+def scores_gradients(sums: torch.Tensor, later: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Gradient of the scores [B, n, m]."""
+    return (sums + later[:, None]) * slope
+
+
+@cache
+def fused() -> SimpleNamespace:
+    """The same functions, each as one kernel or few."""
+    functions: tuple[Callable[..., Any], ...] = (
+        decide, run_on, amount, weights, weights_gradients, own_gradients, scores_gradients,
+    )  # fmt: skip
+    return SimpleNamespace(**{one.__name__: torch.compile(one, dynamic=True) for one in functions})
+
+
+def _age(pairs: torch.Tensor) -> torch.Tensor:
+    """[n, m] how many tokens ago each key was."""
+    n, m = pairs.shape[-2:]
+    query, key = torch.arange(m - n, m, device=pairs.device), torch.arange(m, device=pairs.device)
+    return query[:, None] - key
+
+
+def _logits(products: torch.Tensor, total: torch.Tensor, dim: int) -> torch.Tensor:
+    """[B, H, n, m], -inf where a query cannot see."""
+    seen = torch.where(_age(products) >= 0, total, -math.inf)
+    return products.to(total.dtype) * dim**-0.5 + seen[:, None]
