@@ -74,12 +74,16 @@ def softened_inputs(length: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("alpha", [1.0, 1.2, 1.5, 2.0, 5.0])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_training_in_blocks_is_the_formula(alpha: float, stacked: bool) -> None:
-    """Values and all gradients, with blocks of queries that do not divide the text."""
+@pytest.mark.parametrize("rows", [8, 5])
+def test_training_in_blocks_is_the_formula(
+    alpha: float, stacked: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and all gradients, with blocks of queries that do not divide the text, in chunks and without."""
+    monkeypatch.setattr(dropping_steps, "CHUNK", 4)
     inputs = softened_inputs(23)
     given = inputs if stacked else inputs[:6]
     results = []
-    for function in (softened, lambda *args: dropping_attention(*args, rows=8)):
+    for function in (softened, lambda *args: dropping_attention(*args, rows=rows)):
         leaves = [x.clone().requires_grad_() for x in given]
         out, logs, kept = function(*leaves, *[None] * (7 - len(leaves)), alpha)
         logs = logs.tril()

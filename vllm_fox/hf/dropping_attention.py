@@ -15,8 +15,8 @@ import torch
 from . import dropping_steps
 from .alpha_sigmoid import SoftStep
 
-ROWS = {"cpu": 64, "cuda": 256}
-"""Queries whose weights are in memory at once: what fits a core's cache, or fills a GPU."""
+ROWS = {"cpu": 64, "cuda": 1024}
+"""Queries whose weights are in memory at once: what fits a core's cache, or keeps a GPU busier than its host."""
 FUSED = {"cpu": False, "cuda": True}
 """Whether torch.compile fuses what stands between matrix products, in training. It takes half a minute once."""
 
@@ -87,7 +87,7 @@ class _DroppingAttention(torch.autograd.Function):
         for block in _blocks(length, rows):
             keys = slice(0, block.stop)
             carries.append(carry)
-            own, _ = _own_logs(steps, q_int, k_int, bias, carry, block, alpha)
+            own, _ = _own_logs(steps, q_int, k_int, bias, carry, block, alpha, slope=False)
             carry = torch.cat((own[:, -1], carry[:, block.stop :]), dim=1)
             counted = min(block.stop, length - 1) - block.start
             # Keys behind the block, which it cannot see, count as 1.
@@ -124,7 +124,7 @@ class _DroppingAttention(torch.autograd.Function):
         later = q_int.new_zeros(batch, length)
         for block, carry in zip(reversed(_blocks(length, ctx.rows)), reversed(carries), strict=True):
             keys = slice(0, block.stop)
-            own, slope = _own_logs(steps, q_int, k_int, bias, carry, block, ctx.alpha)
+            own, slope = _own_logs(steps, q_int, k_int, bias, carry, block, ctx.alpha, slope=True)
             total = own if before is None else own + before[:, block, keys]
             products = q[:, :, block] @ k[:, :, keys].transpose(2, 3)
             grad = grad_out[:, :, block]
@@ -142,9 +142,9 @@ class _DroppingAttention(torch.autograd.Function):
             counted = min(block.stop, length - 1) - block.start
             grad_own = steps.own_gradients(down, own, share, counted)
             # Of a sum over queries up to k: everything from k on.
-            grad_sums = _up_to(grad_own).T @ grad_own
-            grad_scores = steps.scores_gradients(grad_sums, later[:, keys], slope)
-            later[:, keys] += grad_sums[:, 0]
+            grad_sums, behind = dropping_steps.sums(grad_own, later[:, keys], reverse=True)
+            later[:, keys] = grad_sums[:, 0, 0] + behind[:, 0]
+            grad_scores = steps.scores_gradients(grad_sums, behind, slope)
             grad_bias += grad_scores.sum()
             grad_scores *= q_int.shape[2] ** -0.5
             grad_q_int[:, block] = grad_scores @ k_int[:, keys]
@@ -169,17 +169,12 @@ def _own_logs(
     carry: torch.Tensor,
     block: slice,
     alpha: float | SoftStep,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    slope: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log I of a block of queries and the keys up to its end [B, rows, keys], given that of the query before [B, T]
-    (0 for keys behind it), and the slope of the pair's own factor in it."""
+    (0 for keys behind it), and the slope of the pair's own factor in it, if it is wanted."""
     keys = slice(0, block.stop)
     products = q_int[:, block] @ k_int[:, keys].transpose(1, 2)
-    logs, slope = steps.decide(products, bias, q_int.shape[2], alpha)
-    own = steps.run_on(_up_to(logs) @ logs, carry[:, keys], alpha == math.inf)
-    return own, slope
-
-
-def _up_to(x: torch.Tensor) -> torch.Tensor:
-    """[n, n] for x [B, n, ...]: times x, its running sum over dim 1. Each key's own sum is too little work for a
-    GPU to go down it in order."""
-    return torch.ones(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device).tril()
+    logs, found = steps.decide(products, bias, q_int.shape[2], alpha, slope)
+    own = steps.run_on(*dropping_steps.sums(logs, carry[:, keys]), alpha == math.inf)
+    return own, found

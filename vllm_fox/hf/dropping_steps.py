@@ -16,23 +16,41 @@ from .alpha_sigmoid import SoftStep, log_alpha_sigmoid
 
 FLOOR = -85.0
 """Least log I in training: a gradient can still come from a token that is as good as dropped."""
+CHUNK = 32
+"""Queries over which a running sum is one product of matrices."""
 
 
 def decide(
-    products: torch.Tensor, bias: torch.Tensor, dim: int, alpha: float | SoftStep
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each query leaves of each key, and its slope, from ``q_int k_int^T`` [B, n, m]: log and slope of the
-    alpha-sigmoid, 0 for keys that are not earlier. No log is above 0, so one under FLOOR brings the sum there too,
-    as far as it may be."""
-    logs, slope = log_alpha_sigmoid(products * dim**-0.5 + bias.to(products.dtype), alpha)
+    products: torch.Tensor, bias: torch.Tensor, dim: int, alpha: float | SoftStep, slope: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What each query leaves of each key, from ``q_int k_int^T`` [B, n, m]: log of the alpha-sigmoid, and its slope
+    if that is wanted; 0 for keys that are not earlier. No log is above 0, so one under FLOOR brings the sum there
+    too, as far as it may be."""
+    logs, found = log_alpha_sigmoid(products * dim**-0.5 + bias.to(products.dtype), alpha)
     earlier = _age(products) > 0
-    return torch.where(earlier, logs.clamp(min=FLOOR), 0.0), torch.where(earlier, slope, 0.0)
+    return torch.where(earlier, logs.clamp_(min=FLOOR), 0.0), torch.where(earlier, found, 0.0) if slope else None
 
 
-def run_on(sums: torch.Tensor, carry: torch.Tensor, step: bool) -> torch.Tensor:
-    """log I [B, n, m] from its sums within the block and that of the query before [B, m]."""
-    logs = sums + carry[:, None]
-    return logs.masked_fill(logs <= FLOOR, -math.inf) if step else logs.clamp(min=FLOOR)
+def sums(x: torch.Tensor, carry: torch.Tensor, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Running sums of x [B, n, m] over dim 1 that begin with ``carry`` [B, m], backwards if ``reverse``: those
+    within each of C chunks [B, C, n / C, m], and what each chunk begins with [B, C, m].
+
+    A chunk's are a product of matrices: going down each column in order is too little work at once for a GPU.
+    """
+    rows = CHUNK if x.shape[1] % CHUNK == 0 else x.shape[1]
+    ones = torch.ones(rows, rows, dtype=x.dtype, device=x.device)
+    within = (ones.triu() if reverse else ones.tril()) @ x.unflatten(1, (-1, rows))
+    if reverse:
+        starts = torch.cat((carry[:, None], within[:, 1:, 0].flip(1)), dim=1).cumsum(1).flip(1)
+    else:
+        starts = torch.cat((carry[:, None], within[:, :-1, -1]), dim=1).cumsum(1)
+    return within, starts
+
+
+def run_on(within: torch.Tensor, starts: torch.Tensor, step: bool) -> torch.Tensor:
+    """log I [B, n, m] from its :func:`sums`."""
+    logs = (within + starts[:, :, None]).flatten(1, 2)
+    return logs.masked_fill_(logs <= FLOOR, -math.inf) if step else logs.clamp_(min=FLOOR)
 
 
 def amount(logs: torch.Tensor) -> torch.Tensor:
@@ -47,7 +65,7 @@ def weights(
     logarithm of the sums themselves [B, H, n], from ``q k^T`` [B, H, n, m] and log I [B, n, m]."""
     logits = _logits(products, total, dim)
     peak = logits.amax(-1, keepdim=True)
-    found = (logits - peak).exp()
+    found = logits.sub_(peak).exp_()
     mass = found.sum(-1, keepdim=True)
     return found.to(products.dtype), mass, (peak + mass.log())[..., 0]
 
@@ -66,8 +84,8 @@ def weights_gradients(
         passed: gradient of the output times v [B, H, n, m].
         delta: the output's product with its gradient [B, H, n, 1].
     """
-    found = (_logits(products, total, dim) - lse[..., None]).exp()
-    grad = found * (passed.to(total.dtype) - delta)
+    found = _logits(products, total, dim).sub_(lse[..., None]).exp_()
+    grad = (passed.to(total.dtype) - delta).mul_(found)
     return found.to(products.dtype), (grad * dim**-0.5).to(products.dtype), grad.sum(1)
 
 
@@ -79,9 +97,9 @@ def own_gradients(down: torch.Tensor, own: torch.Tensor, share: torch.Tensor, co
     return torch.where(own > FLOOR, grad, 0.0)
 
 
-def scores_gradients(sums: torch.Tensor, later: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """Gradient of the scores [B, n, m]."""
-    return (sums + later[:, None]) * slope
+def scores_gradients(within: torch.Tensor, starts: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Gradient of the scores [B, n, m] from the :func:`sums` of that of log I."""
+    return (within + starts[:, :, None]).flatten(1, 2).mul_(slope)
 
 
 @cache
@@ -102,5 +120,5 @@ def _age(pairs: torch.Tensor) -> torch.Tensor:
 
 def _logits(products: torch.Tensor, total: torch.Tensor, dim: int) -> torch.Tensor:
     """[B, H, n, m], -inf where a query cannot see."""
-    seen = torch.where(_age(products) >= 0, total, -math.inf)
-    return products.to(total.dtype) * dim**-0.5 + seen[:, None]
+    seen = total.masked_fill(_age(products) < 0, -math.inf)
+    return (products.to(total.dtype) * dim**-0.5).add_(seen[:, None])
