@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
-from tests.harness import OneLayer, cut, formula, random_inputs
-from vllm_fox.kernels.paged import FP8
+from tests.harness import DEVICE, OneLayer, cut, formula, random_inputs
+from vllm_fox.kernels.paged import FP8, TABLE_CHUNK, PageTable
+from vllm_fox.kernels.table_update import table_update
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GATES = ["mixed", "never", "all", "alternating", "floor"]
@@ -155,3 +157,28 @@ def test_float8_pages(page_size: int, dtype: torch.dtype) -> None:
     # The interpreter rounds to float8 towards zero, which doubles the error.
     for part in (slice(0, 20), slice(20, 100), slice(100, 150), slice(160, 200)):
         close(got[part], expected[part], 0.12 if INTERPRETED else 0.06)
+
+
+def test_table_update_writes_what_is_new_and_nothing_else() -> None:
+    """As a loop over its parts does; more streams than a program of the kernel takes."""
+    streams, rng = 300, np.random.default_rng(0)
+    tables = [
+        torch.from_numpy(rng.integers(1, 99, shape).astype(np.int32))
+        for shape in ((5, 4), (9, streams, TABLE_CHUNK), (5, streams))
+    ]
+    want = [x.clone() for x in tables]
+    opened, chunks, columns = [2, 4], [(2, 0, 7), (2, 1, 3), (4, 3, 8)], [(7, 15), (3, 0), (3, 1), (8, 5)]
+    ids = rng.integers(100, 999, (len(columns), streams)).astype(np.int32)
+    for slot in opened:
+        want[2][slot] = 0
+    for slot, index, chunk in chunks:
+        want[0][slot, index] = chunk
+    for (chunk, offset), pages in zip(columns, ids):
+        want[1][chunk, :, offset] = torch.from_numpy(pages)
+    # Parts of one array, as they come: no part but the first is aligned.
+    parts = [opened, *zip(*chunks), *zip(*columns), ids.ravel()]
+    packed = torch.from_numpy(np.concatenate([np.array(part, dtype=np.int32) for part in parts]))
+    table = PageTable(*(x.to(DEVICE) for x in tables))
+    table_update(table, *packed.to(DEVICE).split([len(part) for part in parts]))
+    for found, expected in zip((table.chunk_of, table.entries, table.first_live), want):
+        assert torch.equal(found.cpu(), expected)

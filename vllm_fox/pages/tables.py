@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vllm_fox.kernels.paged import TABLE_CHUNK, PageTable
+from vllm_fox.kernels.table_update import table_update
 
 from .messages import PageReport, TableUpdate
 from .spec import PageGeometry
@@ -34,18 +35,13 @@ class DeviceTables:
         )
         # Of the requests whose live ranges the applied step looks at.
         self._slots = torch.empty(0, dtype=torch.int32, device=device)
-
-    def _to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
-        """Arrays of integers as int32 on the device, by one copy: pinned memory is asked for once, not for each."""
-        sizes = [array.size for array in arrays]
-        host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type != "cpu")
-        np.concatenate([array.ravel() for array in arrays], out=host.numpy(), casting="same_kind")
-        parts = host.to(self.device, non_blocking=True).split(sizes)
-        return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+        # On slot 0, which is padding: nothing is compiled while serving.
+        one, padding = zeros(1), zeros(streams)
+        table_update(self.table, one, one, one, one, one, one, padding)
 
     def apply(self, update: TableUpdate) -> None:
-        """Write a step's changes, before its forward pass."""
-        slots, opened, chunk_slot, chunk_index, chunk_id, column_chunk, column_offset, ids = self._to_device(
+        """Write a step's changes, before its forward pass: one copy to the device and one launch."""
+        arrays = [
             update.slots,
             update.opened,
             update.chunk_slot,
@@ -53,20 +49,17 @@ class DeviceTables:
             update.chunk_id,
             update.column_chunk,
             update.column_offset,
-            update.ids[:, self._columns],
-        )
-        self._slots = slots
-        if opened.numel():
-            # Not by assignment: PyTorch would copy the 0 from the host and wait for the step under way.
-            self.table.first_live.index_fill_(0, opened.long(), 0)
-        if chunk_slot.numel():
-            self.table.chunk_of[chunk_slot, chunk_index] = chunk_id
-        if column_chunk.numel():
-            self.table.entries.transpose(1, 2)[column_chunk, column_offset] = ids
+            update.ids[:, self._columns].ravel(),
+        ]
+        sizes = [array.size for array in arrays]
+        host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type != "cpu")
+        np.concatenate(arrays, out=host.numpy(), casting="same_kind")
+        self._slots, *changes = host.to(self.device, non_blocking=True).split(sizes)
+        table_update(self.table, *changes)
 
     def report(self, update: TableUpdate) -> PageReport:
         """First live pages of the applied update's slots, after its step; the copy is asynchronous on a GPU."""
-        starts = self.table.first_live[self._slots]
+        starts = self.table.first_live.index_select(0, self._slots)
         ready = None
         if starts.is_cuda and starts.numel():
             host = torch.empty(starts.shape, dtype=starts.dtype, pin_memory=True)

@@ -1,0 +1,32 @@
+"""The page table's changes in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from ..paged import PageTable
+
+
+def table_update(
+    table: PageTable,
+    opened: torch.Tensor,
+    chunk_slot: torch.Tensor,
+    chunk_index: torch.Tensor,
+    chunk_id: torch.Tensor,
+    column_chunk: torch.Tensor,
+    column_offset: torch.Tensor,
+    ids: torch.Tensor,
+) -> None:
+    """Begin requests, give them table chunks, and write their new page ids, before a step (S streams).
+
+    Args:
+        opened: [o] slots whose live ranges start at page 0 again.
+        chunk_slot, chunk_index, chunk_id: [c] slots, which chunk of their request, and the table chunk it is in.
+        column_chunk, column_offset: [n] table chunks, and the entry of each that is written for all streams.
+        ids: [n * S] page ids, those of a column together.
+
+    All are int32 on the table's device; where they stand in memory does not matter.
+    """
+    table.first_live.index_fill_(0, opened.long(), 0)
+    table.chunk_of[chunk_slot, chunk_index] = chunk_id
+    table.entries.transpose(1, 2)[column_chunk, column_offset] = ids.view(-1, table.entries.shape[1])
