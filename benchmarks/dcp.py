@@ -101,7 +101,6 @@ def kinds(args: argparse.Namespace) -> None:
         where = [n + layer * width for n in range(len(KINDS))]
         axis.bar(where, [100 * value for value in row], width, label=f"layer {layer}")
     axis.set_xticks([n + 0.4 - width / 2 for n in range(len(KINDS))], KINDS)
-    axis.set_ylim(0, 100)
     axis.set_ylabel("later queries that see such a token, %")
     finish(figure, args.out)
     save(args.json, {"kinds": KINDS, "shares": shares.tolist(), "tokens": totals.tolist()})

@@ -2,6 +2,7 @@
 
 python -m benchmarks.dcp_serving                                       # GPT-2 small's sizes, random weights
 python -m benchmarks.dcp_serving --model examples/dcp-tiny --dense GPT2
+python -m benchmarks.dcp_serving --profiles results/profiles           # where each engine's host spends its time
 
 Each model has an engine in a process of its own; both stay until the end and are measured in turn, round after
 round, on the same prompts, so that a slow spell of the machine meets both.
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import GPT2_SMALL, KEPT, ready, write_gpt2, write_sparse_gpt2
+from benchmarks.engine_profile import check_py_spy
 from benchmarks.record import save
 
 CAPTION = (
@@ -46,7 +48,7 @@ class Engine:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(model), args))
+        self._process = context.Process(target=_serve, args=(name, theirs, str(model), args))
         self._process.start()
         theirs.close()
 
@@ -74,13 +76,13 @@ class Engine:
             raise SystemExit(f"The engine of {self.name} has ended; what it said is above.") from None
 
 
-def _serve(pipe: Connection, model: str, args: argparse.Namespace) -> None:
+def _serve(name: str, pipe: Connection, model: str, args: argparse.Namespace) -> None:
     # A forked process inherits locks of threads that do not exist in it.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    asyncio.run(_answer_all(pipe, model, args))
+    asyncio.run(_answer_all(name, pipe, model, args))
 
 
-async def _answer_all(pipe: Connection, model: str, args: argparse.Namespace) -> None:
+async def _answer_all(name: str, pipe: Connection, model: str, args: argparse.Namespace) -> None:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -91,7 +93,6 @@ async def _answer_all(pipe: Connection, model: str, args: argparse.Namespace) ->
         sizes = [n for n in (1, 8, 64, 256, 512, 1024, 1536, 2048) if n <= args.max_num_seqs]
         options = {
             "compilation_config": {"cudagraph_capture_sizes": sizes},
-            "kv_cache_memory_bytes": args.kv_bytes,
             "gpu_memory_utilization": 0.4,  # what vLLM wants to find free, not what it takes
         }
     engine = AsyncLLM.from_engine_args(
@@ -99,6 +100,7 @@ async def _answer_all(pipe: Connection, model: str, args: argparse.Namespace) ->
             model=model,
             load_format="auto" if (Path(model) / "model.safetensors").exists() else "dummy",
             dtype="bfloat16" if torch.cuda.is_available() else "float32",
+            kv_cache_memory_bytes=args.kv_bytes,
             max_model_len=max(args.contexts),
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
@@ -116,13 +118,14 @@ async def _answer_all(pipe: Connection, model: str, args: argparse.Namespace) ->
             context, requests = job
             answer = int(context * args.answer_share)
             args.prompt, args.output, args.requests = context - answer, answer, requests
+            args.profile = args.profiles and str(args.profiles / f"{name}-{context}-{requests}.folded")
             found = await throughput(engine, args)
             steps = found.pop("steps")
             for kind, seconds in (
                 ("decode", [took for took, read, *_ in steps if not read]),
                 ("mixed", [took for took, read, *_ in steps if read]),
             ):
-                found[f"{kind}_steps"] = len(seconds)
+                found[f"{kind}_steps"], found[f"{kind}_seconds"] = len(seconds), sum(seconds)
                 found[f"{kind}_ms"] = 1e3 * statistics.median(seconds) if seconds else None
             pipe.send({"context": context, "requests": requests} | found)
     finally:
@@ -130,9 +133,10 @@ async def _answer_all(pipe: Connection, model: str, args: argparse.Namespace) ->
 
 
 def kv_bytes(dense: Path, requests: int, context: int) -> int:
-    """What K and V of so many whole requests of a dense GPT-2 take in bfloat16, and vLLM's own block."""
+    """What K and V of so many whole requests of a dense GPT-2 take, and vLLM's own block, larger on a CPU."""
     config = json.loads((dense / "config.json").read_text())
-    return (requests * context + 16) * config["n_layer"] * config["n_embd"] * 2 * 2
+    itemsize, block = (2, 16) if torch.cuda.is_available() else (4, 128)
+    return (requests * context + block) * config["n_layer"] * config["n_embd"] * 2 * itemsize
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -159,11 +163,10 @@ def compare(args: argparse.Namespace) -> None:
         for engine in engines:
             engine.close()
     print(CAPTION if random else f"{args.model} and {args.dense}")
-    if torch.cuda.is_available():
-        print(
-            f"KV memory of each: {args.kv_bytes / 2**30:.2f} GiB, {args.room} dense requests of "
-            f"{max(args.contexts):,} tokens. Medians of {args.rounds} rounds."
-        )
+    print(
+        f"KV memory of each: {args.kv_bytes / 2**30:.2f} GiB, {args.room} dense requests of "
+        f"{max(args.contexts):,} tokens. Medians of {args.rounds} rounds."
+    )
     heads = ("context", "requests", "tokens/s", "of dense", "running, mean", "of dense", "at most", "of dense")
     heads += ("KV peak", "preempted", "decode ms", "mixed ms")
     print(f"{'':<8}" + "".join(f"{head:>14}" for head in heads))
@@ -223,11 +226,15 @@ def main() -> None:
         "--room",
         type=int,
         default=64,
-        help="KV memory of each engine on a GPU, in dense requests of the longest context",
+        help="KV memory of each engine, in dense requests of the longest context",
     )
+    parser.add_argument("--profiles", type=Path, help="folder for py-spy's stacks; sampling slows the engines")
     parser.add_argument("--json", default="results/dcp_serving.json")
-    parser.set_defaults(max_num_batched_tokens=8192, profile=None, limit_seconds=None)  # of benchmarks.serving
+    parser.set_defaults(max_num_batched_tokens=8192, limit_seconds=None)  # of benchmarks.serving
     args = parser.parse_args()
+    if args.profiles is not None:
+        check_py_spy()
+        args.profiles.mkdir(parents=True, exist_ok=True)
     if (args.model is None) != (args.dense is None):
         parser.error("--model and --dense go together.")
     compare(args)

@@ -247,8 +247,8 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Next-token logits, and the loss where labels are given. Memory in training grows with B * layers * T^2
-        floats: 50 MB a text of 1,024 tokens in 12 layers, 800 MB of 4,096.
+        """Next-token logits, and the loss where labels are given. Where layers hand up what they drop, memory in
+        training grows with B * layers * T^2 floats: 50 MB a text of 1,024 tokens in 12 layers, 800 MB of 4,096.
 
         Args:
             input_ids: [B, T], T up to ``block_size``; no padding.
