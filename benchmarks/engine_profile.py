@@ -2,6 +2,8 @@
 
 ``python -m benchmarks.serving run --profile FILE`` uses it; FILE holds py-spy's folded stacks, which flame-graph
 viewers read too.
+
+    python -m benchmarks.engine_profile FILE...     # where their busiest main threads are, side by side
 """
 
 from __future__ import annotations
@@ -49,16 +51,11 @@ def plugin_shares(path: str) -> dict[str, dict[str, float]]:
     """
     samples: Counter[str] = Counter()
     inside: dict[str, Counter[str]] = {}
-    for line in Path(path).read_text().splitlines():
-        stack, _, count = line.rpartition(" ")
-        frames = stack.split(";")
-        if not any("MainThread" in frame for frame in frames):
-            continue
-        process = next((frame for frame in reversed(frames) if frame.startswith("process ")), "process")
-        samples[process] += int(count)
+    for process, frames, count in _main_threads(path):
+        samples[process] += count
         entry = next((frame for frame in frames if PAGES in frame), None)
         if entry is not None:
-            inside.setdefault(process, Counter())[entry.split(" ")[0].split(".")[-1]] += int(count)
+            inside.setdefault(process, Counter())[entry.split(" ")[0].split(".")[-1]] += count
     return {
         process: {name: count / samples[process] for name, count in entries.most_common()}
         for process, entries in inside.items()
@@ -71,3 +68,44 @@ def summary(path: str) -> dict[str, float]:
     scheduler = [sum(v for k, v in one.items() if k not in WORKER_FUNCTIONS) for one in shares.values()]
     worker = [sum(v for k, v in one.items() if k in WORKER_FUNCTIONS) for one in shares.values()]
     return {"scheduler": max(scheduler, default=0.0), "worker": max(worker, default=0.0)}
+
+
+def functions(path: str) -> Counter[str]:
+    """Of the main thread of the engine core, or of its worker where it has one, the share of samples that each
+    function is on the stack in."""
+    found: dict[str, Counter[str]] = {}
+    total: Counter[str] = Counter()
+    for process, frames, count in _main_threads(path):
+        if any("_process_engine_step" in frame or "worker_busy_loop" in frame for frame in frames):
+            total[process] += count
+            names = {frame.rpartition(":")[0] + ")" for frame in frames if ".py:" in frame}
+            found.setdefault(process, Counter()).update(dict.fromkeys(names, count))
+    if not total:
+        return Counter()
+    process, samples = total.most_common(1)[0]
+    return Counter({name: count / samples for name, count in found[process].items()})
+
+
+def _main_threads(path: str) -> Iterator[tuple[str, list[str], int]]:
+    """Process, stack from the outermost frame, and samples of it."""
+    for line in Path(path).read_text().splitlines():
+        stack, _, count = line.rpartition(" ")
+        frames = stack.split(";")
+        if any("MainThread" in frame for frame in frames):
+            yield next((f for f in reversed(frames) if f.startswith("process ")), "process"), frames, int(count)
+
+
+def main() -> None:
+    files = sys.argv[1:]
+    if not files:
+        raise SystemExit("Name files that benchmarks.serving or benchmarks.dcp_serving have saved by --profile(s).")
+    shares = [functions(file) for file in files]
+    names = sorted(set().union(*shares), key=lambda name: -max(share[name] for share in shares))
+    for file in files:
+        print(file)
+    for name in names[:60]:
+        print("".join(f"{share[name]:>8.1%}" for share in shares), name)
+
+
+if __name__ == "__main__":
+    main()
