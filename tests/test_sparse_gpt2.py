@@ -74,7 +74,7 @@ def softened_inputs(length: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("alpha", [1.0, 1.2, 1.5, 2.0, 5.0])
 @pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize("rows", [8, 5])
+@pytest.mark.parametrize("rows", [12, 5])
 def test_training_in_blocks_is_the_formula(
     alpha: float, stacked: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """The page table's changes as one Triton kernel: a program for each thing that is new, and block of streams.
 
-A step changes little, so what counts is the host's time: by PyTorch's indexing the same takes six launches.
+A step changes little, so what counts is the host's time: PyTorch's indexing takes several launches for the same.
 """
 
 from __future__ import annotations
