@@ -98,9 +98,12 @@ def decode(steps: int) -> dict[str, list[float]]:
         ask(fox, name, length)
         ask(dense, name, length)
     window, phase = live_windows(np.random.default_rng(0), REQUESTS)
-    update, rows = fox.take_update(dict.fromkeys(names, TOKENS)), np.arange(REQUESTS)
+    row_of = np.zeros(REQUESTS + 1, dtype=np.int64)
+    row_of[[fox._slot_of[name] for name in names]] = np.arange(REQUESTS)
+    update = fox.take_update(dict.fromkeys(names, TOKENS))
     times: dict[str, list[float]] = {key: [] for key in ("allocate", "update", "report", "dense allocate")}
     for step in range(-1, steps):
+        rows = row_of[update.slots]
         report = reported(update, rows, lengths[rows] + step, window, phase)
         now = lengths + step + 1
         t0 = time.perf_counter()
@@ -114,7 +117,6 @@ def decode(steps: int) -> dict[str, list[float]]:
         for name, length in zip(names, now.tolist()):
             ask(dense, name, length)
         t4 = time.perf_counter()
-        rows = np.flatnonzero(now % LIVE_RANGE_PERIOD == 0)
         if step >= 0:  # the first report frees the prompts' dead pages at once
             for key, value in zip(times, (t2 - t1, t3 - t2, t1 - t0, t4 - t3)):
                 times[key].append(1e3 * value)

@@ -8,6 +8,7 @@ cannot keep blocks from coming back.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,15 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from .admission import LiveShare
 from .messages import PageReport, TableUpdate
-from .pool import Columns, PagePool
+from .pool import NOTHING, Columns, PagePool
 
 if TYPE_CHECKING:
     from .spec import StreamPageSpec
+
+REPORT_EVERY = 4
+"""Decode steps whose live ranges are reported together: what a report costs hardly depends on how much it says."""
+FEW_REQUESTS = 16
+"""Running requests from which on that is done; fewer have every step's pages back at once."""
 
 
 class StreamPageManager(SingleTypeKVCacheManager):
@@ -59,6 +65,10 @@ class StreamPageManager(SingleTypeKVCacheManager):
         self._opened: list[int] = []
         self._columns: list[Columns] = []
         self._step = 0
+        # Slots whose live ranges may have moved since they were last looked at.
+        self._due: dict[int, None] = {}
+        # Steps that report, until they have.
+        self._reporting: deque[int] = deque()
         # Columns allocated in steps that no report has come back from: (step, slot, count).
         self._unreported: list[tuple[int, int, int]] = []
 
@@ -124,6 +134,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
                 self._opened.remove(slot)
             self._columns = [column for column in self._columns if column.slot != slot]
             self._unreported = [entry for entry in self._unreported if entry[1] != slot]
+            self._due.pop(slot, None)
             self.pool.close(slot)
             self._settle()
         return []
@@ -143,13 +154,16 @@ class StreamPageManager(SingleTypeKVCacheManager):
         Args:
             scheduled: new tokens by request.
         """
-        period = self.kv_cache_spec.report_period
-        due = [
-            self._slot_of[request_id]
-            for request_id, new in scheduled.items()
-            if new > 1 or self._length[request_id] % period == 0
-        ]
-        slots = np.array(due, dtype=np.int64)
+        period, prompts = self.kv_cache_spec.report_period, False
+        for request_id, new in scheduled.items():
+            if new > 1 or self._length[request_id] % period == 0:
+                self._due[self._slot_of[request_id]] = None
+                prompts |= new > 1
+        slots = NOTHING
+        if prompts or self._reports_now():
+            slots = np.fromiter(self._due, dtype=np.int64, count=len(self._due))
+            self._due.clear()
+            self._reporting.append(self._step)
         update = TableUpdate.of(self._step, slots, self.pool.epoch[slots], self._opened, self._columns)
         self._opened, self._columns = [], []
         self._step += 1
@@ -157,7 +171,9 @@ class StreamPageManager(SingleTypeKVCacheManager):
 
     def apply(self, report: PageReport) -> None:
         """Free what the workers proved dead in a step, and learn from it."""
-        self._unreported = [entry for entry in self._unreported if entry[0] > report.step]
+        while self._reporting and self._reporting[0] <= report.step:
+            done = self._reporting.popleft()
+            self._unreported = [entry for entry in self._unreported if entry[0] > done]
         if not self.kv_cache_spec.release or not report.slots.size:
             return
         freed = sum(
@@ -180,6 +196,13 @@ class StreamPageManager(SingleTypeKVCacheManager):
         )
 
     # Inside.
+
+    def _reports_now(self) -> bool:
+        """Whether a step without prompts reports. If blocks are short, it does."""
+        running = len(self._slot_of)
+        if running < FEW_REQUESTS or self._step % REPORT_EVERY == 0:
+            return True
+        return self.block_pool.get_num_free_blocks() < running
 
     def _pages_to_admit(self, request_id: str, pages: int) -> int:
         """Pages a stream that must be free before a request of ``pages`` is admitted.

@@ -59,14 +59,15 @@ class TableUpdate(KVConnectorMetadata):
         opened: Sequence[int],
         columns: Sequence[Columns],
     ) -> TableUpdate:
+        grown = [c for c in columns if len(c.new_chunk)]
         return cls(
             step=step,
             slots=slots,
             epochs=epochs,
             opened=np.array(opened, dtype=np.int64) if opened else NOTHING,
-            chunk_slot=_join([np.full(len(c.new_chunk), c.slot) for c in columns]),
-            chunk_index=_join([c.new_chunk_index for c in columns]),
-            chunk_id=_join([c.new_chunk for c in columns]),
+            chunk_slot=_join([np.full(len(c.new_chunk), c.slot) for c in grown]),
+            chunk_index=_join([c.new_chunk_index for c in grown]),
+            chunk_id=_join([c.new_chunk for c in grown]),
             column_chunk=_join([c.chunk for c in columns]),
             column_offset=_join([c.offset for c in columns]),
             ids=_join([c.ids for c in columns]) if columns else NOTHING[:, None],
