@@ -33,8 +33,9 @@ class DeviceTables:
             entries=zeros(geometry.num_chunks, streams, TABLE_CHUNK),
             first_live=zeros(slots, streams),
         )
-        # Of the requests whose live ranges the applied step looks at.
-        self._slots = torch.empty(0, dtype=torch.int32, device=device)
+        # Of the requests whose live ranges the applied step looks at; of no request, and what is said of none.
+        self._slots = self._nobody = torch.empty(0, dtype=torch.int32, device=device)
+        self._nothing = torch.empty(0, streams, dtype=torch.int32)
         # On slot 0, which is padding: nothing is compiled while serving.
         one, padding = zeros(1), zeros(streams)
         table_update(self.table, one, one, one, one, one, one, padding)
@@ -52,6 +53,9 @@ class DeviceTables:
             update.ids[:, self._columns].ravel(),
         ]
         sizes = [array.size for array in arrays]
+        if not any(sizes):  # most steps of a few requests
+            self._slots = self._nobody
+            return
         host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type != "cpu")
         np.concatenate(arrays, out=host.numpy(), casting="same_kind")
         self._slots, *changes = host.to(self.device, non_blocking=True).split(sizes)
@@ -59,11 +63,12 @@ class DeviceTables:
 
     def report(self, update: TableUpdate) -> PageReport:
         """First live pages of the applied update's slots, after its step; the copy is asynchronous on a GPU."""
-        starts = self.table.first_live.index_select(0, self._slots)
-        ready = None
-        if starts.is_cuda and starts.numel():
+        starts, ready = self._nothing, None
+        if len(self._slots):
+            starts = self.table.first_live.index_select(0, self._slots)
+        if starts.is_cuda:
             host = torch.empty(starts.shape, dtype=starts.dtype, pin_memory=True)
             starts = host.copy_(starts, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        return PageReport(update.step, update.slots, update.epochs, self.rank, starts.cpu(), ready)
+        return PageReport(update.step, update.slots, update.epochs, self.rank, starts, ready)
