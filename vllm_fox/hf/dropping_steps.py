@@ -35,16 +35,14 @@ def sums(x: torch.Tensor, carry: torch.Tensor, reverse: bool = False) -> tuple[t
     """Running sums of x [B, n, m] over dim 1 that begin with ``carry`` [B, m], backwards if ``reverse``: those
     within each of C chunks [B, C, n / C, m], and what each chunk begins with [B, C, m].
 
-    A chunk's are a product of matrices: going down each column in order is too little work at once for a GPU.
+    Both are products of matrices: going down each column in order is too little work at once for a GPU.
     """
     rows = CHUNK if x.shape[1] % CHUNK == 0 else x.shape[1]
-    ones = torch.ones(rows, rows, dtype=x.dtype, device=x.device)
-    within = (ones.triu() if reverse else ones.tril()) @ x.unflatten(1, (-1, rows))
-    if reverse:
-        starts = torch.cat((carry[:, None], within[:, 1:, 0].flip(1)), dim=1).cumsum(1).flip(1)
-    else:
-        starts = torch.cat((carry[:, None], within[:, :-1, -1]), dim=1).cumsum(1)
-    return within, starts
+    parts = x.unflatten(1, (-1, rows))
+    within, chunks = _up_to(parts, rows, reverse) @ parts, parts.shape[1]
+    totals = within[:, :, 0 if reverse else -1]
+    before = _up_to(parts, chunks, reverse) - torch.eye(chunks, dtype=x.dtype, device=x.device)
+    return within, before @ totals + carry[:, None]
 
 
 def run_on(within: torch.Tensor, starts: torch.Tensor, step: bool) -> torch.Tensor:
@@ -109,6 +107,12 @@ def fused() -> SimpleNamespace:
         decide, run_on, amount, weights, weights_gradients, own_gradients, scores_gradients,
     )  # fmt: skip
     return SimpleNamespace(**{one.__name__: torch.compile(one, dynamic=True) for one in functions})
+
+
+def _up_to(like: torch.Tensor, n: int, reverse: bool) -> torch.Tensor:
+    """[n, n]: times n numbers, their running sums."""
+    ones = torch.ones(n, n, dtype=like.dtype, device=like.device)
+    return ones.triu() if reverse else ones.tril()
 
 
 def _age(pairs: torch.Tensor) -> torch.Tensor:
