@@ -21,6 +21,7 @@ from tests.engines import (
     manager,
 )
 from tests.reference_sparse_gpt2 import reference_logits
+from vllm_fox.attention.subset_layer import SubsetAttention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,6 +59,19 @@ def test_graphs_and_the_formula(llm: LLM, model: Path) -> None:
     found = [at[token].logprob for at, token in zip(out.outputs[0].logprobs, answer, strict=True)]
     want = want.gather(1, torch.tensor(answer)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(found).double(), want, atol=1e-3, rtol=0)
+
+
+def test_decoding_is_one_graph(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention runs as Python code for the prompt only: a graph's replay calls nothing."""
+    calls, attend = [], SubsetAttention.attend
+
+    def counted(self: SubsetAttention, *tensors: torch.Tensor) -> None:
+        calls.append(self.index)
+        attend(self, *tensors)
+
+    monkeypatch.setattr(SubsetAttention, "attend", counted)
+    generate(llm, [prompt(100)], greedy(33))
+    assert len(calls) == len(set(calls)) > 0
 
 
 def test_batched_requests_equal_their_solo_runs(llm: LLM) -> None:
