@@ -218,14 +218,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a sparse_gpt2; GPT-2 small's sizes with random weights without")
     parser.add_argument("--dense", type=Path, help="a gpt2 of the same size")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024])
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 512], help="requests at once")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 176], help="requests at once")
     parser.add_argument("--answer-share", type=float, default=0.75, help="of a context, the rest is prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument(
         "--room",
         type=int,
-        default=64,
+        default=32,
         help="KV memory of each engine, in dense requests of the longest context",
     )
     parser.add_argument("--profiles", type=Path, help="folder for py-spy's stacks; sampling slows the engines")

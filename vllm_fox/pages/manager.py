@@ -8,7 +8,6 @@ cannot keep blocks from coming back.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +66,8 @@ class StreamPageManager(SingleTypeKVCacheManager):
         self._step = 0
         # Slots whose live ranges may have moved since they were last looked at.
         self._due: dict[int, None] = {}
-        # Steps that report, until they have.
-        self._reporting: deque[int] = deque()
-        # Columns allocated in steps that no report has come back from: (step, slot, count).
+        # Columns allocated in steps that no report has come back from: (step, slot, count). Steps of which much may
+        # be expected, those with prompts, do report.
         self._unreported: list[tuple[int, int, int]] = []
 
     # What vLLM's scheduler calls.
@@ -163,7 +161,6 @@ class StreamPageManager(SingleTypeKVCacheManager):
         if prompts or self._reports_now():
             slots = np.fromiter(self._due, dtype=np.int64, count=len(self._due))
             self._due.clear()
-            self._reporting.append(self._step)
         update = TableUpdate.of(self._step, slots, self.pool.epoch[slots], self._opened, self._columns)
         self._opened, self._columns = [], []
         self._step += 1
@@ -171,9 +168,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
 
     def apply(self, report: PageReport) -> None:
         """Free what the workers proved dead in a step, and learn from it."""
-        while self._reporting and self._reporting[0] <= report.step:
-            done = self._reporting.popleft()
-            self._unreported = [entry for entry in self._unreported if entry[0] > done]
+        self._unreported = [entry for entry in self._unreported if entry[0] > report.step]
         if not self.kv_cache_spec.release or not report.slots.size:
             return
         freed = sum(

@@ -33,8 +33,8 @@ class DeviceTables:
             entries=zeros(geometry.num_chunks, streams, TABLE_CHUNK),
             first_live=zeros(slots, streams),
         )
-        # Of the requests whose live ranges the applied step looks at; of no request, and what is said of none.
-        self._slots = self._nobody = torch.empty(0, dtype=torch.int32, device=device)
+        # Of the requests whose live ranges the applied step looks at.
+        self._slots = torch.empty(0, dtype=torch.int32, device=device)
         self._nothing = torch.empty(0, streams, dtype=torch.int32)
         # On slot 0, which is padding: nothing is compiled while serving.
         one, padding = zeros(1), zeros(streams)
@@ -54,7 +54,6 @@ class DeviceTables:
         ]
         sizes = [array.size for array in arrays]
         if not any(sizes):  # most steps of a few requests
-            self._slots = self._nobody
             return
         host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type != "cpu")
         np.concatenate(arrays, out=host.numpy(), casting="same_kind")
@@ -64,7 +63,7 @@ class DeviceTables:
     def report(self, update: TableUpdate) -> PageReport:
         """First live pages of the applied update's slots, after its step; the copy is asynchronous on a GPU."""
         starts, ready = self._nothing, None
-        if len(self._slots):
+        if update.slots.size:
             starts = self.table.first_live.index_select(0, self._slots)
         if starts.is_cuda:
             host = torch.empty(starts.shape, dtype=starts.dtype, pin_memory=True)
