@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -24,6 +25,17 @@ GPU_DEFAULTS = {
     "num_gpu_blocks_override": 2000,
 }
 """vLLM's default flags on a GPU, as far as they matter here."""
+
+
+def processes_under(pid: int, name: str) -> list[psutil.Process]:
+    """Processes that ``pid`` has started, and those that these have, with ``name`` in their command line."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        # Some end while they are looked at.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name in "".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @contextlib.contextmanager

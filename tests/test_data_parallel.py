@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import openai
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.engines import processes_under
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S, END_S = 180, 60
@@ -114,8 +115,7 @@ def test_a_dead_engine_is_an_error_not_a_hang(server: Server) -> None:
     for client in clients:
         client.start()
     time.sleep(2)
-    engines = psutil.Process(server.process.pid).children(recursive=True)
-    next(engine for engine in engines if "EngineCore_DP1" in "".join(engine.cmdline())).kill()
+    processes_under(server.process.pid, "EngineCore_DP1")[0].kill()
     limit = time.monotonic() + END_S
     for client in clients:
         client.join(limit - time.monotonic())

@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.checkpoints import VARIANTS, make_checkpoint, save_sparse_gpt2
@@ -27,6 +26,7 @@ from tests.engines import (
     assert_all_free,
     engine,
     manager,
+    processes_under,
     run_to_the_end,
     run_until_decoding,
     source_tokens,
@@ -79,8 +79,7 @@ def kill_a_worker(llm: Any, prompt: list[int]) -> dict[str, Any]:
     """What the engine raises once a worker has died while a request runs, and after how many seconds."""
     add(llm, "unlucky", prompt, 1500)
     run_until_decoding(llm)
-    workers = psutil.Process().children(recursive=True)
-    next(worker for worker in workers if "Worker" in "".join(worker.cmdline())).kill()
+    processes_under(os.getpid(), "Worker")[0].kill()
     start = time.monotonic()
     try:
         run_to_the_end(llm)

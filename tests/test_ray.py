@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-import psutil
 import pytest
 
-from tests.engines import engine
+from tests.engines import engine, processes_under
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 300
@@ -105,13 +104,7 @@ def test_every_prompt_is_answered_once_though_an_engine_dies(
         while len(list(answers.glob("part-*"))) < 2:
             assert process.poll() is None and time.monotonic() < limit, log_path.read_text()[-4000:]
             time.sleep(0.05)
-        engines = [
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if "EngineCore" in "".join(child.cmdline())
-        ]
-        assert engines
-        engines[0].kill()
+        processes_under(process.pid, "EngineCore")[0].kill()
         assert process.wait(max(1.0, limit - time.monotonic())) == 0, log_path.read_text()[-4000:]
     finally:
         with contextlib.suppress(ProcessLookupError):
