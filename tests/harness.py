@@ -41,7 +41,8 @@ def extend(pool: PagePool, table: PageTable, slot: int, length: int, page_size: 
     missing = -(-length // page_size) - int(pool.num_pages[slot])
     if missing <= 0:
         return
-    columns, device = pool.extend(slot, missing), table.entries.device
+    pool.reserve(slot, missing)
+    columns, device = pool.hand_out(), table.entries.device
     index, chunk, offset = (
         torch.from_numpy(x).long() for x in (columns.new_chunk_index, columns.chunk, columns.offset)
     )

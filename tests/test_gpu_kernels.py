@@ -118,7 +118,8 @@ def test_table_updates_and_reports_wait_for_nothing() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step, (opened, count) in enumerate([([slot], 40), ([], 1), ([], 30)]):
-            update = TableUpdate.of(step, slots, pool.epoch[slots], opened, [pool.extend(slot, count)])
+            pool.reserve(slot, count)
+            update = TableUpdate(step, slots, pool.epoch[slots], np.array(opened, dtype=int), pool.hand_out())
             tables.apply(update)
             report = tables.report(update)
     finally:

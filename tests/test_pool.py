@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from vllm_fox.kernels.paged import TABLE_CHUNK
 from vllm_fox.pages.pool import OutOfPages, PagePool
 
 BLOCKS, STREAMS = 41, (3, 2)  # the ranks of pipeline stages with three and two layers
@@ -15,7 +18,7 @@ RANKS = len(STREAMS)
 
 
 def make_pool() -> PagePool:
-    return PagePool(num_blocks=BLOCKS, streams=STREAMS, num_slots=4, num_chunks=12, max_chunks=4)
+    return PagePool(num_blocks=BLOCKS, streams=STREAMS, num_slots=4, num_chunks=5, max_chunks=4)
 
 
 def starts_of(page: int, rank: int) -> np.ndarray:
@@ -24,7 +27,7 @@ def starts_of(page: int, rank: int) -> np.ndarray:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Allocate, report (in time, late, repeated, of an earlier life), finish and preempt in any order."""
+    """Reserve, hand out, report (in time, late, repeated, of an earlier life), finish and preempt in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,34 +35,49 @@ class PoolMachine(RuleBasedStateMachine):
         self.open: dict[int, list[np.ndarray]] = {}  # slot -> our own copy of each rank's starts
         self.mail: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []  # reports under way
         self.pages: dict[int, list[np.ndarray]] = {}  # slot -> ids [streams] of each page index
+        self.promised: dict[int, int] = {}
+        # The page table as a worker has it.
+        self.chunk_of = np.zeros((5, 4), dtype=int)
+        self.entries = np.zeros((5, TABLE_CHUNK, sum(STREAMS)), dtype=int)
 
     @rule(count=st.integers(1, 20))
     @precondition(lambda self: self.pool.has_free_slot)
     def begin(self, count: int) -> None:
-        if not self.pool.can_extend(0, count):
+        if not self.pool.can_reserve(0, count):
             return
         slot = self.pool.open()
         assert slot not in self.open and slot != 0
         self.open[slot] = [np.zeros(count, dtype=np.int64) for count in STREAMS]
         self.pages[slot] = []
-        self._grow(slot, count)
+        self._reserve(slot, count)
 
     @rule(data=st.data(), count=st.integers(1, 9))
     @precondition(lambda self: self.open)
     def grow(self, data: st.DataObject, count: int) -> None:
         slot = data.draw(st.sampled_from(sorted(self.open)))
-        if len(self.pages[slot]) + count > 4 * 16:
+        if len(self.pages[slot]) + self.promised.get(slot, 0) + count > 4 * TABLE_CHUNK:
             return
-        if not self.pool.can_extend(slot, count):
+        if not self.pool.can_reserve(slot, count):
             with pytest.raises(OutOfPages):
-                self.pool.extend(slot, count)
+                self.pool.reserve(slot, count)
             return
-        self._grow(slot, count)
+        self._reserve(slot, count)
 
-    def _grow(self, slot: int, count: int) -> None:
-        columns = self.pool.extend(slot, count)
-        assert columns.ids.shape == (count, sum(STREAMS))
-        self.pages[slot] += list(columns.ids)
+    def _reserve(self, slot: int, count: int) -> None:
+        self.pool.reserve(slot, count)
+        self.promised[slot] = self.promised.get(slot, 0) + count
+        assert self.pool.reserved(slot) == self.promised[slot]
+
+    @rule()
+    def hand_out(self) -> None:
+        columns = self.pool.hand_out()
+        assert columns.ids.shape == (sum(self.promised.values()), sum(STREAMS))
+        self.chunk_of[columns.new_chunk_slot, columns.new_chunk_index] = columns.new_chunk
+        self.entries[columns.chunk, columns.offset] = columns.ids
+        ids = iter(columns.ids)
+        for slot, count in self.promised.items():
+            self.pages[slot] += itertools.islice(ids, count)
+        self.promised.clear()
 
     @rule(data=st.data(), rank=st.integers(0, RANKS - 1))
     @precondition(lambda self: self.open)
@@ -96,6 +114,7 @@ class PoolMachine(RuleBasedStateMachine):
         slot = data.draw(st.sampled_from(sorted(self.open)))
         self.pool.close(slot)
         del self.open[slot], self.pages[slot]
+        self.promised.pop(slot, None)
 
     @invariant()
     def every_page_has_one_owner(self) -> None:
@@ -115,27 +134,42 @@ class PoolMachine(RuleBasedStateMachine):
             assert np.array_equal(everything, np.arange(STREAMS[rank], BLOCKS * STREAMS[rank]))
 
     @invariant()
+    def a_worker_finds_every_live_page(self) -> None:
+        for slot, starts in self.open.items():
+            first = np.concatenate(starts)
+            for page, ids in enumerate(self.pages[slot]):
+                found = self.entries[self.chunk_of[slot, page // TABLE_CHUNK], page % TABLE_CHUNK]
+                assert (found == ids)[page >= first].all()
+
+    @invariant()
     def counts_are_true(self) -> None:
         used = [(BLOCKS - 1) * STREAMS[rank] - len(self.pool.free_ids(rank)) for rank in range(RANKS)]
-        assert self.pool.used_blocks == max(-(-pages // count) for pages, count in zip(used, STREAMS))
+        blocks = max(-(-pages // count) for pages, count in zip(used, STREAMS))
+        assert self.pool.used_blocks == blocks + sum(self.promised.values())
         assert self.pool.used_total == sum(used)
         if not self.open:
             assert self.pool.used_blocks == 0 and not self.pool.live_pages.any()
-            assert len(self.pool._free_chunks) == 11 and len(self.pool._free_slots) == 4
+            assert len(self.pool._free_chunks) == 4 and len(self.pool._free_slots) == 4
+            assert self.pool.chunks_available(0, 4 * TABLE_CHUNK)
 
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestPool = PoolMachine.TestCase
 
 
+def give(pool: PagePool, slot: int, count: int) -> None:
+    pool.reserve(slot, count)
+    pool.hand_out()
+
+
 def test_old_life_cannot_free_pages_of_the_new_one() -> None:
     pool = make_pool()
     slot = pool.open()
-    pool.extend(slot, 8)
+    give(pool, slot, 8)
     late = (0, np.array([slot]), pool.epoch[[slot]].copy(), starts_of(7, 0))
     pool.close(slot)
     assert pool.open() == slot  # preempted and resumed in the same slot
-    pool.extend(slot, 8)
+    give(pool, slot, 8)
     assert pool.release(*late) == 0
     assert pool.used_total == 8 * sum(STREAMS)
     assert pool.release(0, np.array([slot]), pool.epoch[[slot]], late[3]) == 7 * STREAMS[0]
@@ -144,7 +178,7 @@ def test_old_life_cannot_free_pages_of_the_new_one() -> None:
 def test_newest_page_is_never_freed() -> None:
     pool = make_pool()
     slot = pool.open()
-    pool.extend(slot, 3)
+    give(pool, slot, 3)
     pool.release(0, np.array([slot]), pool.epoch[[slot]], starts_of(99, 0))
     assert len(pool.held_ids(slot, 0)) == STREAMS[0]
 
@@ -154,6 +188,6 @@ def test_table_chunks_come_back_while_the_request_runs() -> None:
     pool = PagePool(num_blocks=BLOCKS, streams=STREAMS[:1], num_slots=1, num_chunks=4, max_chunks=100)
     slot = pool.open()
     for page in range(1000):
-        pool.extend(slot, 1)
+        give(pool, slot, 1)
         pool.release(0, np.array([slot]), pool.epoch[[slot]], starts_of(page - 3, 0))
     assert pool.used_total == 4 * STREAMS[0]

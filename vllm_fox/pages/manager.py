@@ -19,7 +19,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from .admission import LiveShare
 from .messages import PageReport, TableUpdate
-from .pool import NOTHING, Columns, PagePool
+from .pool import NOTHING, PagePool
 
 if TYPE_CHECKING:
     from .spec import StreamPageSpec
@@ -62,7 +62,6 @@ class StreamPageManager(SingleTypeKVCacheManager):
         # Pages a stream that a request was admitted for, until its prompt has them all.
         self._prompt_pages: dict[str, int] = {}
         self._opened: list[int] = []
-        self._columns: list[Columns] = []
         self._step = 0
         # Slots whose live ranges may have moved since they were last looked at.
         self._due: dict[int, None] = {}
@@ -112,10 +111,10 @@ class StreamPageManager(SingleTypeKVCacheManager):
             slot = self._slot_of[request_id] = self.pool.open()
             self._opened.append(slot)
             new_row = self.req_to_blocks[request_id] = [KVCacheBlock(block_id=slot)]
-        self._columns.append(self.pool.extend(slot, missing))
-        self._room[request_id] = room + missing * self.block_size
+        self.pool.reserve(slot, missing)
+        self._room[request_id] = room = room + missing * self.block_size
         self._unreported.append((self._step, slot, missing))
-        if self.pool.num_pages[slot] >= self._prompt_pages.get(request_id, 0):
+        if room >= self._prompt_pages.get(request_id, 0) * self.block_size:
             self._prompt_pages.pop(request_id, None)
         self._settle()
         return new_row
@@ -130,7 +129,6 @@ class StreamPageManager(SingleTypeKVCacheManager):
         if slot:
             if slot in self._opened:
                 self._opened.remove(slot)
-            self._columns = [column for column in self._columns if column.slot != slot]
             self._unreported = [entry for entry in self._unreported if entry[1] != slot]
             self._due.pop(slot, None)
             self.pool.close(slot)
@@ -161,8 +159,9 @@ class StreamPageManager(SingleTypeKVCacheManager):
         if prompts or self._reports_now():
             slots = np.fromiter(self._due, dtype=np.int64, count=len(self._due))
             self._due.clear()
-        update = TableUpdate.of(self._step, slots, self.pool.epoch[slots], self._opened, self._columns)
-        self._opened, self._columns = [], []
+        opened = np.array(self._opened, dtype=np.int64) if self._opened else NOTHING
+        update = TableUpdate(self._step, slots, self.pool.epoch[slots], opened, self.pool.hand_out())
+        self._opened.clear()
         self._step += 1
         return update
 
@@ -186,7 +185,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         if not self.kv_cache_spec.release:
             return False
         return any(
-            count * (1.0 - self.live_share.share(int(self.pool.num_pages[slot]))) >= 1.0
+            count * (1.0 - self.live_share.share(int(self.pool.num_pages[slot]) + self.pool.reserved(slot))) >= 1.0
             for _, slot, count in self._unreported
         )
 
@@ -211,7 +210,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         for other, target in self._prompt_pages.items():
             slot = self._slot_of.get(other, 0)
             if slot and other != request_id:
-                held = int(self.pool.live_blocks(slot))
+                held = int(self.pool.live_blocks(slot)) + self.pool.reserved(slot)
                 need += max(0, self.live_share.peak(target, self._chunk_pages) - held)
         # A lone request is always let in: its peak is at most what start-up checked to fit.
         return need + len(self._slot_of)

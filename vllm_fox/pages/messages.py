@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from .pool import NOTHING, Columns
-
-
-def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts) if parts else NOTHING
+from .pool import Columns
 
 
 @dataclass
@@ -30,48 +23,18 @@ class TableUpdate(KVConnectorMetadata):
         step: number of the scheduling step.
         slots, epochs: [R] slots of requests whose live ranges this step looks at, with their incarnation.
         opened: [o] slots given to new (or resumed) requests; their live range starts at page 0.
-        chunk_slot, chunk_index, chunk_id: [c] table chunks given to slots.
-        column_chunk, column_offset: [n] where in the table the new page indices stand.
-        ids: [n, streams of all ranks] their page ids.
+        columns: pages handed out.
     """
 
     step: int
     slots: np.ndarray
     epochs: np.ndarray
     opened: np.ndarray
-    chunk_slot: np.ndarray
-    chunk_index: np.ndarray
-    chunk_id: np.ndarray
-    column_chunk: np.ndarray
-    column_offset: np.ndarray
-    ids: np.ndarray
+    columns: Columns
 
     def __repr__(self) -> str:
         """Short: vLLM prints it when a step fails, and the arrays may hold a million ids."""
-        return f"TableUpdate(step={self.step}, rows={len(self.slots)}, page columns={len(self.ids)})"
-
-    @classmethod
-    def of(
-        cls,
-        step: int,
-        slots: np.ndarray,
-        epochs: np.ndarray,
-        opened: Sequence[int],
-        columns: Sequence[Columns],
-    ) -> TableUpdate:
-        grown = [c for c in columns if len(c.new_chunk)]
-        return cls(
-            step=step,
-            slots=slots,
-            epochs=epochs,
-            opened=np.array(opened, dtype=np.int64) if opened else NOTHING,
-            chunk_slot=_join([np.full(len(c.new_chunk), c.slot) for c in grown]),
-            chunk_index=_join([c.new_chunk_index for c in grown]),
-            chunk_id=_join([c.new_chunk for c in grown]),
-            column_chunk=_join([c.chunk for c in columns]),
-            column_offset=_join([c.offset for c in columns]),
-            ids=_join([c.ids for c in columns]) if columns else NOTHING[:, None],
-        )
+        return f"TableUpdate(step={self.step}, rows={len(self.slots)}, page columns={len(self.columns.ids)})"
 
 
 class PageReport(KVConnectorWorkerMetadata):

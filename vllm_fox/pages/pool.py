@@ -27,21 +27,21 @@ NOTHING = np.empty(0, dtype=np.int32)
 
 
 class OutOfPages(RuntimeError):
-    """The pool was asked for more than it has; callers check :meth:`PagePool.can_extend` first."""
+    """The pool was asked for more than it has; callers check :meth:`PagePool.can_reserve` first."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Page-table entries written by one extension: ``n`` page indices of one slot, over all streams.
+    """Page-table entries of pages handed out together: ``n`` page indices of any slots, over all streams.
 
     Attributes:
-        slot: the request's slot.
-        new_chunk_index, new_chunk: [m] table chunks the slot was given, and their index in the request.
+        new_chunk_slot, new_chunk_index, new_chunk: [m] table chunks that slots were given: to whom, their index in
+            the request, and their number.
         chunk, offset: [n] where in the table each page index stands.
         ids: [n, streams of all ranks] page ids.
     """
 
-    slot: int
+    new_chunk_slot: Int32
     new_chunk_index: Int32
     new_chunk: Int32
     chunk: Int32
@@ -55,6 +55,9 @@ class PagePool:
     Every rank, be it of a pipeline stage or of a tensor-parallel group, has its own page ids (a head that has died
     on one rank frees memory there, whatever its neighbours do). The streams of all ranks stand one after the other:
     ``columns[rank]`` are a rank's. Slot 0, chunk 0 and the first block of each rank's pages are never handed out.
+
+    A step's requests ask for pages one by one (:meth:`reserve`) and get them together (:meth:`hand_out`): what they
+    are told between is only whether there are enough.
 
     Args:
         num_blocks: blocks of vLLM's pool, the null block included; a block is a page for every stream.
@@ -76,6 +79,9 @@ class PagePool:
         self._free = [np.arange(num_blocks * n - 1, n - 1, -1, dtype=np.int32) for n in streams]
         # Plain numbers, as there are few ranks: a request's next page is asked for thousands of times a second.
         self._per_block, self._num_free = list(streams), list(self.capacity)
+        # Pages a stream reserved for each slot, their sum, and the table chunks that they will need.
+        self._reserved: dict[int, int] = {}
+        self._num_reserved = self._chunks_reserved = 0
         # All streams' ids of a page index stand together, as they are handed out; on the device a stream's do.
         self._entries = np.zeros((num_chunks, TABLE_CHUNK, ends[-1]), dtype=np.int32)
         self._chunk_of = np.zeros((num_slots + 1, max_chunks), dtype=np.int32)
@@ -93,33 +99,39 @@ class PagePool:
 
     @property
     def used_blocks(self) -> int:
-        """Blocks that the pages in use fill on the fullest rank."""
+        """Blocks that the pages in use or reserved fill on the fullest rank."""
         ranks = zip(self.capacity, self._num_free, self._per_block)
-        return max(-((free - capacity) // streams) for capacity, free, streams in ranks)
+        # A page for every stream is a block on every rank.
+        return max(-((free - capacity) // streams) for capacity, free, streams in ranks) + self._num_reserved
 
     def live_blocks(self, slots: np.ndarray | int) -> np.ndarray:
         """[R] (or one number) blocks that the live pages of each slot fill on the rank where they fill most."""
         return (self.live_pages[slots] / self.streams).max(-1)
+
+    def reserved(self, slot: int) -> int:
+        """Pages a stream that are reserved for ``slot``."""
+        return self._reserved.get(slot, 0)
 
     @property
     def has_free_slot(self) -> bool:
         return bool(self._free_slots)
 
     def _chunks_missing(self, slot: int, count: int) -> int:
-        held = int(self.num_pages[slot]) if slot else 0
+        held = int(self.num_pages[slot]) + self.reserved(slot) if slot else 0
         return -(-(held + count) // TABLE_CHUNK) - -(-held // TABLE_CHUNK)
 
-    def can_extend(self, slot: int, count: int) -> bool:
+    def can_reserve(self, slot: int, count: int) -> bool:
         """Whether ``slot`` (0: a new one) can get ``count`` more pages in every stream."""
+        columns = count + self._num_reserved
         return (
             (slot != 0 or self.has_free_slot)
-            and all(count * streams <= free for streams, free in zip(self._per_block, self._num_free))
-            and self._chunks_missing(slot, count) <= len(self._free_chunks)
+            and all(columns * streams <= free for streams, free in zip(self._per_block, self._num_free))
+            and self.chunks_available(slot, count)
         )
 
     def chunks_available(self, slot: int, count: int) -> bool:
         """Whether the page table has room for ``count`` more page indices of ``slot`` (0: a new one)."""
-        return self._chunks_missing(slot, count) <= len(self._free_chunks)
+        return self._chunks_missing(slot, count) + self._chunks_reserved <= len(self._free_chunks)
 
     def open(self) -> int:
         """Take a slot for a request. A slot's epoch tells its incarnations apart."""
@@ -129,36 +141,53 @@ class PagePool:
         self.epoch[slot] += 1
         return slot
 
-    def extend(self, slot: int, count: int) -> Columns:
-        """Give ``slot`` its next ``count`` pages in every stream of every rank."""
-        if not self.can_extend(slot, count):
+    def reserve(self, slot: int, count: int) -> None:
+        """Promise ``slot`` its next ``count`` pages in every stream of every rank."""
+        if not self.can_reserve(slot, count):
             raise OutOfPages(f"{count} pages in each of {self.streams.sum()} streams")
-        first = int(self.num_pages[slot])
-        index, chunks = self._take_chunks(slot, first, count)
-        page = np.arange(first, first + count)
+        self._chunks_reserved += self._chunks_missing(slot, count)
+        self._reserved[slot] = self.reserved(slot) + count
+        self._num_reserved += count
+
+    def hand_out(self) -> Columns:
+        """Give all slots the pages that were reserved for them."""
+        total, width = self._num_reserved, self._entries.shape[2]
+        if not total:
+            return Columns(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, np.empty((0, width), dtype=np.int32))
+        slots = np.fromiter(self._reserved, dtype=np.int64, count=len(self._reserved))
+        counts = np.fromiter(self._reserved.values(), dtype=np.int64, count=len(slots))
+        first = self.num_pages[slots]
+        new_chunks = (NOTHING, NOTHING, NOTHING)
+        if self._chunks_reserved:
+            new_chunks = self._take_chunks(slots, first, counts)
+        slot, page = slots, first
+        if total != len(slots):
+            slot, page = np.repeat(slots, counts), np.repeat(first - np.cumsum(counts) + counts, counts)
+            page += np.arange(total)
         chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], page % TABLE_CHUNK
-        ids = np.empty((count, self._entries.shape[2]), dtype=np.int32)
+        ids = np.empty((total, width), dtype=np.int32)
         for rank, (free, streams, columns) in enumerate(zip(self._free, self._per_block, self.columns)):
-            top, taken = self._num_free[rank], count * streams
-            ids[:, columns] = free[top - taken : top].reshape(count, -1)
+            top, taken = self._num_free[rank], total * streams
+            ids[:, columns] = free[top - taken : top].reshape(total, -1)
             self._num_free[rank] = top - taken
         self._entries[chunk, offset] = ids
-        self.num_pages[slot] = first + count
-        self.live_pages[slot] += count * self.streams
+        self.num_pages[slots] += counts
+        self.live_pages[slots] += counts[:, None] * self.streams
         self.allocated_total += ids.size
         self.used_total += ids.size
-        return Columns(slot, index, chunks, chunk, offset, ids)
+        self._reserved.clear()
+        self._num_reserved = self._chunks_reserved = 0
+        return Columns(*new_chunks, chunk, offset, ids)
 
-    def _take_chunks(self, slot: int, first: int, count: int) -> tuple[Int32, Int32]:
-        """Give ``slot`` the table chunks that pages ``first : first + count`` need: their indices and numbers."""
-        missing = self._chunks_missing(slot, count)
-        if not missing:
-            return NOTHING, NOTHING
-        held = -(-first // TABLE_CHUNK)
-        index = np.arange(held, held + missing, dtype=np.int32)
-        chunks = np.array([self._free_chunks.pop() for _ in range(missing)], dtype=np.int32)
+    def _take_chunks(self, slots: np.ndarray, first: np.ndarray, counts: np.ndarray) -> tuple[Int32, Int32, Int32]:
+        """Give slots the table chunks that pages ``first : first + counts`` need: to whom, indices and numbers."""
+        held, needed = -(-first // TABLE_CHUNK), -(-(first + counts) // TABLE_CHUNK)
+        missing = needed - held
+        slot, total = np.repeat(slots, missing), int(missing.sum())
+        index = np.arange(total) + np.repeat(needed - np.cumsum(missing), missing)
+        chunks = np.array([self._free_chunks.pop() for _ in range(total)], dtype=np.int32)
         self._chunk_of[slot, index] = chunks
-        return index, chunks
+        return slot, index, chunks
 
     def release(self, rank: int, slots: np.ndarray, epochs: np.ndarray, starts: np.ndarray) -> int:
         """Free the pages that ``rank`` has proved dead. Late, repeated or outdated reports do no harm.
@@ -207,6 +236,10 @@ class PagePool:
 
     def close(self, slot: int) -> None:
         """Take back all that ``slot`` holds, and the slot. What its epoch's reports say later is ignored."""
+        if reserved := self.reserved(slot):
+            del self._reserved[slot]
+            self._num_reserved -= reserved
+            self._chunks_reserved -= self._chunks_missing(slot, reserved)
         count = int(self.num_pages[slot])
         for rank, columns in enumerate(self.columns):
             low, streams = self.start[slot, columns], np.arange(columns.start, columns.stop)

@@ -42,15 +42,16 @@ class DeviceTables:
 
     def apply(self, update: TableUpdate) -> None:
         """Write a step's changes, before its forward pass: one copy to the device and one launch."""
+        new = update.columns
         arrays = [
             update.slots,
             update.opened,
-            update.chunk_slot,
-            update.chunk_index,
-            update.chunk_id,
-            update.column_chunk,
-            update.column_offset,
-            update.ids[:, self._columns].ravel(),
+            new.new_chunk_slot,
+            new.new_chunk_index,
+            new.new_chunk,
+            new.chunk,
+            new.offset,
+            new.ids[:, self._columns].ravel(),
         ]
         sizes = [array.size for array in arrays]
         if not any(sizes):  # most steps of a few requests
