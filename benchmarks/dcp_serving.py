@@ -140,7 +140,7 @@ def kv_bytes(dense: Path, requests: int, context: int) -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Both models, in turn, and a table of medians over the rounds."""
+    """Both models, in turn, and a table of medians after every round."""
     random = args.model is None
     if random:
         folder = Path(tempfile.gettempdir()) / "vllm-fox-bench"
@@ -149,23 +149,30 @@ def compare(args: argparse.Namespace) -> None:
     args.kv_bytes = kv_bytes(args.dense, args.room, max(args.contexts))
     engines: list[Engine] = []
     rows: dict[str, list[dict[str, Any]]] = {"dense": [], "DCP": []}
+    caption = CAPTION if random else f"{args.model} and {args.dense}"
     try:
         for name, model in (("dense", args.dense), ("DCP", args.model)):
             engines.append(Engine(name, model, args))
         for engine in engines:
             engine.wait()
-        for _ in range(args.rounds):
+        for done in range(1, args.rounds + 1):
             for context in args.contexts:
                 for requests in args.batches:
                     for engine in engines:
                         rows[engine.name].append(engine.measure(context, requests))
+            # After every round: a run that is cut short has said what it found.
+            report(args, caption, rows, done)
     finally:
         for engine in engines:
             engine.close()
-    print(CAPTION if random else f"{args.model} and {args.dense}")
+
+
+def report(args: argparse.Namespace, caption: str, rows: dict[str, list[dict[str, Any]]], rounds: int) -> None:
+    """Print medians over the rounds so far, and save everything."""
+    print(caption)
     print(
         f"KV memory of each: {args.kv_bytes / 2**30:.2f} GiB, {args.room} dense requests of "
-        f"{max(args.contexts):,} tokens. Medians of {args.rounds} rounds."
+        f"{max(args.contexts):,} tokens. Medians over {rounds} of {args.rounds} rounds."
     )
     heads = ("context", "requests", "tokens/s", "of dense", "running, mean", "of dense", "at most", "of dense")
     heads += ("KV peak", "preempted", "decode ms", "mixed ms")
@@ -177,9 +184,9 @@ def compare(args: argparse.Namespace) -> None:
         best = {name: _best(rows[name], context) for name in rows}
         said = [f"{name} {speed:,.0f} with {requests:,} requests" for name, (speed, requests) in best.items()]
         ratio = best["DCP"][0] / best["dense"][0]
-        print(f"Most tokens/s at any batch, context {context:,}: {', '.join(said)}: {ratio:.2f}x.")
+        print(f"Most tokens/s at any batch, context {context:,}: {', '.join(said)}: {ratio:.2f}x.", flush=True)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    save(args.json, {"caption": CAPTION if random else None, "options": options} | rows)
+    save(args.json, {"caption": caption, "options": options} | rows)
 
 
 def _cells(rows: dict[str, list[dict[str, Any]]], name: str, context: int, requests: int) -> list[str]:
