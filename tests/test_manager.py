@@ -1,10 +1,12 @@
-"""Which steps look at whose live ranges: vLLM's own block pool, and a scheduler's calls without an engine."""
+"""What a step reserves and whose live ranges it looks at: vLLM's own block pool, and a scheduler's calls without an
+engine."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from benchmarks.scheduler_cost import ask, fox_manager
+from benchmarks.scheduler_cost import PAGE, ask, fox_manager
 from vllm_fox.kernels.paged import LIVE_RANGE_PERIOD
 from vllm_fox.pages.manager import FEW_REQUESTS, REPORT_EVERY, StreamPageManager
 
@@ -70,3 +72,47 @@ def test_who_has_ended_is_not_looked_at() -> None:
     for _ in range(REPORT_EVERY - 1):
         found, _ = decode(manager, lengths)
     assert found and ended not in found
+
+
+def admission(manager: StreamPageManager, name: str, pages: int) -> int:
+    """Blocks that must be free for a prompt of ``pages``."""
+    return manager.get_num_blocks_to_allocate(name, pages * PAGE, (), 0, 0, pages * PAGE, apply_admission_cap=True)
+
+
+def test_what_is_reserved_counts_as_held() -> None:
+    """Whether a step's pages have been handed out makes no difference to what the scheduler is told."""
+    manager = fox_manager(1000)
+    assert admission(manager, "early", 40) == 40
+    ask(manager, "early", 30 * PAGE)
+    # Its own, what the prompt under way has still to take, and a page for that.
+    assert admission(manager, "late", 20) == 20 + 10 + 1
+    assert manager.block_pool.get_num_free_blocks() == 999 - 30
+    update = manager.take_update({"early": 30 * PAGE})
+    assert update.opened.tolist() == [manager._slot_of["early"]] and len(update.columns.ids) == 30
+    assert admission(manager, "late", 20) == 20 + 10 + 1
+    assert manager.block_pool.get_num_free_blocks() == 999 - 30
+    ask(manager, "early", 40 * PAGE)
+    assert admission(manager, "late", 20) == 20 + 1
+    update = manager.take_update({"early": 10 * PAGE})
+    assert not update.opened.size and len(update.columns.ids) == 10
+    assert admission(manager, "late", 20) == 20 + 1
+
+
+def test_a_prompt_just_scheduled_is_expected_to_give_back() -> None:
+    manager = fox_manager(1000)
+    manager.live_share.observe(np.array([32]), np.array([0.1]))
+    assert not manager.expects_release
+    ask(manager, "prompt", 40 * PAGE)
+    assert manager.expects_release
+    manager.take_update({"prompt": 40 * PAGE})
+    assert manager.expects_release
+
+
+def test_who_is_preempted_in_a_step_gets_nothing_in_it() -> None:
+    manager = fox_manager(1000)
+    ask(manager, "stays", 3 * PAGE)
+    ask(manager, "goes", 5 * PAGE)
+    manager.pop_blocks_for_free("goes")
+    update = manager.take_update({"stays": 3 * PAGE})
+    assert update.opened.tolist() == [manager._slot_of["stays"]] and len(update.columns.ids) == 3
+    assert manager.block_pool.get_num_free_blocks() == 999 - 3

@@ -43,7 +43,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 20))
     @precondition(lambda self: self.pool.has_free_slot)
     def begin(self, count: int) -> None:
-        if not self.pool.can_reserve(0, count):
+        if not self._fits(0, count):
             return
         slot = self.pool.open()
         assert slot not in self.open and slot != 0
@@ -57,11 +57,15 @@ class PoolMachine(RuleBasedStateMachine):
         slot = data.draw(st.sampled_from(sorted(self.open)))
         if len(self.pages[slot]) + self.promised.get(slot, 0) + count > 4 * TABLE_CHUNK:
             return
-        if not self.pool.can_reserve(slot, count):
+        if not self._fits(slot, count):
             with pytest.raises(OutOfPages):
                 self.pool.reserve(slot, count)
             return
         self._reserve(slot, count)
+
+    def _fits(self, slot: int, count: int) -> bool:
+        blocks = min(len(self.pool.free_ids(rank)) // STREAMS[rank] for rank in range(RANKS))
+        return sum(self.promised.values()) + count <= blocks and self.pool.chunks_available(slot, count)
 
     def _reserve(self, slot: int, count: int) -> None:
         self.pool.reserve(slot, count)

@@ -27,7 +27,7 @@ NOTHING = np.empty(0, dtype=np.int32)
 
 
 class OutOfPages(RuntimeError):
-    """The pool was asked for more than it has; callers check :meth:`PagePool.can_reserve` first."""
+    """The pool was asked for more than it has."""
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,6 @@ class PagePool:
         held = int(self.num_pages[slot]) + self.reserved(slot) if slot else 0
         return -(-(held + count) // TABLE_CHUNK) - -(-held // TABLE_CHUNK)
 
-    def can_reserve(self, slot: int, count: int) -> bool:
-        """Whether ``slot`` (0: a new one) can get ``count`` more pages in every stream."""
-        columns = count + self._num_reserved
-        return (
-            (slot != 0 or self.has_free_slot)
-            and all(columns * streams <= free for streams, free in zip(self._per_block, self._num_free))
-            and self.chunks_available(slot, count)
-        )
-
     def chunks_available(self, slot: int, count: int) -> bool:
         """Whether the page table has room for ``count`` more page indices of ``slot`` (0: a new one)."""
         return self._chunks_missing(slot, count) + self._chunks_reserved <= len(self._free_chunks)
@@ -143,11 +134,12 @@ class PagePool:
 
     def reserve(self, slot: int, count: int) -> None:
         """Promise ``slot`` its next ``count`` pages in every stream of every rank."""
-        if not self.can_reserve(slot, count):
+        columns, chunks = self._num_reserved + count, self._chunks_reserved + self._chunks_missing(slot, count)
+        enough = all(columns * streams <= free for streams, free in zip(self._per_block, self._num_free))
+        if not enough or chunks > len(self._free_chunks):
             raise OutOfPages(f"{count} pages in each of {self.streams.sum()} streams")
-        self._chunks_reserved += self._chunks_missing(slot, count)
+        self._num_reserved, self._chunks_reserved = columns, chunks
         self._reserved[slot] = self.reserved(slot) + count
-        self._num_reserved += count
 
     def hand_out(self) -> Columns:
         """Give all slots the pages that were reserved for them."""
