@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import make_checkpoint
+from tests.gradients import assert_near_float32, real_tokens
 from tests.reference_model import reference_logits
 from vllm_fox.architecture import Architecture, expected_weights
 from vllm_fox.hf import ForgettingCache, ForgettingTransformerForCausalLM, compile_layers, live_shares
@@ -140,6 +141,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(pro: Any) -> None:
     for name, grad in grads[0].items():
         assert grad is not None and grad.abs().max() > 0, name
         torch.testing.assert_close(grad, grads[1][name])
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "bfloat16 weights"])
+@pytest.mark.parametrize("packed", [False, True], ids=["windows", "packed"])
+def test_gradients_of_a_trained_model_in_bfloat16(fox_tiny: Path, packed: bool, weights: torch.dtype) -> None:
+    """Its gates' gradients are small sums of large parts, in which any error that all tokens add to would drown
+    them."""
+    ids = real_tokens(fox_tiny, 4096)
+    if packed:
+        bounds = torch.tensor([0, 300, 301, 2400, 4096], dtype=torch.int32)
+        assert_near_float32(fox_tiny, ids[None], weights=weights, cu_seqlens=bounds)
+    else:
+        assert_near_float32(fox_tiny, ids.view(2, -1), weights=weights)
 
 
 def test_layers_are_compiled_once_for_all(tmp_path: Path) -> None:

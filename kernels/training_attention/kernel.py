@@ -3,6 +3,12 @@
 Nothing is accumulated across programs: the backward pass has one kernel for the gradients of queries and one for
 those of keys, values and gates, so its results do not depend on the order in which programs run.
 
+The gradient of a logit is ``P_ij (dP_ij - delta_i)`` with ``delta_i = sum_j P_ij dP_ij``. Before any weight is known
+again, delta_i is ``grad_out_i . out_i``, from an output that was rounded. What a row's gradients then add up to, where
+exact ones add up to zero, is the error of that delta_i. The kernel of the queries adds it to delta_i, and the kernel
+of the keys, which runs after it, subtracts the corrected one. Otherwise a gate's gradient, which is a sum over all
+keys before it, would collect the errors of all rows before it.
+
 Decay is counted from anchors (:data:`.plan.ANCHOR`): what a row has lost since its own is one number, read like any
 other of the row, and between two anchors it is one number for a whole block.
 """
@@ -131,7 +137,7 @@ def _forward(
 @triton.jit(do_not_specialize=["tokens"])
 def _row_terms(out, grad_out, lse, c, terms, tokens, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
     """terms [2, H, N]: what a query adds to its logits (its decay since its anchor less the logarithm of its
-    denominator), and out . grad_out."""
+    denominator), and delta = out . grad_out."""
     rows, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     inside = rows < tokens
     at = rows.to(tl.int64)[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
@@ -145,10 +151,10 @@ def _row_terms(out, grad_out, lse, c, terms, tokens, H: tl.constexpr, D: tl.cons
 
 @triton.jit
 def _query_block(
-    query, grad, bias, product, grad_query, k, v, c, rest, anchor, begin, at, end, query_pos, factor, stride,
+    query, grad, bias, delta, grad_query, remainder, k, v, c, rest, anchor, begin, at, end, query_pos, factor, stride,
     BLOCK: tl.constexpr, D: tl.constexpr, ANCHOR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: what it adds to the gradient of the queries."""
+    """One block of keys: what it adds to the gradient of the queries, and to the sums of their logits' gradients."""
     keys = begin + at + tl.arange(0, BLOCK)
     where = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, D)[None, :]
     inside = keys < end
@@ -161,8 +167,9 @@ def _query_block(
         logits = tl.where((query_pos[:, None] >= keys[None, :]) & inside[None, :], logits, float("-inf"))
     weights = tl.exp2(logits)
     through = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
-    grad_logits = weights * (through - product[:, None])
-    return tl.dot(grad_logits.to(key.dtype), key, grad_query, input_precision=PRECISION)
+    grad_logits = weights * (through - delta[:, None])
+    grad_query = tl.dot(grad_logits.to(key.dtype), key, grad_query, input_precision=PRECISION)
+    return grad_query, remainder + tl.sum(grad_logits, 1)
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "scale"])
@@ -185,25 +192,27 @@ def _backward_queries(
         rest = tokens.to(tl.int64) * H
         c += line
         bias = tl.load(terms + line + rows, mask=inside, other=0.0)
-        product = tl.load(terms + rest + line + rows, mask=inside, other=0.0)
+        delta = tl.load(terms + rest + line + rows, mask=inside, other=0.0)
         anchor = start - (start - begin) % ANCHOR
         k += head // (H // KV) * D
         v += head // (H // KV) * D
         factor = scale * LOG2E
         grad_query = tl.zeros([TILE, D], tl.float32)
+        remainder = tl.zeros([TILE], tl.float32)
         diagonal = tl.maximum((start - begin) // BLOCK, first)
         stop = tl.cdiv(tl.minimum(start + TILE, end) - begin, BLOCK)
         for n in tl.range(first, diagonal, num_stages=STAGES):
-            grad_query = _query_block(
-                query, grad, bias, product, grad_query, k, v, c, rest, anchor, begin, n * BLOCK, end, rows, factor,
-                KV * D, BLOCK, D, ANCHOR, False, PRECISION,
+            grad_query, remainder = _query_block(
+                query, grad, bias, delta, grad_query, remainder, k, v, c, rest, anchor, begin, n * BLOCK, end, rows,
+                factor, KV * D, BLOCK, D, ANCHOR, False, PRECISION,
             )  # fmt: skip
         for n in tl.range(diagonal, stop, num_stages=1):
-            grad_query = _query_block(
-                query, grad, bias, product, grad_query, k, v, c, rest, anchor, begin, n * BLOCK, end, rows, factor,
-                KV * D, BLOCK, D, ANCHOR, True, PRECISION,
+            grad_query, remainder = _query_block(
+                query, grad, bias, delta, grad_query, remainder, k, v, c, rest, anchor, begin, n * BLOCK, end, rows,
+                factor, KV * D, BLOCK, D, ANCHOR, True, PRECISION,
             )  # fmt: skip
         tl.store(grad_q + at, (grad_query * scale).to(grad_q.dtype.element_ty), mask=inside[:, None])
+        tl.store(terms + rest + line + rows, delta + remainder, mask=inside)
 
 
 @triton.jit

@@ -56,18 +56,23 @@ def backward(
     threshold: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v and log_forget (float32), from that of ``out`` and from what :func:`forward` saw."""
+    """Gradients of q, k, v and log_forget (float32), from that of ``out`` and from what :func:`forward` saw.
+
+    With P the weights and dP_ij = grad_out_i . v_j, the gradient of a logit is ``P_ij (dP_ij - sum_j P_ij dP_ij)``.
+    The sum equals ``grad_out_i . out_i``, but only for an ``out`` that was never rounded: it is taken over the
+    weights here, so that a row's gradients add up to zero (see :func:`gate_gradient`), and ``out`` is not read.
+    """
     heads, kv_heads = q.shape[1], k.shape[1]
     wide_q, wide_grad = _wide(q).transpose(0, 1), _wide(grad_out).transpose(0, 1)  # [H, N, d]
-    delta = (wide_grad * _wide(out).transpose(0, 1)).sum(-1)
     grad_q = torch.zeros_like(wide_q)
     grad_k, grad_v = torch.zeros_like(wide_q), torch.zeros_like(wide_q)
     # Sum over queries of the logits' gradients, by key: what D_ij = c_i - c_j passes on to c_j, but for the sign.
-    column = torch.zeros_like(delta)
+    column = torch.zeros_like(lse)
     for at, logits, keys, value in _blocks(q, k, v, c, cu_seqlens, threshold, scale):
         weights = (logits - lse[:, at, None]).exp()
         grad_v[:, keys] += weights.transpose(1, 2) @ wide_grad[:, at]
-        grad_logits = weights * (wide_grad[:, at] @ value.transpose(1, 2) - delta[:, at, None])
+        through = wide_grad[:, at] @ value.transpose(1, 2)
+        grad_logits = weights * (through - (weights * through).sum(-1, keepdim=True))
         grad_q[:, at] = scale * (grad_logits @ _by_head(k, heads)[:, keys])
         grad_k[:, keys] += scale * (grad_logits.transpose(1, 2) @ wide_q[:, at])
         column[:, keys] += grad_logits.sum(1)
@@ -83,7 +88,9 @@ def gate_gradient(column: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tenso
     """Gradient of log_forget [N, H] from the sums [H, N] of the logits' gradients by key.
 
     The gate of token t is part of D_ij for all j < t <= i. A row's gradients sum to zero, since a softmax does not
-    change if all its logits do alike, so all that reaches keys before t counts.
+    change if all its logits do alike, so all that reaches keys before t counts. This holds for the logits' gradients
+    as they were computed only if what each row subtracts is the sum over its own weights: any remainder of a row is
+    counted in the gates of all later tokens.
     """
     earlier = column.double().cumsum(1) - column  # of all sequences before as well
     bounds = cu_seqlens.long()

@@ -198,7 +198,8 @@ class ForgettingSelfAttention(nn.Module):
         else:
             before = before.index_copy(0, starts, last.to(before.dtype))
         assert isinstance(projection, ShiftedLinear)
-        a = projection.shift_proj(x).sigmoid()[..., None]
+        # Where a is close to 1, half precision would leave few digits of 1 - a.
+        a = projection.shift_proj(x).to(torch.promote_types(y.dtype, torch.float32)).sigmoid()[..., None]
         return (a * before + (1 - a) * y).to(y.dtype), y[ends]
 
     def log_forget(self, x: torch.Tensor) -> torch.Tensor:
@@ -260,7 +261,8 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, hidden] to the same."""
         gate, up = self.gate_proj(x).chunk(2, -1) if self.joint else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(self.act(gate) * up)
+        wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        return self.down_proj((self.act(wide) * up).to(up.dtype))  # rounded once
 
 
 class ForgettingTransformerBlock(GradientCheckpointingLayer):
