@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 65536
@@ -97,15 +98,17 @@ def gradients_of(system: str, args: argparse.Namespace) -> None:
     """Save the gradients of one batch, cut into windows of each length."""
     from vllm_fox.hf import compile_layers
 
-    ids = torch.from_numpy(np.load(args.output / "data" / "train.npy")[:BATCH].astype(np.int64)).cuda()
+    ids = torch.from_numpy(np.load(args.output / "batch.npy")).cuda()
     model, loss_of = make_model(system, args.checkpoint)
     if "compiled" in system:
         compile_layers(model)
     for length in args.lengths:
+        begun = time.perf_counter()
         model.zero_grad()
         backward(system, loss_of, ids.view(-1, length))
         grads = {name: weight.grad.float().cpu() for name, weight in model.named_parameters()}
         save_file(grads, args.output / f"{system}-{length}.safetensors")
+        print(f"{system}, windows of {length:,}: {time.perf_counter() - begun:.0f} s", flush=True)
 
 
 def learn(system: str, args: argparse.Namespace) -> None:
@@ -154,7 +157,21 @@ def learn(system: str, args: argparse.Namespace) -> None:
 # ---- in the process that was started ----
 
 
-def prepare_text(args: argparse.Namespace) -> None:
+def prepare_batch(args: argparse.Namespace) -> None:
+    """The first tokens of TEXT by the checkpoint's tokenizer, in OUTPUT/batch.npy."""
+    tokenizer = Tokenizer.from_file(str(args.checkpoint / "tokenizer.json"))
+    ids: list[int] = []
+    for path in sorted(path for path in args.text.rglob("*") if path.is_file()):
+        ids += tokenizer.encode(path.read_text(errors="ignore")).ids
+        if len(ids) >= BATCH:
+            break
+    else:
+        raise SystemExit(f"{args.text} has {len(ids):,} tokens of text: {BATCH:,} are needed.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    np.save(args.output / "batch.npy", np.array(ids[:BATCH]))
+
+
+def prepare_corpus(args: argparse.Namespace) -> None:
     """TEXT as token ids by the checkpoint's tokenizer, in OUTPUT/data."""
     sys.path.append(str(ROOT / "examples"))
     from text_corpus import prepare
@@ -191,35 +208,38 @@ def distance(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> f
 
 
 def gradients(args: argparse.Namespace) -> dict[str, Any]:
-    """Distances from float32's gradients: of all, of the gates', and of each parameter."""
-    prepare_text(args)
-    names = [name for name in args.systems if args.before or not name.startswith("before")]
-    options = [str(args.checkpoint), str(args.text), "--output", str(args.output)]
-    options += ["--lengths", *map(str, args.lengths)]
-    run_all([["gradients-of", name, *options] for name in names], args.before)
+    """Distances from float32's gradients: of all, of the gates', and of each parameter.
+
+    Of systems that were cut off, what they had saved before counts.
+    """
+    if not args.read:
+        prepare_batch(args)
+        options = [str(args.checkpoint), str(args.text), "--output", str(args.output)]
+        options += ["--lengths", *map(str, args.lengths)]
+        names = [name for name in args.systems if args.before or not name.startswith("before")]
+        run_all([["gradients-of", name, *options] for name in names], args.before)
     figures: dict[str, Any] = {}
     for length in args.lengths:
-        found = {}
-        for name in names:
-            file = args.output / f"{name}-{length}.safetensors"
-            if file.exists():
-                found[name] = load_file(file)
+        files = {name: args.output / f"{name}-{length}.safetensors" for name in args.systems}
+        found = {name: load_file(file) for name, file in files.items() if file.exists()}
+        if WIDE not in found:
+            print(f"windows of {length:,} tokens: float32's gradients are missing")
+            continue
         want = found.pop(WIDE)
         gates = {name: x for name, x in want.items() if "fgate" in name}
-        norm = sum(x.double().square().sum() for x in want.values()) ** 0.5
-        print(f"windows of {length:,} tokens; norm of float32's gradients {float(norm):.4f}")
-        figures[str(length)] = {"norm": float(norm), "systems": {}}
-        each = {n: {p: distance({p: x[p]}, {p: want[p]}) for p in want} for n, x in found.items()}
+        norm = float(sum(x.double().square().sum() for x in want.values()) ** 0.5)
+        print(f"windows of {length:,} tokens; norm of float32's gradients {norm:.4f}")
+        each = {name: {p: distance({p: x[p]}, {p: want[p]}) for p in want} for name, x in found.items()}
+        figures[str(length)] = {"norm": norm, "systems": {}}
         for name, grads in found.items():
-            allowed = {p: max(0.02, 1.2 * each["official"][p]) if "official" in each else 0.02 for p in want}
+            official = each.get("official, bfloat16 weights" if "weights" in name else "official", {})
+            allowed = {p: max(0.02, 1.2 * official.get(p, 0.0)) for p in want}
             over = sorted((p for p in want if each[name][p] > allowed[p]), key=lambda p: -each[name][p])
             row = {"all": distance(grads, want), "gates": distance(grads, gates), "each": each[name], "over": over}
             figures[str(length)]["systems"][name] = row
-            print(f"  {name:28} all {row['all']:.4f}  gates {row['gates']:.4f}  "
-                  f"parameters above 0.02 and 1.2x official's {len(over)}")  # fmt: skip
+            print(f"  {name:28} all {row['all']:.4f}  gates {row['gates']:.4f}  over the limit {len(over)}")
             for p in over[:4]:
-                other = f"official {each['official'][p]:.4f}" if "official" in each else ""
-                print(f"    {p:44} {each[name][p]:.4f}  {other}")
+                print(f"    {p:44} {each[name][p]:.4f}  official {official.get(p, math.nan):.4f}")
     return figures
 
 
@@ -233,7 +253,7 @@ def learning(args: argparse.Namespace) -> dict[str, Any]:
 
     What an earlier call has left in OUTPUT is not done again.
     """
-    prepare_text(args)
+    prepare_corpus(args)
     names = [name for name in args.systems if args.before or not name.startswith("before")]
     options = [str(args.checkpoint), str(args.text), "--output", str(args.output)]
     for option in ("context", "steps", "lr", "tuning_steps", "tuning_lr", "eval_windows"):
@@ -295,7 +315,9 @@ def parse() -> argparse.Namespace:
         one.add_argument("--systems", nargs="+", choices=systems, default=systems)
         one.add_argument("--before", type=Path, help="checkout of an earlier commit")
         one.add_argument("--save", help="JSON file for the figures")
-        if command == "learning":
+        if command == "gradients":
+            one.add_argument("--read", action="store_true", help="print what an earlier call left in OUTPUT")
+        else:
             one.add_argument(
                 "--starts", nargs="+", choices=("random", "checkpoint"), default=("checkpoint", "random")
             )

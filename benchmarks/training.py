@@ -6,7 +6,8 @@ python -m benchmarks.training curves runs/fox runs/fox-unpruned      # the losse
 python -m benchmarks.training patterns runs/fox --plot docs/forgetting.png
 python -m benchmarks.training positions runs/fox                     # loss by position, live share by length
 
-All but `kernels` read what examples/train_fox.py wrote: gates of real training on real text.
+All but `kernels` read what examples/train_fox.py wrote: gates of real training on real text. What bfloat16 does to
+gradients, and to what is learnt with them, is benchmarks.precision's.
 """
 
 from __future__ import annotations

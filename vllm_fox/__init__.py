@@ -1,3 +1,3 @@
 """vllm-fox: serve transformers that forget through an unmodified vLLM."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
