@@ -21,7 +21,7 @@ help:
 	@echo 'make demo    serve two small models, send them long prompts, show what was given back'
 	@echo 'make test    run the tests'
 	@echo 'make serve   serve MODEL (default: examples/fox-tiny) on port 8000'
-	@echo 'make lint    ruff and mypy'
+	@echo 'make lint    ruff, mypy, and which part may import which'
 	@echo 'make clean   remove .venv, caches and build products'
 
 setup: $(STAMP)
@@ -46,7 +46,7 @@ serve: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/serve.sh '$(MODEL)' $(ARGS)
 
 lint: setup
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

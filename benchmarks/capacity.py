@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.checkpoint import Geometry, Head, fox_parameters, read_statistics
-from vllm_fox.kernels.paged import PageFormat
-from vllm_fox.settings import DEFAULT_LOG_PRUNING_TOLERANCE
+from vllm_fox.kernels.acp import DEFAULT_LOG_TOLERANCE
+from vllm_fox.kernels.forgetting.pages import ForgettingPageFormat
 
 LONGEST, PAGE, CHUNK = 131_072, 64, 8_192
 
@@ -37,9 +37,9 @@ class Model:
         return self.geometry.hidden // self.geometry.heads
 
     @property
-    def page_format(self) -> PageFormat:
+    def page_format(self) -> ForgettingPageFormat:
         groups = self.geometry.heads // self.kv_heads
-        return PageFormat(PAGE, self.head_dim, torch.bfloat16, groups, True, torch.bfloat16)
+        return ForgettingPageFormat(PAGE, self.head_dim, torch.bfloat16, groups, True, torch.bfloat16)
 
 
 MODELS = [
@@ -56,7 +56,7 @@ def live_pages(head: Head, tokens: int, scale: float) -> int:
         scale: head size over that of the trained heads, whose logit bound grows with its root.
     """
     bound = head.logit_bound * math.sqrt(scale)
-    window = (2 * bound + math.log(LONGEST) - DEFAULT_LOG_PRUNING_TOLERANCE) / -head.mean_log_forget
+    window = (2 * bound + math.log(LONGEST) - DEFAULT_LOG_TOLERANCE) / -head.mean_log_forget
     return min(math.ceil(tokens / PAGE), math.ceil(window / PAGE) + 1)
 
 

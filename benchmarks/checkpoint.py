@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_fox.architecture import Architecture, expected_weights, resolve_intermediate_size
-from vllm_fox.configs import FoxConfig
+from vllm_fox.families.fox.architecture import Architecture, expected_weights, resolve_intermediate_size
+from vllm_fox.families.fox.config import FoxConfig
 
 STATISTICS = Path(__file__).parent / "data" / "gate_statistics.json"
 
@@ -225,7 +225,7 @@ def write_gpt2(folder: Path, geometry: Geometry) -> None:
 
 def write_sparse_gpt2(folder: Path, geometry: Geometry) -> None:
     """config.json and model.safetensors."""
-    from vllm_fox.configs import SparseGPT2Config
+    from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
     from vllm_fox.hf import SparseGPT2LMHeadModel
 
     torch.manual_seed(0)

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import timed
+from benchmarks.one_layer import batch_of, extend, pool_and_table
 from benchmarks.peers import copy_bandwidth
 from benchmarks.record import save
-from tests.harness import batch_of, extend, pool_and_table
-from vllm_fox.kernels.compaction import compact
-from vllm_fox.kernels.drop_times import drop_times
-from vllm_fox.kernels.subset import SubsetPageFormat
-from vllm_fox.kernels.subset_attention import make_room, subset_attention
-from vllm_fox.kernels.subset_write import subset_write
+from vllm_fox.kernels.subset.attention import make_workspace, subset_attention
+from vllm_fox.kernels.subset.compaction import compact
+from vllm_fox.kernels.subset.drop_times import drop_times
+from vllm_fox.kernels.subset.pages import SubsetPageFormat
+from vllm_fox.kernels.subset.write import subset_write
 
 HEADS, DIM, INTS, PAGE = 12, 64, 64, 16
 TOGETHER = 32
@@ -44,7 +44,9 @@ def decode(rows: int, context: int, live: float, bandwidth: float) -> dict[str, 
     form = SubsetPageFormat(PAGE, HEADS, DIM, INTS, torch.bfloat16)
     pages = form.view(torch.zeros((rows * pages_each + 1) * form.page_bytes, dtype=torch.uint8, device="cuda"))
     pool, table = pool_and_table(1, rows, rows * pages_each + 1, pages_each + 16)
-    bias, room = torch.tensor([bias_of(live, context)], device="cuda"), make_room(rows, context, pages.end.device)
+    bias = torch.tensor([bias_of(live, context)], device="cuda")
+    workspace = make_workspace(rows, context, pages.end.device)
+    assert workspace is not None
     slots = [pool.open() for _ in range(rows)]
     for slot in slots:
         extend(pool, table, slot, context, PAGE)
@@ -59,20 +61,20 @@ def decode(rows: int, context: int, live: float, bandwidth: float) -> dict[str, 
         mine = slots[start : start + TOGETHER]
         batch = batch_of([context - 1] * len(mine), [context - 1] * len(mine), mine, PAGE)
         _, k, v, int_q, int_k = inputs((context - 1) * len(mine))
-        subset_write(pages, table, batch, 0, k, v, int_k)
+        subset_write(pages, table, batch, 0, k=k, v=v, int_k=int_k)
         drop_times(pages, table, batch, 0, int_q, bias, None)
         compact(pages, table, batch)
     batch = batch_of([1] * rows, [context] * rows, slots, PAGE)
     q, k, v, int_q, int_k = inputs(rows)
     out = torch.empty_like(q)
     calls = {
-        "write": lambda: subset_write(pages, table, batch, 0, k, v, int_k),
+        "write": lambda: subset_write(pages, table, batch, 0, k=k, v=v, int_k=int_k),
         "drop times": lambda: drop_times(pages, table, batch, 0, int_q, bias, None),
-        "attention": lambda: subset_attention(pages, table, batch, 0, q, DIM**-0.5, out, room=room),
+        "attention": lambda: subset_attention(pages, table, batch, 0, q, DIM**-0.5, out, workspace),
         "compaction": lambda: compact(pages, table, batch),
     }
     times = {name: timed(call) for name, call in calls.items()}
-    seen = room.counts[:rows].sum().item()
+    seen = workspace.counts[:rows].sum().item()
     held = (pages_each - table.first_live[torch.tensor(slots)]).sum().item() * PAGE
     sizes = {
         "drop times": held * (2 * INTS + 8),

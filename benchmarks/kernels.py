@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.one_layer import OneLayer
 from benchmarks.peers import (
     DECODE,
     PREFILL,
@@ -29,12 +30,12 @@ from benchmarks.peers import (
     pruning_threshold,
 )
 from benchmarks.record import save
-from tests.harness import OneLayer
-from vllm_fox.kernels.cache_write import cache_write
-from vllm_fox.kernels.decode_attention import decode_attention
-from vllm_fox.kernels.live_range import live_range
-from vllm_fox.kernels.paged import LIVE_RANGE_PERIOD, Batch
-from vllm_fox.kernels.prefill_attention import prefill_attention
+from vllm_fox.kernels.forgetting.cache_write import cache_write
+from vllm_fox.kernels.forgetting.decode import decode_attention
+from vllm_fox.kernels.forgetting.live_range import live_range
+from vllm_fox.kernels.forgetting.pages import LIVE_RANGE_PERIOD
+from vllm_fox.kernels.forgetting.prefill import prefill_attention
+from vllm_fox.kernels.paged import Batch
 
 HEADS, DIM, PAGE = 24, 64, 64
 SCALE = DIM**-0.5
@@ -94,7 +95,18 @@ def write(layer: OneLayer, step: Any, batch: Batch) -> None:
     """The page write of a step."""
     norm = torch.ones(HEADS, DIM, device="cuda", dtype=torch.bfloat16)
     cache_write(
-        layer.pages, layer.table, batch, 0, step.k, step.v, step.gate, step.shift_k, step.shift_v, norm, 1e-5, None
+        layer.pages,
+        layer.table,
+        batch,
+        0,
+        k=step.k,
+        v=step.v,
+        gate=step.gate,
+        shift_k=step.shift_k,
+        shift_v=step.shift_v,
+        k_norm=norm,
+        norm_eps=1e-5,
+        rope_base=None,
     )
 
 
@@ -117,7 +129,7 @@ def ours_prefill(gates: Gates, length: int, prune: bool) -> dict[str, float]:
             SCALE,
             state.bounded,
             out,
-            plan=state.prefill_plan,
+            state.prefill_workspace,
         )
 
     return {"attention": timed(attend), "write": timed(lambda: write(layer, step, batch))}
@@ -143,7 +155,7 @@ def ours_decode(gates: Gates, length: int, rows: int, prune: bool) -> dict[str, 
     limits = state.thresholds.flatten(0, 1)
 
     def attend() -> None:
-        decode_attention(layer.pages, layer.table, batch, 0, step.q, SCALE, out, plan=state.decode_plan)
+        decode_attention(layer.pages, layer.table, batch, 0, step.q, SCALE, out, state.decode_workspace)
 
     def write_and_attend() -> None:
         write(layer, step, batch)

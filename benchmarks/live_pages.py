@@ -17,8 +17,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from benchmarks.engines import add, engine, manager, num_blocks, scheduler, source_tokens
 from benchmarks.record import save
-from tests.engines import add, engine, manager, num_blocks, scheduler, source_tokens
 
 
 def trace(

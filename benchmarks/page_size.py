@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from typing import get_args
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.engines import add, engine, manager, run_to_the_end, run_until_decoding, source_tokens
 from benchmarks.record import save
-from tests.engines import add, engine, manager, run_to_the_end, run_until_decoding, source_tokens
-from vllm_fox.settings import PAGE_SIZES
+from vllm_fox.settings import PageSize
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", default="results/page_size.json")
     args = parser.parse_args()
     rows = []
-    for size in PAGE_SIZES:
+    for size in get_args(PageSize):
         blocks = -(-8192 // size) + 2
         with engine(args.model, {"page_size": size}, max_model_len=8192, num_gpu_blocks_override=blocks) as llm:
             spec = manager(llm).kv_cache_spec

@@ -25,12 +25,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from vllm_fox.models import bounds
+from vllm_fox.kernels import acp
 
 Call = Callable[[], torch.Tensor]
-
-LOG_TOLERANCE = -10.0
-"""log of what the pruned weights of a query may sum to, as in ACP (arXiv 2504.06949)."""
 
 MAX_BIAS_LENGTH = 4096
 """Longest prompt for which a bias is written out as [H, T, T]."""
@@ -121,8 +118,8 @@ def _one_line(error: Exception) -> str:
 
 
 def pruning_threshold(logit_bound: torch.Tensor, length: int) -> torch.Tensor:
-    """[H]: pairs with D_ij below it are negligible, -2U - log(length) + LOG_TOLERANCE."""
-    return bounds.pruning_threshold(logit_bound, length, LOG_TOLERANCE)
+    """[H]: pairs with D_ij below it are negligible, -2U - log(length) - 10."""
+    return acp.pruning_threshold(logit_bound, length, acp.DEFAULT_LOG_TOLERANCE)
 
 
 # ---- prefill ----

@@ -53,19 +53,20 @@ def make_model(system: str, checkpoint: Path, seed: int | None = None) -> tuple[
     Args:
         seed: of a random start; None starts from the checkpoint's weights.
     """
-    from vllm_fox.hf import ForgettingTransformerForCausalLM, modeling
+    from vllm_fox.hf import ForgettingTransformerForCausalLM
 
     model: Any = ForgettingTransformerForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     if seed is not None:
         torch.manual_seed(seed)
         model = ForgettingTransformerForCausalLM(model.config)
     if system == "float32 attention":
+        modeling: Any = sys.modules[ForgettingTransformerForCausalLM.__module__]
         plain = modeling.forgetting_attention
 
         def widened(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
             return plain(q.float(), k.float(), v.float(), *rest, **options).to(q.dtype)
 
-        modeling.forgetting_attention = widened  # type: ignore[assignment]
+        modeling.forgetting_attention = widened
     if system.startswith("official"):
         from benchmarks.peers import official_model
 

@@ -21,13 +21,14 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Sing
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from benchmarks.record import save
-from vllm_fox.kernels.paged import LIVE_RANGE_PERIOD, PageFormat
+from vllm_fox.kernels.forgetting.pages import LIVE_RANGE_PERIOD, ForgettingPageFormat
+from vllm_fox.pages.geometry import PageGeometry
 from vllm_fox.pages.manager import StreamPageManager
 from vllm_fox.pages.messages import PageReport, TableUpdate
-from vllm_fox.pages.spec import PageGeometry, StreamPageSpec
+from vllm_fox.pages.spec import StreamPageSpec
 
 LAYERS, HEADS, DIM, PAGE = 24, 24, 64, 64
-FORM = PageFormat(PAGE, DIM, torch.bfloat16, 1, True, torch.bfloat16)
+FORM = ForgettingPageFormat(PAGE, DIM, torch.bfloat16, 1, True, torch.bfloat16)
 REQUESTS, TOKENS, CHUNK = 256, 16_384, 8_192
 
 
@@ -107,7 +108,7 @@ def decode(steps: int) -> dict[str, list[float]]:
         report = reported(update, rows, lengths[rows] + step, window, phase)
         now = lengths + step + 1
         t0 = time.perf_counter()
-        fox.apply(report)
+        fox.free_dead(report)
         t1 = time.perf_counter()
         for name, length in zip(names, now.tolist()):
             ask(fox, name, length)
@@ -139,7 +140,7 @@ def prefill(steps: int) -> dict[str, list[float]]:
         report = reported(update, np.zeros(len(update.slots), int), np.array([length]), window, phase)
         length = (part + 1) * CHUNK
         t0 = time.perf_counter()
-        fox.apply(report)
+        fox.free_dead(report)
         t1 = time.perf_counter()
         if part == 0 and prompt >= 32:
             fox.pop_blocks_for_free(ends)

@@ -35,6 +35,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from vllm_fox.families import family_of
+from vllm_fox.registration import register_configs
+
 HERE = Path(__file__).resolve().parent
 MODELS = (HERE / "fox-tiny", HERE / "dcp-tiny")
 MODEL_NAME = "demo"
@@ -53,11 +58,11 @@ class Model:
     """A checkpoint, and what of its config.json the demo needs.
 
     Attributes:
-        streams: what forgets on its own: KV heads of all layers of a Forgetting Transformer; else layers.
+        streams: how many parts of the model forget on their own.
         page: what a page holds the tokens of.
         context: longest request that is served.
-        kv_bytes: KV memory: small enough that the share in use says something, large enough for all prompts without
-            forgetting.
+        kv_bytes: KV memory, for four contexts in bfloat16. That is small enough for the share in use to say
+            something, and large enough for all prompts without forgetting.
     """
 
     folder: Path
@@ -71,12 +76,16 @@ class Model:
         """Raises DemoError if there is none."""
         if not (folder / "config.json").is_file():
             raise DemoError(f"--model is {folder}, which has no config.json: give the folder of a checkpoint.")
-        config = json.loads((folder / "config.json").read_text())
-        if config.get("model_type") == "sparse_gpt2":
-            return cls(folder, config["n_layer"], "one layer", min(4096, config["block_size"]), 16 << 20)
-        streams = config["num_hidden_layers"] * (config.get("num_kv_heads") or config["num_heads"])
-        context = min(4096, config.get("max_position_embeddings", 4096))
-        return cls(folder, streams, "one head of one layer", context, 64 << 20)
+        register_configs()
+        try:
+            config: Any = AutoConfig.from_pretrained(folder)
+            family = family_of(config)
+        except ValueError as error:
+            raise DemoError(f"--model is {folder}: {error}") from None
+        context = min(4096, config.max_position_embeddings)
+        kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        token_bytes = 4 * config.num_hidden_layers * kv_heads * (config.hidden_size // config.num_attention_heads)
+        return cls(folder, family.streams(config), family.stream, context, 4 * context * token_bytes)
 
 
 # --- the server ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from training_run import FIXED, add_options, begin, check_disk, check_options, e
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from vllm_fox.hf import SparseGPT2LMHeadModel
-from vllm_fox.hf.sparse_gpt2 import INITIAL_BIAS
+from vllm_fox.hf.sparse_gpt2.modeling import INITIAL_BIAS
 
 OWN = (
     "gpt2", "dense", "window", "dense_steps", "dense_lr", "gamma", "alpha", "alpha_steps", "int_n_embd",

@@ -378,13 +378,17 @@ def train(
 
 
 def export(accelerator: Accelerator, model: Any, args: argparse.Namespace, folder: Path) -> None:
-    """bfloat16 safetensors, config and tokenizer."""
+    """bfloat16 safetensors, config and tokenizer. Constant forget gates stay float32: all decay follows them."""
     state = accelerator.get_state_dict(model)
     if not accelerator.is_main_process:
         return
     whole = accelerator.unwrap_model(model)
     tied = whole.all_tied_weights_keys  # saved once, under the other name
-    weights = {name: tensor.bfloat16() for name, tensor in state.items() if name not in tied}
+    weights = {
+        name: tensor.float() if name.endswith("fgate_bias") else tensor.bfloat16()
+        for name, tensor in state.items()
+        if name not in tied
+    }
     whole.save_pretrained(folder, state_dict=weights)
     whole.config.dtype = torch.bfloat16  # saved with the model's weights' own
     whole.config.save_pretrained(folder)

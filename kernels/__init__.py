@@ -3,13 +3,13 @@
 ``NAME/reference.py`` is the plain PyTorch form and reads like the formula; faster implementations stand beside
 it with the same signature, and ``NAME/__init__.py`` picks one. Nothing here knows vLLM.
 
-All but ``training_attention`` work on the pages of a server's KV cache; that one takes whole sequences.
+All but ``forgetting.training`` work on the pages of a server's KV cache; that one takes whole sequences.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .training_attention import forgetting_attention
+    from .forgetting.training import forgetting_attention
 
 __all__ = ["forgetting_attention"]
 
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
     # distribution "kernels" and imports it as that to read its version. Were operators registered by it, PyTorch
     # would tear down those of vllm_fox.kernels, which have the same names, while they are in use.
     if name == "forgetting_attention":
-        from .training_attention import forgetting_attention
+        from .forgetting.training import forgetting_attention
 
         return forgetting_attention
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ import torch
 from triton.compiler import CompiledKernel
 
 ALIGNMENT = 16
-"""Bytes. Triton compiles another kernel for tensors that are not so aligned, with narrower loads."""
+"""Triton compiles another kernel, with narrower loads, for tensors that are not aligned to so many bytes."""
 
 
 class Launcher:

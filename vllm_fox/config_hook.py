@@ -9,87 +9,58 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from .settings import FoxSettings
+from .family import Family
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
 
+CONNECTOR = "FoxPageConnector"
+"""Name of our KV connector."""
+ATTENTION_OPERATOR = "vllm_fox::paged_attention"
+"""The operator that stands for an attention layer of any family in compiled graphs."""
 CAPTURED_TOKENS = 1024
+"""Largest step that is captured as a CUDA graph, unless the engine is told otherwise."""
 
 
 class PagedConfigHook(VerifyAndUpdateConfig):
-    """What models over our pages have in common.
+    """What every family's models need. :func:`config_hook_of` makes one for a family, as vLLM asks for a class.
 
     Attributes:
-        family: the models, for errors.
-        attention_op: the operator that stands for their attention layers.
-        page_size: tokens per page unless ``fox.page_size`` says otherwise.
+        family: the models'.
     """
 
-    family: ClassVar[str]
-    attention_op: ClassVar[str]
-    page_size: ClassVar[int]
+    family: ClassVar[Family]
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """vLLM calls this before anything is loaded."""
-        settings = FoxSettings.from_vllm_config(vllm_config)
-        for found, what in cls.refusals(vllm_config, settings):
+        family = cls.family
+        settings = family.settings.from_vllm_config(vllm_config)
+        refusals = [
+            *_unsupported(vllm_config),
+            _unsupported_dtype(vllm_config, family.float8_pages),
+            *family.refusals(vllm_config),
+        ]
+        for found, what in refusals:
             if found:
-                raise ValueError(f"{cls.family} do not support {what} in vllm-fox yet: leave it out.")
+                raise ValueError(f"{family.name} do not support {what} in vllm-fox yet: leave it out.")
         _check_ranks(vllm_config)
-        _set_page_size(vllm_config, settings.page_size or cls.page_size, cls.family)
-        _route_pages(vllm_config)
-        _split_graphs(vllm_config.compilation_config, cls.attention_op)
+        _set_page_size(vllm_config, settings.page_size or family.page_size, family.name)
+        # Page-table changes and reports of dead pages travel through it.
+        vllm_config.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
+        _split_graphs(vllm_config.compilation_config)
         _capture_short_prompts(vllm_config.compilation_config)
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching:
             cache.enable_prefix_caching = False
             logger.info("Prefix caching is off: vllm-fox does not share released pages between requests yet.")
 
-    @classmethod
-    def refusals(cls, vllm_config: VllmConfig, settings: FoxSettings) -> list[tuple[object, str]]:
-        """Whether something is asked for that this family lacks, and what."""
-        return _unsupported(vllm_config)
 
-
-class FoxConfigHook(PagedConfigHook):
-    """For every ForgettingTransformerForCausalLM."""
-
-    family = "Forgetting Transformers"
-    attention_op = "vllm_fox::forgetting_attention"
-    page_size = 64
-
-    @classmethod
-    def refusals(cls, vllm_config: VllmConfig, settings: FoxSettings) -> list[tuple[object, str]]:
-        """Also of dtypes of the pages."""
-        dtypes = [*_own_dtypes(vllm_config), *_float8_dtypes()]
-        return [*super().refusals(vllm_config, settings), _unsupported_dtype(vllm_config, dtypes)]
-
-
-class SparseGPT2ConfigHook(PagedConfigHook):
-    """For every SparseGPT2LMHeadModel."""
-
-    family = "Sparse GPT-2 models"
-    attention_op = "vllm_fox::subset_attention"
-    # A request holds up to two pages a layer beside its live tokens, so small pages pay.
-    page_size = 16
-
-    @classmethod
-    def refusals(cls, vllm_config: VllmConfig, settings: FoxSettings) -> list[tuple[object, str]]:
-        """Also of float8 pages, pipeline stages (layers need what those below drop), and FoX's own option."""
-        stages = vllm_config.parallel_config.pipeline_parallel_size
-        return [
-            *super().refusals(vllm_config, settings),
-            _unsupported_dtype(vllm_config, _own_dtypes(vllm_config)),
-            (stages > 1, f"pipeline stages (--pipeline-parallel-size {stages})"),
-            (
-                settings.log_pruning_tolerance != FoxSettings.log_pruning_tolerance,
-                f"fox.log_pruning_tolerance ({settings.log_pruning_tolerance!r}; they have learned what to drop)",
-            ),
-        ]
+def config_hook_of(family: Family) -> type[PagedConfigHook]:
+    """The class that vLLM calls for a family's models."""
+    return type("FamilyConfigHook", (PagedConfigHook,), {"family": family})
 
 
 def _unsupported(vllm_config: VllmConfig) -> list[tuple[object, str]]:
@@ -99,7 +70,7 @@ def _unsupported(vllm_config: VllmConfig) -> list[tuple[object, str]]:
         (vllm_config.lora_config, "LoRA (--enable-lora)"),
         (vllm_config.kv_transfer_config, "a KV connector (--kv-transfer-config)"),
         (vllm_config.quant_config, "quantised weights (--quantization)"),
-        (getattr(cache, "kv_offloading_size", None), "KV offloading (--kv-offloading-size)"),
+        (cache.kv_offloading_size, "KV offloading (--kv-offloading-size)"),
         (parallel.decode_context_parallel_size > 1, "context parallelism (--decode-context-parallel-size)"),
         (parallel.prefill_context_parallel_size > 1, "context parallelism (--prefill-context-parallel-size)"),
     ]
@@ -120,21 +91,12 @@ def _check_ranks(vllm_config: VllmConfig) -> None:
         )
 
 
-def _unsupported_dtype(vllm_config: VllmConfig, dtypes: list[str]) -> tuple[object, str]:
+def _unsupported_dtype(vllm_config: VllmConfig, float8_pages: bool) -> tuple[object, str]:
+    allowed = ["auto", str(vllm_config.model_config.dtype).removeprefix("torch.")]
+    if float8_pages and (not current_platform.is_cuda() or current_platform.has_device_capability(89)):
+        allowed += ["fp8", "fp8_e4m3"]
     found = vllm_config.cache_config.cache_dtype
-    return found not in dtypes, f"--kv-cache-dtype {found} (but {', '.join(dtypes)})"
-
-
-def _own_dtypes(vllm_config: VllmConfig) -> list[str]:
-    """The model's own type, as values of --kv-cache-dtype."""
-    return ["auto", str(vllm_config.model_config.dtype).removeprefix("torch.")]
-
-
-def _float8_dtypes() -> list[str]:
-    """e4m3, where the GPU has it."""
-    if current_platform.is_cuda() and not current_platform.has_device_capability(89):
-        return []
-    return ["fp8", "fp8_e4m3"]
+    return found not in allowed, f"--kv-cache-dtype {found} (but {', '.join(allowed)})"
 
 
 def _set_page_size(vllm_config: VllmConfig, page_size: int, family: str) -> None:
@@ -148,18 +110,12 @@ def _set_page_size(vllm_config: VllmConfig, page_size: int, family: str) -> None
     cache.user_specified_block_size = True
 
 
-def _route_pages(vllm_config: VllmConfig) -> None:
-    from .registration import CONNECTOR
-
-    vllm_config.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
-
-
-def _split_graphs(compilation: CompilationConfig, attention_op: str) -> None:
+def _split_graphs(compilation: CompilationConfig) -> None:
     """Our attention operator ends a compiled piece, as vLLM's own do."""
     if compilation.splitting_ops is None:
         compilation.splitting_ops = [*CompilationConfig._attention_ops]
-    if compilation.splitting_ops and attention_op not in compilation.splitting_ops:
-        compilation.splitting_ops.append(attention_op)
+    if compilation.splitting_ops and ATTENTION_OPERATOR not in compilation.splitting_ops:
+        compilation.splitting_ops.append(ATTENTION_OPERATOR)
 
 
 def _capture_short_prompts(compilation: CompilationConfig) -> None:

@@ -1,14 +1,16 @@
-"""Everything that the plugin adds to vLLM's registries."""
+"""Everything that the plugin adds to vLLM's and transformers' registries, over all families."""
 
 from __future__ import annotations
 
-FOX = "ForgettingTransformerForCausalLM"
-SPARSE_GPT2 = "SparseGPT2LMHeadModel"
-CONNECTOR = "FoxPageConnector"
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from .families import all_families
 
 
 def register_plugin() -> None:
-    """Register configs, tokenizer, model, backend, connector and config hook; safe to call again.
+    """Register configs, models, backend, cache spec, connector and config hooks with vLLM; safe to call again.
 
     Under a vLLM of another release line nothing is registered and an error is logged: other models go on as before.
     """
@@ -23,23 +25,59 @@ def register_plugin() -> None:
         init_logger(__name__).error("%s Models that forget cannot be served until then.", error)
         return
 
-    from vllm import ModelRegistry
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    from vllm.v1.attention.backends.registry import register_backend
 
-    from .config_hook import FoxConfigHook, SparseGPT2ConfigHook
-    from .configs import register_configs
-    from .tokenizer import register_tokenizer
+    from .config_hook import config_hook_of
 
     register_configs()
-    register_tokenizer()
-    if MODELS_CONFIG_MAP.get(FOX) is FoxConfigHook:
-        return
-    ModelRegistry.register_model(FOX, f"vllm_fox.models.fox:{FOX}")
-    ModelRegistry.register_model(SPARSE_GPT2, f"vllm_fox.models.sparse_gpt2:{SPARSE_GPT2}")
-    register_backend("FOX", "vllm_fox.attention.backend.FoxAttentionBackend")
-    register_backend("DCP", "vllm_fox.attention.backend.SubsetAttentionBackend")
+    _register_pages()
+    for family in all_families():
+        hook = config_hook_of(family)
+        for name, model in family.architectures.items():
+            if name not in MODELS_CONFIG_MAP:
+                ModelRegistry.register_model(name, model)
+                MODELS_CONFIG_MAP[name] = hook
+
+
+@cache
+def _register_pages() -> None:
+    """What all families share: the backend, the cache spec with its manager, and the connector."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.v1.attention.backends.registry import register_backend
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from .config_hook import CONNECTOR
+    from .pages.manager import StreamPageManager
+    from .pages.spec import StreamPageSpec
+
+    register_backend("VLLM_FOX", "vllm_fox.attention.backend.PagedAttentionBackend")
+    # The registry adds vLLM's own specs only while it is empty, so they must go first.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(StreamPageSpec, StreamPageManager, uniform_type_base_spec=StreamPageSpec)
     KVConnectorFactory.register_connector(CONNECTOR, "vllm_fox.pages.connector", CONNECTOR)
-    MODELS_CONFIG_MAP[FOX] = FoxConfigHook
-    MODELS_CONFIG_MAP[SPARSE_GPT2] = SparseGPT2ConfigHook
+
+
+def register_configs() -> None:
+    """Make the families' classes what transformers' AutoConfig uses for their model types; safe to call again.
+
+    They win over classes that another package registered before.
+    """
+    from transformers import AutoConfig
+
+    for family in all_families():
+        for config in family.configs:
+            AutoConfig.register(config.model_type, config, exist_ok=True)
+        family.prepare()
+
+
+def register_transformers_models() -> None:
+    """Make AutoModelForCausalLM know the families' models for transformers; safe to call again."""
+    from transformers import AutoModelForCausalLM
+
+    for family in all_families():
+        for config, path in family.configs.items():
+            if path is not None:
+                module, _, name = path.partition(":")
+                model: Any = getattr(import_module(module), name)
+                AutoModelForCausalLM.register(config, model, exist_ok=True)

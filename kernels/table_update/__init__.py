@@ -1,22 +1,15 @@
 """Write a step's changes into the page table."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..dispatch import use_triton
-from ..paged import PageTable
+from ..leaf import LazyKernel, leaf
 from . import reference
 
+if TYPE_CHECKING:
+    from . import kernel as _kernel
+else:
+    _kernel = LazyKernel(__name__)
 
-def table_update(table: PageTable, *args: torch.Tensor) -> None:
-    """:func:`.reference.table_update`, by the implementation for the table's device."""
-    if use_triton(table.entries.device):
-        from . import kernel
-
-        kernel.table_update(table, *args)
-    else:
-        reference.table_update(table, *args)
-
+table_update = leaf(reference.table_update, lambda: _kernel.table_update)
 
 __all__ = ["table_update"]

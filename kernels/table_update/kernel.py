@@ -12,8 +12,8 @@ import triton.language as tl
 from ..launch import Launcher
 from ..paged import TABLE_CHUNK, PageTable
 
-BLOCK = 256
-"""Streams of a program."""
+STREAMS_PER_BLOCK = 256
+"""A program writes so many streams."""
 
 
 @triton.jit(
@@ -26,9 +26,9 @@ def _table_update(
     chunk_of, entries, first_live,
     opened, chunk_slot, chunk_index, chunk_id, column_chunk, column_offset, ids,
     num_opened, num_columns, max_chunks, streams,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, STREAMS_PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    part, stream = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part, stream = tl.program_id(0), tl.program_id(1) * STREAMS_PER_BLOCK + tl.arange(0, STREAMS_PER_BLOCK)
     inside = stream < streams
     if part < num_columns:
         chunk = tl.load(column_chunk + part).to(tl.int64)
@@ -36,7 +36,7 @@ def _table_update(
         tl.store(entries + (chunk * streams + stream) * CHUNK + tl.load(column_offset + part), page, mask=inside)
     elif part < num_columns + num_opened:
         slot = tl.load(opened + part - num_columns).to(tl.int64)
-        tl.store(first_live + slot * streams + stream, tl.zeros([BLOCK], tl.int32), mask=inside)
+        tl.store(first_live + slot * streams + stream, tl.zeros([STREAMS_PER_BLOCK], tl.int32), mask=inside)
     else:
         this = part - num_columns - num_opened
         where = tl.load(chunk_slot + this).to(tl.int64) * max_chunks + tl.load(chunk_index + this)
@@ -48,6 +48,7 @@ _launch = Launcher(_table_update)
 
 def table_update(
     table: PageTable,
+    *,
     opened: torch.Tensor,
     chunk_slot: torch.Tensor,
     chunk_index: torch.Tensor,
@@ -62,13 +63,13 @@ def table_update(
     if not begun + chunks + columns:
         return
     _launch(
-        (begun + chunks + columns, triton.cdiv(streams, BLOCK), 1),
+        (begun + chunks + columns, triton.cdiv(streams, STREAMS_PER_BLOCK), 1),
         (table.chunk_of, table.entries, table.first_live),
         (
             opened, chunk_slot, chunk_index, chunk_id, column_chunk, column_offset, ids,
             begun, columns, table.chunk_of.shape[1], streams,
         ),
         (),
-        (TABLE_CHUNK, BLOCK),
+        (TABLE_CHUNK, STREAMS_PER_BLOCK),
         num_warps=1,
     )  # fmt: skip

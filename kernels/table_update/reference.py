@@ -9,6 +9,7 @@ from ..paged import PageTable
 
 def table_update(
     table: PageTable,
+    *,
     opened: torch.Tensor,
     chunk_slot: torch.Tensor,
     chunk_index: torch.Tensor,
@@ -20,12 +21,13 @@ def table_update(
     """Begin requests, give them table chunks, and write their new page ids, before a step (S streams).
 
     Args:
+        table: the page table, written.
         opened: [o] slots whose live ranges start at page 0 again.
         chunk_slot, chunk_index, chunk_id: [c] slots, which chunk of their request, and the table chunk it is in.
         column_chunk, column_offset: [n] table chunks, and the entry of each that is written for all streams.
         ids: [n * S] page ids, those of a column together.
 
-    All are int32 on the table's device; where they stand in memory does not matter.
+    All tensors are int32 on the table's device; where they stand in memory does not matter.
     """
     table.first_live.index_fill_(0, opened.long(), 0)
     table.chunk_of[chunk_slot, chunk_index] = chunk_id

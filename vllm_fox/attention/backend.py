@@ -1,4 +1,4 @@
-"""The attention backends: what vLLM asks of them, and the metadata of a step."""
+"""The attention backend of all families: what vLLM asks of it, and the metadata of a step."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_fox.kernels.paged import Batch
 
-from .implementation import ForgettingAttentionImpl
-from .subset import SubsetAttentionImpl
+from .step import Formula
 
 
-class FoxAttentionBackend(AttentionBackend):
-    """Paged forgetting attention with adaptive computation pruning."""
+class PagedAttentionBackend(AttentionBackend):
+    """Attention over pages that come free while their request runs."""
 
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
 
     @staticmethod
     def get_name() -> str:
-        return "FOX"
+        return "VLLM_FOX"
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
-        return ForgettingAttentionImpl
+        return Formula
 
     @staticmethod
     def get_builder_cls() -> type[StepMetadataBuilder]:
@@ -103,15 +102,3 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             page_size=self.kv_cache_spec.block_size,
         )
         return StepMetadata(batch)
-
-
-class SubsetAttentionBackend(FoxAttentionBackend):
-    """Paged attention with Dynamic Context Pruning."""
-
-    @staticmethod
-    def get_name() -> str:
-        return "DCP"
-
-    @staticmethod
-    def get_impl_cls() -> type[Any]:
-        return SubsetAttentionImpl

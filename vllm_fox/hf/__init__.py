@@ -1,23 +1,19 @@
 """The models for transformers: training, evaluation and ``generate``. ``import vllm_fox.hf`` makes
-``AutoModelForCausalLM`` know both FoX dialects and DCP's GPT-2."""
+``AutoModelForCausalLM`` know the models of all families."""
 
-from transformers import AutoModelForCausalLM
+from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
+from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
+from vllm_fox.registration import register_configs, register_transformers_models
 
-from vllm_fox.configs import FlaForgettingTransformerConfig, FoxConfig, SparseGPT2Config, register_configs
-from vllm_fox.tokenizer import register_tokenizer
-
-from .alpha_sigmoid import alpha_sigmoid
-from .cache import ForgettingCache
 from .compiling import compile_layers
-from .live_share import live_shares
-from .modeling import FlaForgettingTransformerForCausalLM, ForgettingTransformerForCausalLM
-from .sparse_gpt2 import SparseGPT2LMHeadModel
+from .fox.cache import ForgettingCache
+from .fox.live_share import live_shares
+from .fox.modeling import FlaForgettingTransformerForCausalLM, ForgettingTransformerForCausalLM
+from .sparse_gpt2.alpha_sigmoid import alpha_sigmoid
+from .sparse_gpt2.modeling import SparseGPT2LMHeadModel
 
 register_configs()
-register_tokenizer()
-AutoModelForCausalLM.register(FoxConfig, ForgettingTransformerForCausalLM, exist_ok=True)
-AutoModelForCausalLM.register(FlaForgettingTransformerConfig, FlaForgettingTransformerForCausalLM, exist_ok=True)
-AutoModelForCausalLM.register(SparseGPT2Config, SparseGPT2LMHeadModel, exist_ok=True)
+register_transformers_models()
 
 __all__ = [
     "FlaForgettingTransformerConfig",

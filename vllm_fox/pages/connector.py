@@ -22,10 +22,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 
+from .geometry import PageGeometry
 from .manager import StreamPageManager
 from .messages import PageReport, TableUpdate
 from .metrics import PageMetrics, PageStats
-from .spec import PageGeometry, StreamPageSpec
+from .spec import StreamPageSpec
 from .tables import DeviceTables
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         assert self._tables is not None and isinstance(connector_metadata, TableUpdate)
-        self._tables.apply(connector_metadata)
+        self._tables.write(connector_metadata)
 
     def build_connector_worker_meta(self) -> PageReport:
         update = self._get_connector_metadata()
@@ -101,7 +102,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._manager is not None
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, PageReport):
-            self._manager.apply(report)
+            self._manager.free_dead(report)
 
     def has_pending_block_frees(self) -> bool:
         """Waiting a step for pages that are about to come back beats preempting a request."""

@@ -9,7 +9,7 @@ cannot keep blocks from coming back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from vllm.utils.math_utils import cdiv
@@ -18,11 +18,10 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from .admission import LiveShare
+from .geometry import PageGeometry
 from .messages import PageReport, TableUpdate
 from .pool import NOTHING, PagePool
-
-if TYPE_CHECKING:
-    from .spec import StreamPageSpec
+from .spec import StreamPageSpec
 
 REPORT_EVERY = 4
 """Decode steps whose live ranges are reported together: what a report costs hardly depends on how much it says."""
@@ -39,8 +38,6 @@ class StreamPageManager(SingleTypeKVCacheManager):
     kv_cache_spec: StreamPageSpec
 
     def __init__(self, kv_cache_spec: StreamPageSpec, block_pool: BlockPool, **kwargs: Any) -> None:
-        from .spec import PageGeometry
-
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         spec = kv_cache_spec
         geometry = PageGeometry.of(spec, block_pool.num_gpu_blocks)
@@ -165,7 +162,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         self._step += 1
         return update
 
-    def apply(self, report: PageReport) -> None:
+    def free_dead(self, report: PageReport) -> None:
         """Free what the workers proved dead in a step, and learn from it."""
         self._unreported = [entry for entry in self._unreported if entry[0] > report.step]
         if not self.kv_cache_spec.release or not report.slots.size:

@@ -1,4 +1,4 @@
-"""The KV-cache spec through which vLLM sizes the pool, and what follows from it on both sides."""
+"""The KV-cache spec through which vLLM sizes the pool."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-
-from vllm_fox.kernels.paged import TABLE_CHUNK
-
-from .manager import StreamPageManager
-
-TABLE_SHARE = 0.01
-"""The page table takes at most this share of the KV memory."""
 
 
 class PageFormat(Protocol):
     """What a page looks like: hashable, equal in all layers."""
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
 
     @property
     def page_bytes(self) -> int:
@@ -69,40 +65,6 @@ class StreamPageSpec(AttentionSpec):
         return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
 
 
-@dataclass(frozen=True)
-class PageGeometry:
-    """Sizes of the page table, derived the same way by the scheduler and by every worker.
-
-    Attributes:
-        streams: of each rank.
-    """
-
-    streams: tuple[int, ...]
-    num_slots: int
-    max_chunks: int
-    num_chunks: int
-
-    @classmethod
-    def of(cls, spec: StreamPageSpec, num_blocks: int) -> PageGeometry:
-        """Geometry for a pool of ``num_blocks`` slabs; block 0, vLLM's null block, is padding."""
-        max_chunks = cdiv(cdiv(spec.max_model_len, spec.block_size), TABLE_CHUNK)
-
-        def affordable(streams: int) -> int:
-            # Entries, plus the two small arrays (chunk numbers and live ranges) that grow with the slots.
-            budget = num_blocks * streams * spec.page_format.page_bytes * TABLE_SHARE
-            budget -= 4 * (spec.num_slots + 1) * (max_chunks + streams)
-            return int(budget // (4 * streams * TABLE_CHUNK))
-
-        # At least one request of full length: it needs far less table than its pages take.
-        most = max(min(map(affordable, spec.streams)) - 1, max_chunks)
-        return cls(spec.streams, spec.num_slots, max_chunks, 1 + min(spec.num_slots * max_chunks, most))
-
-    def table_bytes(self, rank: int) -> int:
-        """Device memory of the page table on a rank."""
-        slots, streams = self.num_slots + 1, self.streams[rank]
-        return 4 * (slots * (self.max_chunks + streams) + self.num_chunks * streams * TABLE_CHUNK)
-
-
 def make_spec(
     vllm_config: VllmConfig,
     page_format: PageFormat,
@@ -135,8 +97,3 @@ def make_spec(
         max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         release=release,
     )
-
-
-# The registry adds vLLM's own specs only while it is empty, so they must go first.
-KVCacheSpecRegistry._ensure_registered()
-KVCacheSpecRegistry.register(StreamPageSpec, StreamPageManager, uniform_type_base_spec=StreamPageSpec)

@@ -8,8 +8,8 @@ import torch
 from vllm_fox.kernels.paged import TABLE_CHUNK, PageTable
 from vllm_fox.kernels.table_update import table_update
 
+from .geometry import PageGeometry
 from .messages import PageReport, TableUpdate
-from .spec import PageGeometry
 
 
 class DeviceTables:
@@ -37,29 +37,38 @@ class DeviceTables:
         self._slots = torch.empty(0, dtype=torch.int32, device=device)
         self._nothing = torch.empty(0, streams, dtype=torch.int32)
         # On slot 0, which is padding: nothing is compiled while serving.
-        one, padding = zeros(1), zeros(streams)
-        table_update(self.table, one, one, one, one, one, one, padding)
+        one = zeros(1)
+        table_update(
+            self.table,
+            opened=one,
+            chunk_slot=one,
+            chunk_index=one,
+            chunk_id=one,
+            column_chunk=one,
+            column_offset=one,
+            ids=zeros(streams),
+        )
 
-    def apply(self, update: TableUpdate) -> None:
+    def write(self, update: TableUpdate) -> None:
         """Write a step's changes, before its forward pass: one copy to the device and one launch."""
         new = update.columns
-        arrays = [
-            update.slots,
-            update.opened,
-            new.new_chunk_slot,
-            new.new_chunk_index,
-            new.new_chunk,
-            new.chunk,
-            new.offset,
-            new.ids[:, self._columns].ravel(),
-        ]
+        changes = {
+            "opened": update.opened,
+            "chunk_slot": new.new_chunk_slot,
+            "chunk_index": new.new_chunk_index,
+            "chunk_id": new.new_chunk,
+            "column_chunk": new.chunk,
+            "column_offset": new.offset,
+            "ids": new.ids[:, self._columns].ravel(),
+        }
+        arrays = [update.slots, *changes.values()]
         sizes = [array.size for array in arrays]
         if not any(sizes):  # most steps of a few requests
             return
         host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type != "cpu")
         np.concatenate(arrays, out=host.numpy(), casting="same_kind")
-        self._slots, *changes = host.to(self.device, non_blocking=True).split(sizes)
-        table_update(self.table, *changes)
+        self._slots, *parts = host.to(self.device, non_blocking=True).split(sizes)
+        table_update(self.table, **dict(zip(changes, parts, strict=True)))
 
     def report(self, update: TableUpdate) -> PageReport:
         """First live pages of the applied update's slots, after its step; the copy is asynchronous on a GPU."""

@@ -1,0 +1,218 @@
+"""Real vLLM engines in this process, for benchmarks and tests: started, looked into, and shut down."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from vllm_fox.pages.manager import StreamPageManager
+
+GPU_DEFAULTS = {
+    "enforce_eager": False,
+    "max_num_batched_tokens": 8192,
+    # Small beside the card, so that several engines in one process find room.
+    "gpu_memory_utilization": 0.25,
+    "num_gpu_blocks_override": 2000,
+}
+"""vLLM's default flags on a GPU, as far as they matter here."""
+
+
+def processes_under(pid: int, name: str) -> list[psutil.Process]:
+    """Processes that ``pid`` has started, and those that these have, with ``name`` in their command line."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        # Some end while they are looked at.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name in "".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+@contextlib.contextmanager
+def engine(model: str | Path, fox: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
+    """A real engine in this process; float32 and eager unless told otherwise."""
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 32,
+        "disable_log_stats": False,
+        "seed": 0,
+        **options,
+    }
+    if fox is not None:
+        options["additional_config"] = {"fox": fox}
+    llm = LLM(model=str(model), **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def scheduler(llm: LLM) -> Any:
+    """vLLM's scheduler of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def manager(llm: LLM) -> StreamPageManager:
+    """Our page manager inside it."""
+    (found,) = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+    assert isinstance(found, StreamPageManager)
+    return found
+
+
+def usage(llm: LLM) -> float:
+    """vLLM's own KV-cache gauge, 0 to 1."""
+    return scheduler(llm).kv_cache_manager.usage
+
+
+def num_blocks(llm: LLM) -> int:
+    """Blocks that requests can have (all but the null block)."""
+    return scheduler(llm).kv_cache_manager.block_pool.num_gpu_blocks - 1
+
+
+def source_tokens(llm: LLM, count: int, seed: int = 0) -> list[int]:
+    """``count`` tokens of real Python source (the standard library), another piece for every seed."""
+    import argparse
+    import asyncio.base_events
+    import collections
+    import difflib
+    import doctest
+    import inspect as inspect_module
+    import pdb
+    import statistics
+    import tarfile
+    import typing
+    import zipfile
+
+    modules = [argparse, tarfile, typing, zipfile, doctest, difflib, inspect_module, pdb, statistics]
+    modules += [collections, asyncio.base_events]
+    tokenizer = llm.get_tokenizer()
+    tokens: list[int] = []
+    order = random.Random(seed)
+    while len(tokens) < count:
+        text = inspect.getsource(order.choice(modules))
+        tokens += tokenizer.encode(text[order.randrange(len(text) // 2) :])
+    return tokens[:count]
+
+
+def generate(llm: LLM, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Any]:
+    """RequestOutputs in the order of the prompts."""
+    return llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
+
+
+def greedy(max_tokens: int, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def add(llm: LLM, name: str, tokens: list[int], max_tokens: int) -> None:
+    """Hand the engine a greedy request without running it."""
+    llm.llm_engine.add_request(name, {"prompt_token_ids": tokens}, greedy(max_tokens))
+
+
+def run_until_decoding(llm: LLM, count: int = 1, tokens: int = 1) -> None:
+    """Step the engine until ``count`` requests have answered ``tokens`` tokens."""
+    answered: set[str] = set()
+    while len(answered) < count:
+        for out in llm.llm_engine.step():
+            if len(out.outputs[0].token_ids) >= tokens:
+                answered.add(out.request_id)
+
+
+def run_to_the_end(llm: LLM) -> dict[str, list[int]]:
+    """Step until nothing is left; token ids of every finished request."""
+    finished = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for out in llm.llm_engine.step():
+            if out.finished:
+                finished[out.request_id] = list(out.outputs[0].token_ids)
+    return finished
+
+
+def random_traffic(
+    llm: LLM, requests: dict[str, tuple[list[int], int]], order: random.Random, room: int
+) -> tuple[dict[str, list[int]], set[str], int]:
+    """Greedy requests (prompt, answer length) that arrive at random, with aborts and preemptions at random.
+
+    Args:
+        room: blocks that they have; the rest is held aside.
+
+    Returns:
+        Answers of those that finished, those that were aborted, and how often one was preempted.
+    """
+    waiting, aborted = list(requests), set()
+    finished: dict[str, list[int]] = {}
+    preempted: dict[str, int] = {}
+    sched = scheduler(llm)
+    blocks = sched.kv_cache_manager.block_pool
+    aside = blocks.get_new_blocks(num_blocks(llm) - room)
+    while waiting or llm.llm_engine.has_unfinished_requests():
+        for _ in range(order.randint(0, 3)):
+            if waiting:
+                add(llm, waiting[0], *requests[waiting.pop(0)])
+        for out in llm.llm_engine.step():
+            if out.finished:
+                finished[out.request_id] = list(out.outputs[0].token_ids)
+        for request in sched.requests.values():
+            preempted[request.request_id] = request.num_preemptions
+        if sched.running and order.random() < 0.02:
+            sched._preempt_request(sched.running.pop(), 0.0)
+        unfinished = sorted(set(requests) - set(waiting) - set(finished) - aborted)
+        if unfinished and order.random() < 0.02:
+            name = order.choice(unfinished)
+            aborted.add(name)
+            llm.llm_engine.abort_request([name])
+    blocks.free_blocks(aside)
+    return finished, aborted, sum(preempted.values())
+
+
+def assert_all_free(llm: LLM) -> None:
+    """Every page, slot, table chunk and block is back."""
+    pages = manager(llm)
+    pool = pages.pool
+    assert pool.used_total == 0 and usage(llm) == 0
+    assert not pool.live_pages.any() and not pool.num_pages.any()
+    assert len(pool._free_slots) == len(pool.epoch) - 1
+    assert len(pool._free_chunks) == len(pool._entries) - 1
+    assert not pages._slot_of and not pages._prompt_pages and not pages._room
+    for rank in range(pool.ranks):
+        ids = torch.from_numpy(pool.free_ids(rank).copy()).sort().values
+        first = pool.streams[rank]
+        assert torch.equal(ids, torch.arange(first, first + pool.capacity[rank], dtype=torch.int32))
+
+
+FOX_KERNELS = (
+    "cache_write.kernel",
+    "live_range.kernel",
+    "decode_attention.plan",
+    "decode_attention.kernel",
+    "prefill_attention.plan",
+    "prefill_attention.kernel",
+)
+
+
+def compiled_kernels(modules: tuple[str, ...] = FOX_KERNELS) -> dict[str, int]:
+    """Variants of each Triton kernel of these modules that this process has compiled."""
+    import importlib
+
+    from triton.runtime import JITFunction
+
+    found = {}
+    for module in modules:
+        for name, value in vars(importlib.import_module(f"vllm_fox.kernels.{module}")).items():
+            if isinstance(value, JITFunction) and value.device_caches:
+                found[f"{module}.{name}"] = sum(len(cache[0]) for cache in value.device_caches.values())
+    return found

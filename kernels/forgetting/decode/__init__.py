@@ -1,0 +1,63 @@
+"""Forgetting attention of rows with one query over their live pages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...leaf import LazyKernel, leaf, use_triton
+from . import reference
+
+if TYPE_CHECKING:
+    from . import kernel as _kernel
+    from .plan import DecodePlan
+else:
+    _kernel = LazyKernel(__name__)
+
+
+def make_workspace(
+    *,
+    layers: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    page_size: int,
+    scaled: bool,
+    max_rows: int,
+    device: torch.device,
+) -> DecodePlan | None:
+    """What :func:`decode_attention` needs from step to step. Its method ``update`` is called once a step.
+
+    Args:
+        layers: attention layers of the worker.
+        heads: KV heads of a layer on this worker.
+        groups: query heads a KV head.
+        head_dim: d.
+        page_size: tokens a page.
+        scaled: whether pages are float8.
+        max_rows: most rows that a step can have.
+        device: of the page pool.
+
+    Returns:
+        A plan where the implementation for the device needs one, else None.
+    """
+    if not use_triton(device):
+        return None
+    from .plan import DecodePlan
+
+    return DecodePlan(
+        layers=layers,
+        heads=heads,
+        groups=groups,
+        head_dim=head_dim,
+        page_size=page_size,
+        scaled=scaled,
+        max_rows=max_rows,
+        device=device,
+    )
+
+
+decode_attention = leaf(reference.decode_attention, lambda: _kernel.decode_attention)
+
+__all__ = ["decode_attention", "make_workspace"]

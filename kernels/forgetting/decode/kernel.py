@@ -1,0 +1,212 @@
+"""Decode over live pages in Triton: equal shares of all pages for all programs, then one reduction.
+
+A program's share may begin and end in the middle of an item, a (row, head). It sums a stretch of an item with
+decay counted from the stretch's own newest key, and hands on by how much the whole stretch decays; the reduction
+adds up the decay of the newer stretches. So no program needs to know what lies outside its share.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...common import LOG2E, page_id
+from ...launch import Launcher
+from ...paged import TABLE_CHUNK, Batch, PageTable
+from ..pages import FP8, ForgettingPages
+from .plan import DecodePlan
+
+SPLITS_PER_BLOCK = 16
+"""The reduction joins so many stretches of one item together."""
+
+
+@triton.jit(
+    do_not_specialize=["query_start", "seq_lens", "slots", "item_start", "program_item", "slot_stride", "layer",
+                       "max_chunks", "streams", "items", "scale"],
+)  # fmt: skip
+def _decode(
+    k_pages, v_pages, gate_pages, scale_pages, chunk_of, entries, q, out, open_item, partials,
+    query_start, seq_lens, slots, item_start, program_item,
+    slot_stride, layer, max_chunks, streams, items, scale, q_stride,
+    PAGE_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, P: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    G: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    total = tl.load(item_start + items)
+    share = tl.cdiv(total, programs)
+    at = program * share
+    end = tl.minimum(at + share, total)
+    item = tl.load(program_item + program)
+    SUB: tl.constexpr = P // BLOCK_N
+    GATES: tl.constexpr = 1 if G == 1 else GROUP
+    g, n, dim = tl.arange(0, GROUP), tl.arange(0, BLOCK_N), tl.arange(0, D)
+    to_open = -1
+    while at < end:
+        first = tl.load(item_start + item)
+        behind = tl.load(item_start + item + 1)
+        stop = tl.minimum(behind, end)
+        if stop > at:
+            row, head = item // H, item % H
+            slot = tl.load(slots + row * slot_stride)
+            length = tl.load(seq_lens + row)
+            token = tl.load(query_start + row).to(tl.int64)
+            stream = layer * H + head
+            newest = (length - 1) // P - (at - first)  # of this stretch
+            count = (stop - at) * SUB
+            query = tl.load(
+                q + token * q_stride + (head * G + g)[:, None] * D + dim[None, :], mask=(g < G)[:, None], other=0.0
+            )
+            peak = tl.full([GROUP], float("-inf"), tl.float32)
+            mass = tl.zeros([GROUP], tl.float32)
+            value = tl.zeros([GROUP, D], tl.float32)
+            decay = tl.zeros([GATES], tl.float32)  # over the stretch's newer pages
+            in_page = tl.zeros([GATES], tl.float32)  # the running sum at the page's last token
+            for step in tl.range(0, count, num_stages=STAGES):
+                page, sub = newest - step // SUB, SUB - 1 - step % SUB
+                this = page_id(chunk_of, entries, slot, stream, page, max_chunks, streams, CHUNK)
+                tokens = sub * BLOCK_N + n
+                valid = page * P + tokens < length
+                k = tl.load(
+                    k_pages + this * (PAGE_BYTES // KV_BYTES) + tokens[:, None] * D + dim[None, :],
+                    mask=valid[:, None], other=0.0,
+                )  # fmt: skip
+                v = tl.load(
+                    v_pages + this * (PAGE_BYTES // KV_BYTES) + tokens[:, None] * D + dim[None, :],
+                    mask=valid[:, None], other=0.0,
+                )  # fmt: skip
+                sums = gate_pages + this * (PAGE_BYTES // 4)
+                if G == 1:
+                    gates = tl.load(sums + tokens, mask=valid, other=0.0)[None, :]
+                else:
+                    gates = tl.load(
+                        sums + g[:, None] * P + tokens[None, :], mask=(g < G)[:, None] & valid[None, :], other=0.0
+                    )
+                # Running sums fall, so the smallest is the one at the last token.
+                if SUB == 1:
+                    in_page = tl.min(gates, 1)
+                else:
+                    in_page = tl.minimum(tl.where(sub == SUB - 1, 0.0, in_page), tl.min(gates, 1))
+                bias = (decay + in_page)[:, None] - gates
+                factor = scale * LOG2E
+                if SCALED:
+                    factor = factor * tl.load(scale_pages + this * (PAGE_BYTES // 4))
+                    k = k.to(query.dtype)
+                    # Not the weights: small ones times a small scale would underflow in float16.
+                    v = (v.to(query.dtype) * tl.load(scale_pages + this * (PAGE_BYTES // 4) + 1)).to(query.dtype)
+                logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * factor + bias * LOG2E
+                logits = tl.where(valid[None, :], logits, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(logits, 1))
+                # A block in which nothing is written yet leaves the peak at -inf.
+                anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+                weights = tl.exp2(logits - anchor[:, None])
+                shrink = tl.exp2(peak - anchor)
+                mass = mass * shrink + tl.sum(weights, 1)
+                value = value * shrink[:, None]
+                value = tl.dot(weights.to(v.dtype), v, value, input_precision=PRECISION)
+                peak = new_peak
+                decay += tl.where(sub == 0, in_page, 0.0)
+            begins, ends = at == first, stop == behind
+            if begins & ends:
+                result = value / mass[:, None]
+                tl.store(
+                    out + token * (H * G * D) + (head * G + g)[:, None] * D + dim[None, :],
+                    result.to(out.dtype.element_ty), mask=(g < G)[:, None],
+                )  # fmt: skip
+            else:
+                # Place 1 is for an item that goes on in the next program, 0 for one that came from the last.
+                part = partials + ((program * 2 + begins.to(tl.int32)) * G + g) * (D + 3)
+                tl.store(part[:, None] + dim[None, :], value, mask=(g < G)[:, None])
+                tl.store(part + D, peak, mask=g < G)
+                tl.store(part + D + 1, mass, mask=g < G)
+                tl.store(part + D + 2, tl.broadcast_to(decay * LOG2E, [GROUP]), mask=g < G)
+                if begins:
+                    to_open = item
+            at = stop
+        item += 1
+    tl.store(open_item + program, to_open)
+
+
+@triton.jit(do_not_specialize=["query_start", "item_start", "items"])
+def _reduce(
+    out, open_item, partials, query_start, item_start, items,
+    D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, SPLITS_PER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the stretches of the item that begins, but does not end, in a program's share."""
+    program, g = tl.program_id(0), tl.program_id(1)
+    programs = tl.num_programs(0)
+    item = tl.load(open_item + program)
+    if item < 0:
+        return
+    share = tl.cdiv(tl.load(item_start + items), programs)
+    last = (tl.load(item_start + item + 1) - 1) // share
+    row, head = item // H, item % H
+    dim = tl.arange(0, D)
+    peak, mass, decay = float("-inf"), 0.0, 0.0
+    value = tl.zeros([D], tl.float32)
+    for start in range(program, last + 1, SPLITS_PER_BLOCK):
+        source = start + tl.arange(0, SPLITS_PER_BLOCK)
+        valid = source <= last
+        part = partials + ((source * 2 + (source == program).to(tl.int32)) * G + g) * (D + 3)
+        values = tl.load(part[:, None] + dim[None, :], mask=valid[:, None], other=0.0)
+        stretch = tl.load(part + D + 2, mask=valid, other=0.0)
+        before = decay + tl.cumsum(stretch, 0) - stretch
+        peaks = tl.load(part + D, mask=valid, other=float("-inf")) + before
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))
+        weights = tl.exp2(peaks - new_peak)
+        shrink = tl.exp2(peak - new_peak)
+        mass = mass * shrink + tl.sum(weights * tl.load(part + D + 1, mask=valid, other=0.0), 0)
+        value = value * shrink + tl.sum(weights[:, None] * values, 0)
+        peak = new_peak
+        decay += tl.sum(stretch, 0)
+    token = tl.load(query_start + row).to(tl.int64)
+    tl.store(out + (token * H * G + head * G + g) * D + dim, (value / mass).to(out.dtype.element_ty))
+
+
+_launch_decode, _launch_reduce = Launcher(_decode), Launcher(_reduce)
+
+
+def decode_attention(
+    pages: ForgettingPages,
+    table: PageTable,
+    batch: Batch,
+    layer: int,
+    q: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    workspace: DecodePlan | None,
+) -> None:
+    """See :func:`.reference.decode_attention`; ``workspace`` has been updated for the batch. ``out`` is contiguous,
+    ``q`` dense within a token."""
+    plan = workspace
+    assert plan is not None
+    _, heads, groups, dim = q.shape
+    size, items = pages.page_size, batch.num_rows * heads
+    item_start = plan.item_start[layer]
+    _launch_decode(
+        (plan.programs, 1, 1),
+        (
+            pages.k, pages.v, pages.gates, pages.gates if pages.scales is None else pages.scales, table.chunk_of,
+            table.entries, q, out, plan.open_item, plan.partials,
+        ),
+        (
+            batch.query_start, batch.seq_lens, batch.slots, item_start, plan.program_item[layer],
+            batch.slots.stride(0), layer, table.chunk_of.shape[1], table.entries.shape[1], items, scale,
+        ),
+        (q.stride(0),),
+        (
+            pages.gates.stride(0) * 4, pages.k.element_size(), size, dim, heads, groups, TABLE_CHUNK,
+            plan.launch.block, max(16, triton.next_power_of_2(groups)), pages.k.dtype == FP8,
+            "ieee" if q.dtype == torch.float32 else "tf32", plan.launch.stages,
+        ),
+        num_warps=plan.launch.warps,
+    )  # fmt: skip
+    _launch_reduce(
+        (plan.programs, groups, 1),
+        (out, plan.open_item, plan.partials),
+        (batch.query_start, item_start, items),
+        (),
+        (dim, heads, groups, SPLITS_PER_BLOCK),
+        num_warps=1,
+    )

@@ -1,0 +1,48 @@
+"""Attention over the tokens that a layer has not dropped, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from ...paged import Batch, PageTable
+from ..pages import SubsetPages, places, query_blocks, rows_of
+from .workspace import SeenTokens
+
+
+def subset_attention(
+    pages: SubsetPages,
+    table: PageTable,
+    batch: Batch,
+    layer: int,
+    q: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    workspace: SeenTokens | None,
+) -> None:
+    """``o_i = sum_j softmax_j(scale * q_i . k_j) v_j`` over the tokens j with ``begin_j <= i < end_j``.
+
+    Args:
+        pages: the page pool; the step's tokens have been written and their ends found.
+        table: the page table.
+        batch: the step's requests.
+        layer: index of the layer on this worker.
+        q: [T, H, d] in the model's dtype.
+        scale: of the logits.
+        out: [T, H, d] in the model's dtype, written.
+        workspace: what the implementation for the device needs from step to step, made by ``make_workspace``; not
+            used here.
+    """
+    size = pages.page_size
+    for row, tokens, length in rows_of(batch):
+        at = places(pages, table, batch.slots[row], length, layer).flatten()
+        at = at[at >= 0]
+        page, offset = at // size, at % size
+        begin, end = pages.begin[page, offset], pages.end[page, offset]
+        for block, position in query_blocks(tokens, length):
+            query = position.to(at.device)[:, None]
+            visible = (begin <= query) & (query < end)
+            seen = visible.any(0).nonzero().squeeze(1)
+            k, v = (x[page[seen], offset[seen]].float() for x in (pages.k, pages.v))
+            logits = torch.einsum("ihd,jhd->hij", q[block].float(), k) * scale
+            weights = logits.masked_fill(~visible[:, seen], float("-inf")).softmax(-1)
+            out[block] = torch.einsum("hij,jhd->ihd", weights, v).to(out.dtype)

@@ -1,0 +1,44 @@
+"""Live tokens of the oldest pages into the places of dropped ones, in plain PyTorch."""
+
+from __future__ import annotations
+
+from ...paged import Batch, PageTable
+from ..pages import NEVER, SubsetPages, places, rows_of
+
+
+def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
+    """Empty as many of the oldest pages of every layer as there are places for in newer ones.
+
+    Places of dropped tokens are refilled; places that no token has been written to are left for those to come.
+    Afterwards there are fewer dropped tokens than fit into a page, so a request holds less than
+    ``live tokens / page size + 2`` pages a layer. A page is emptied by at most as many moves as tokens were dropped
+    for it, so a dropped token costs one move at most.
+
+    Args:
+        pages: the page pool after the step's last layer, written.
+        table: the page table, of which ``first_live`` moves forward past the emptied pages.
+        batch: the step's requests.
+    """
+    size, streams = pages.page_size, table.first_live.shape[1]
+    fields = (pages.k, pages.v, pages.int_k, pages.begin, pages.end)
+    for row, _, length in rows_of(batch):
+        slot = batch.slots[row]
+        if int(slot) == 0:
+            continue
+        for layer in range(streams):
+            at = places(pages, table, slot, length, layer)
+            page, offset = at.clamp(min=0) // size, at.clamp(min=0) % size
+            dropped = (at >= 0) & (pages.end[page, offset] != NEVER)
+            live = (at >= 0) & ~dropped
+            # Of the first n pages: their live tokens, and the places for them in all later pages.
+            moving = live.sum(1).cumsum(0)
+            room = dropped.sum() - dropped.sum(1).cumsum(0)
+            emptied = int((moving <= room)[:-1].sum())
+            if not emptied:
+                continue
+            source = at[:emptied][live[:emptied]]
+            target = at[emptied:][dropped[emptied:]][: len(source)]
+            for field in fields:
+                field[target // size, target % size] = field[source // size, source % size]
+            newest = (length - 1) // size
+            table.first_live[slot, layer] = newest + 1 - len(at) + emptied

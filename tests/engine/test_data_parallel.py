@@ -1,0 +1,126 @@
+"""Two engines behind one server: both answer, and the death of one is an error to clients, not a hang."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.engines import processes_under
+from tests.support import patience
+
+START_S, END_S = 180, 60
+
+
+class Server(NamedTuple):
+    """A running server."""
+
+    process: subprocess.Popen[bytes]
+    client: openai.OpenAI
+    model: str
+
+    def complete(self, prompt: str, tokens: int) -> str:
+        """The text of a greedy completion of exactly so many tokens."""
+        answer = self.client.completions.create(
+            model=self.model, prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert answer.choices[0].finish_reason == "length"
+        return answer.choices[0].text
+
+    def pages_allocated(self) -> dict[str, float]:
+        """Our counter on /metrics, by engine."""
+        text = self.client.get("/../metrics", cast_to=str)
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        samples = families["vllm:fox_kv_pages_allocated"].samples
+        return {sample.labels["engine"]: sample.value for sample in samples if sample.name.endswith("_total")}
+
+
+@pytest.fixture(scope="module")
+def server(fox_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log_path = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(fox_tiny)]
+    command += ["--data-parallel-size", "2", "--api-server-count", "1", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=log_path.parent, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    client = openai.OpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=patience(END_S)
+    )
+    try:
+        limit = time.monotonic() + patience(START_S)
+        while True:
+            with contextlib.suppress(openai.APIConnectionError):
+                client.models.list()
+                break
+            assert process.poll() is None and time.monotonic() < limit, log_path.read_text()[-6000:]
+            time.sleep(0.5)
+        yield Server(process, client, str(fox_tiny))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+PROMPTS = [f"def function_{n}(a, b):\n    " for n in range(6)]
+
+
+def test_both_engines_answer_as_one_would(server: Server) -> None:
+    alone = [server.complete(prompt, 12) for prompt in PROMPTS]
+    before = server.pages_allocated()
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        together = list(pool.map(lambda prompt: server.complete(prompt, 12), PROMPTS))
+    assert together == alone
+    after = server.pages_allocated()
+    assert sorted(after) == ["0", "1"]
+    assert all(after[engine] > before[engine] for engine in after)
+
+
+def test_a_dead_engine_is_an_error_not_a_hang(server: Server) -> None:
+    """vLLM ends the server when one of its engines dies; a request under way on the other is aborted before."""
+    ends: list[str | Exception] = []
+
+    def stream(prompt: str) -> None:
+        try:
+            answer = server.client.completions.create(
+                model=server.model,
+                prompt=prompt,
+                max_tokens=4000,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            *_, last = answer
+            ends.append(str(last.choices[0].finish_reason))
+        except openai.OpenAIError as error:
+            ends.append(error)
+
+    clients = [threading.Thread(target=stream, args=(prompt,), daemon=True) for prompt in PROMPTS[:4]]
+    for client in clients:
+        client.start()
+    time.sleep(2)
+    processes_under(server.process.pid, "EngineCore_DP1")[0].kill()
+    limit = time.monotonic() + patience(END_S)
+    for client in clients:
+        client.join(limit - time.monotonic())
+    assert len(ends) == len(clients), "a client still waits"
+    assert all(end == "abort" or isinstance(end, Exception) for end in ends), ends
+    assert server.process.wait(max(0.0, limit - time.monotonic())) is not None

@@ -1,0 +1,198 @@
+"""Two tensor-parallel ranks or two pipeline stages answer as one process does, and each gives its own pages back.
+
+The ranks are processes of their own (vLLM's multiprocessing executor). So is the engine that leads them
+(``python -m tests.engine.test_parallel``), so that a hanging one can be ended together with its ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engines import (
+    add,
+    assert_all_free,
+    engine,
+    manager,
+    processes_under,
+    run_to_the_end,
+    run_until_decoding,
+    source_tokens,
+)
+from tests.support import ROOT, patience
+from tests.support.checkpoints import VARIANTS, make_checkpoint, save_sparse_gpt2
+from tests.support.reference_model import reference_logits
+from tests.support.reference_sparse_gpt2 import reference_logits as sparse_gpt2_logits
+
+PAGE, ANSWER, LENGTHS = 16, 24, (300, 700, 1500)
+LIMIT_S = 300
+
+
+def serve(model: str, tensor: int = 1, stages: int = 1, kill: bool = False) -> dict[str, Any]:
+    """Three requests together: prompts, answers, and the pages in use on each rank while they were answered.
+
+    With ``kill``, then a worker dies in mid-request; the result says how the engine took it.
+    """
+    with engine(
+        model,
+        {"page_size": PAGE},
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=stages,
+        distributed_executor_backend="mp" if tensor * stages > 1 else None,
+        # Without a graph to warm up, vLLM's CPU worker forgets to make a later stage's input buffers.
+        enforce_eager=stages == 1,
+        compilation_config={"backend": "eager"},
+        max_model_len=2048,
+        max_num_seqs=4,
+        max_num_batched_tokens=512,
+        num_gpu_blocks_override=300,
+    ) as llm:
+        prompts = [source_tokens(llm, length, seed=length) for length in LENGTHS]
+        for name, prompt in enumerate(prompts):
+            add(llm, str(name), prompt, ANSWER)
+        # The shortest prompt is through first; all are running by the time it has answered some tokens.
+        run_until_decoding(llm, count=len(prompts), tokens=4)
+        pool = manager(llm).pool
+        used = [pool.capacity[rank] - len(pool.free_ids(rank)) for rank in range(pool.ranks)]
+        held = (pool.num_pages.sum() * pool.streams).tolist()
+        finished = run_to_the_end(llm)
+        assert_all_free(llm)
+        answers = [finished[str(name)] for name in range(len(prompts))]
+        result = {"prompts": prompts, "answers": answers, "used": used, "dense": held}
+        if kill:
+            result["killed"] = kill_a_worker(llm, prompts[0])
+        return result
+
+
+def kill_a_worker(llm: Any, prompt: list[int]) -> dict[str, Any]:
+    """What the engine raises once a worker has died while a request runs, and after how many seconds."""
+    add(llm, "unlucky", prompt, 1500)
+    run_until_decoding(llm)
+    processes_under(os.getpid(), "Worker")[0].kill()
+    start = time.monotonic()
+    try:
+        run_to_the_end(llm)
+    except Exception as error:
+        return {"error": str(error), "seconds": time.monotonic() - start}
+    return {"error": "", "seconds": time.monotonic() - start}
+
+
+def serve_in_two_processes(runs: list[dict[str, Any]], folder: Path, **environment: str) -> list[dict[str, Any]]:
+    """:func:`serve` for each of ``runs``, its arguments; if they hang, all processes are ended."""
+    result, limit = folder / "result.json", patience(LIMIT_S)
+    command = [sys.executable, "-m", "tests.engine.test_parallel", str(result), json.dumps(runs)]
+    cores = sorted(os.sched_getaffinity(0))
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}", **environment}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            # Whatever happened, none of its processes stays behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    text = (folder / "log").read_text()[-6000:]
+    assert code == 0, f"no answer after {limit:.0f} s\n{text}" if code is None else f"exit code {code}\n{text}"
+    return json.loads(result.read_text())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, fox_tiny: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        # Four heads a rank; token shift, QK-norm, output norm and gate.
+        "official": fox_tiny,
+        # Grouped queries with biases: one KV head a rank.
+        "two_kv_heads": make_checkpoint(folder / "two", **VARIANTS["fla_gqa_bias_qk_norm"]),
+        # Both ranks drop the same tokens, each of its own head.
+        "sparse": save_sparse_gpt2(folder / "sparse", block_size=2048, score=2.8),
+        # The only KV head is on both ranks, each with its own query heads' gates.
+        "one_kv_head": make_checkpoint(folder / "one", **VARIANTS["fla_gqa_gate"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(models: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
+    """What one process answers for a model."""
+    return cache(lambda name: serve(str(models[name])))
+
+
+@pytest.fixture(scope="module")
+def by_two(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What two tensor-parallel ranks answered, for each model; the last loses a worker in the end."""
+    runs = [{"model": str(model), "tensor": 2} for model in models.values()]
+    runs[-1]["kill"] = True
+    return dict(zip(models, serve_in_two_processes(runs, tmp_path_factory.mktemp("two_ranks"))))
+
+
+@pytest.mark.parametrize(
+    "name, forgetting",
+    # In the grouped checkpoints the last query heads hardly forget. Where heads can be dealt out to ranks, neither
+    # gets such heads in all layers.
+    [("official", [0, 1]), ("two_kv_heads", [0, 1]), ("sparse", [0, 1]), ("one_kv_head", [0])],
+)
+def test_two_ranks_answer_as_one(
+    name: str,
+    forgetting: list[int],
+    models: dict[str, Path],
+    by_two: dict[str, dict[str, Any]],
+    alone: Callable[[str], dict[str, Any]],
+) -> None:
+    one, two = alone(name), by_two[name]
+    assert two["prompts"] == one["prompts"]
+    assert two["answers"] == one["answers"]
+    print(f"{name}: pages in use {one['used']} of {one['dense']}, {two['used']} of {two['dense']}")
+    assert len(two["used"]) == 2
+    for rank, (used, dense) in enumerate(zip(two["used"], two["dense"])):
+        if rank in forgetting:
+            assert used < dense
+        else:
+            assert used == dense
+    if name == "sparse":
+        assert two["used"] == one["used"] * 2
+    elif name != "one_kv_head":
+        assert sum(two["used"]) == one["used"][0]
+    # Both compute the right thing, not only the same: the first answer by the formulas.
+    prompt, answer = one["prompts"][0], one["answers"][0]
+    formula = sparse_gpt2_logits if name == "sparse" else reference_logits
+    assert answer == formula(models[name], prompt + answer)[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+def test_a_dead_worker_is_an_error_not_a_hang(by_two: dict[str, dict[str, Any]]) -> None:
+    killed = by_two["one_kv_head"]["killed"]
+    assert killed["error"]
+    assert killed["seconds"] < 30
+
+
+def test_two_stages_answer_as_one(
+    models: dict[str, Path], alone: Callable[[str], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One layer on the first stage and three on the second: each counts and releases its own streams."""
+    one, run = alone("official"), {"model": str(models["official"]), "stages": 2}
+    (two,) = serve_in_two_processes([run], tmp_path_factory.mktemp("two_stages"), VLLM_PP_LAYER_PARTITION="1,3")
+    assert two["answers"] == one["answers"]
+    assert two["dense"] == [one["dense"][0] // 4, one["dense"][0] * 3 // 4]
+    print(f"pages in use {one['used']} of {one['dense']}, {two['used']} of {two['dense']}")
+    # Stages take turns, so the moments differ at which the two runs are looked at, but only by a few tokens.
+    assert sum(two["used"]) == pytest.approx(one["used"][0], rel=0.05)
+    assert all(used < dense for used, dense in zip(two["used"], two["dense"]))
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps([serve(**run) for run in json.loads(sys.argv[2])]))

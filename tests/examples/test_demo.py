@@ -1,0 +1,140 @@
+"""The demo's arithmetic and its failures. The demo itself, with a real server, is ``make demo``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.support import ROOT
+
+METRICS = """\
+# HELP vllm:fox_kv_pages_allocated_total Pages.
+# TYPE vllm:fox_kv_pages_allocated_total counter
+vllm:fox_kv_pages_allocated_total{engine="0",model_name="fox"} 400.0
+vllm:fox_kv_pages_allocated_total{engine="1",model_name="fox"} 20.0
+# TYPE vllm:fox_kv_pages_released_total counter
+vllm:fox_kv_pages_released_total{engine="0",model_name="fox"} 150.0
+# TYPE vllm:fox_kv_pages_live gauge
+vllm:fox_kv_pages_live{engine="0",model_name="fox"} 250.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="fox"} 0.125
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="64",num_gpu_blocks="101",engine="0"} 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fox_demo", ROOT / "examples" / "demo.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_metrics_are_read_from_the_text_of_the_server(demo: ModuleType) -> None:
+    assert demo.Sample.parse(METRICS, 1.5) == demo.Sample(1.5, 420, 150, 250, 0.125)
+
+
+def test_a_server_without_the_plugin_is_named_as_such(demo: ModuleType) -> None:
+    with pytest.raises(demo.DemoError, match="no vllm:fox_kv_pages_live"):
+        demo.Sample.parse(METRICS.replace("fox_kv_pages_live", "other"), 0)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "streams"), [({}, 12), ({"num_kv_heads": 2}, 6), ({"num_kv_heads": None}, 12)]
+)
+def test_pages_follow_config_and_server(
+    demo: ModuleType, tmp_path: Path, kv_heads: dict[str, int | None], streams: int
+) -> None:
+    config = {"model_type": "forgetting_transformer", "hidden_size": 128, "num_hidden_layers": 3, "num_heads": 4}
+    config |= {"max_position_embeddings": 8192, **kv_heads}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = demo.Model.read(tmp_path)
+    assert (model.streams, model.context) == (streams, 4096)
+    geometry = demo.Geometry.read(model, METRICS)
+    assert geometry == demo.Geometry(streams, 64, streams * 100)
+    assert [geometry.pages(n) for n in (1, 64, 65)] == [streams, streams, 2 * streams]
+
+
+def test_a_layer_is_a_stream_where_heads_drop_alike(demo: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "sparse_gpt2", "n_layer": 3, "block_size": 1024}')
+    model = demo.Model.read(tmp_path)
+    assert (model.streams, model.context, model.page) == (3, 1024, "one layer")
+
+
+def test_without_release_a_request_holds_all_it_was_ever_given_until_its_end(demo: ModuleType) -> None:
+    geometry = demo.Geometry(streams=10, page_size=64, capacity=1000)
+    early = demo.Request("early", "", prompt_tokens=120, output_tokens=9, begin=0, end=5)  # 128 tokens kept
+    late = demo.Request("late", "", prompt_tokens=200, output_tokens=100, begin=0, end=9)
+    samples = [
+        demo.Sample(1, 40, 0, 40, 0.04),
+        demo.Sample(4, 60, 30, 30, 0.03),
+        demo.Sample(6, 70, 40, 20, 0.02),  # early's 20 pages are back
+        demo.Sample(10, 70, 40, 0, 0.0),
+    ]
+    assert demo.dense_peak(samples, [early, late], geometry) == 60
+    assert demo.dense_peak([], [], geometry) == 0
+
+
+def test_a_server_that_ends_is_reported_with_the_end_of_its_log(demo: ModuleType, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    noise = "INFO see FileNotFoundError: it is harmless\n" * 50
+    log.write_text(f"{noise}ERROR core.py] ValueError: the reason\n{noise}DeadError: a consequence\n")
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    process.wait()
+    with pytest.raises(demo.DemoError, match="exit status 3.*\n.*the reason\n(.|\n)*a consequence") as error:
+        demo.Server(process, "http://127.0.0.1:9", log).check()
+    assert len(str(error.value).splitlines()) < 30
+
+
+def test_stopping_ends_the_whole_group_even_if_it_ignores_a_polite_request(demo: ModuleType) -> None:
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import signal, time;"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout
+    child = max(int(process.stdout.readline()) for _ in range(2))
+    demo.stop(process)
+    assert process.returncode == 0
+    deadline = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not merely waiting for its parent to notice that it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere"], "demo: --model is /nowhere, which has no config.json"),
+        (["--max-tokens", "0"], "--max-tokens is 0: it must be from 1 to 900."),
+    ],
+)
+def test_mistakes_give_one_sentence(arguments: list[str], message: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr and "Traceback" not in done.stderr

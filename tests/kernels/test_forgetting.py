@@ -1,0 +1,244 @@
+"""Leaf functions against the formula in float64: through real pages, in chunks, with dead pages poisoned."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.one_layer import DEVICE, OneLayer
+from tests.support.harness import cut, formula, random_inputs
+from vllm_fox.kernels.acp import pruning_threshold
+from vllm_fox.kernels.forgetting.pages import FP8
+from vllm_fox.kernels.paged import TABLE_CHUNK, PageTable
+from vllm_fox.kernels.table_update import table_update
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GATES = ["mixed", "never", "all", "alternating", "floor"]
+# float32 only: u times the decay and page sums of up to 50 that D is a difference of.
+EXACT = 3e-6 if DEVICE == "cpu" else 1e-5
+
+
+def close(out: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < tolerance, float(error)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+def test_chunked_prefill_then_decode(gates: str, page_size: int) -> None:
+    """Any split of a sequence into steps gives the formula's output; freed pages are NaN and are not read."""
+    inputs = random_inputs(300, gates=gates, shift=True, seed=page_size)
+    if INTERPRETED and page_size in (32, 128):
+        pytest.skip("left out of the interpreter's run to save time")
+    bound = 8.0  # |q.k|/sqrt(d) of these inputs stays below
+    layer = OneLayer(page_size=page_size, shift=True, threshold=-2 * bound - math.log(300) - 10, logit_bound=bound)
+    slot = layer.open()
+    out, at = [], 0
+    # Token by token over a page's end; the interpreter is slow.
+    for size in [1, 37, 100, 146, *[1] * (6 if INTERPRETED else 16)]:
+        out += layer.step([(slot, cut(inputs, at, at + size))])
+        at += size
+    close(torch.cat(out), formula(cut(inputs, 0, at)), 3e-5 if gates == "floor" else EXACT)
+    freed = layer.pool.released_total
+    if gates == "never":
+        assert freed == 0
+    if gates in ("all", "floor") and page_size <= 64:
+        assert freed > 0
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_and_head_sizes(dim: int, dtype: torch.dtype) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16 dot product")
+    inputs = random_inputs(200, dim=dim, shift=True)
+    inputs = {name: x.to(dtype) if name in "qkv" else x for name, x in inputs.items()}
+    layer = OneLayer(dim=dim, dtype=dtype, shift=True, page_size=32)
+    slot = layer.open()
+    out = torch.cat(
+        [*layer.step([(slot, cut(inputs, 0, 190))])]
+        + [layer.step([(slot, cut(inputs, t, t + 1))])[0] for t in range(190, 200)]
+    )
+    # sqrt(4/3) u: k and v after the shift, weights and output are rounded, each by u/sqrt(3) at most.
+    close(out, formula(inputs), {torch.float32: EXACT, torch.bfloat16: 4.5e-3, torch.float16: 5.6e-4}[dtype])
+
+
+def test_grouped_queries_norm_and_rotation() -> None:
+    """A page lives as long as any query head that shares it needs it."""
+    norm = torch.rand(2, 32) + 0.5
+    inputs = random_inputs(260, heads=2, groups=3, shift=True)
+    layer = OneLayer(groups=3, shift=True, k_norm=norm, rope_base=10000.0, threshold=-25.0)
+    slot = layer.open()
+    out = layer.step([(slot, cut(inputs, 0, 150))]) + layer.step([(slot, cut(inputs, 150, 259))])
+    out += layer.step([(slot, cut(inputs, 259, 260))])
+    # Angles of 260 rad from frequencies off by up to 1e-6, over many pairs.
+    close(torch.cat(out), formula(inputs, norm, 10000.0), 1e-5 if DEVICE == "cpu" else 1e-4)
+    assert layer.table.first_live[slot, 0] == 0  # its first gate never forgets
+    assert layer.table.first_live[slot, 1] > 0
+
+
+def test_one_remembering_head_keeps_its_groups_pages() -> None:
+    """Of two query heads that share a KV head one forgets everything at once, the other nothing."""
+    inputs = random_inputs(300, heads=1, groups=2, gates="never")
+    inputs["log_f"][:, :, 0] = -5.0
+    layer = OneLayer(heads=1, groups=2, threshold=-60.0)
+    slot = layer.open()
+    out = layer.step([(slot, cut(inputs, 0, 130))]) + layer.step([(slot, cut(inputs, 130, 299))])
+    out += layer.step([(slot, cut(inputs, 299, 300))])
+    close(torch.cat(out), formula(inputs), EXACT)
+    assert layer.pool.released_total == 0
+
+
+def test_mixed_batch_of_ragged_rows() -> None:
+    """Prefill and decode rows of very different lengths in one step do not disturb each other."""
+    lengths = [1, 17, 64, 250]
+    data = [random_inputs(n + 3, seed=n, shift=True) for n in lengths]
+    layer = OneLayer(shift=True, threshold=-60.0)
+    slots = [layer.open() for _ in lengths]
+    outs: list[list[torch.Tensor]] = [[] for _ in lengths]
+    for row, length in enumerate(lengths[:2]):
+        outs[row] += layer.step([(slots[row], cut(data[row], 0, length))])
+    # First two decode while the last two prefill; then all decode together.
+    work = [(slots[r], cut(data[r], n, n + 1) if r < 2 else cut(data[r], 0, n)) for r, n in enumerate(lengths)]
+    for row, part in enumerate(layer.step(work)):
+        outs[row].append(part)
+    done = [n + 1 if r < 2 else n for r, n in enumerate(lengths)]
+    work = [(slots[r], cut(data[r], done[r], done[r] + 1)) for r in range(4)]
+    for row, part in enumerate(layer.step(work)):
+        outs[row].append(part)
+    for row in range(4):
+        got = torch.cat(outs[row])
+        close(got, formula(cut(data[row], 0, len(got))), EXACT)
+
+
+def test_pages_are_reused_by_another_request_while_the_first_runs() -> None:
+    """A small pool, in which a second request fits only into what the first gave back."""
+    inputs = [random_inputs(400, gates="alternating", seed=s) for s in range(2)]
+    layer = OneLayer(threshold=-60.0, num_pages=2 + 2 * 20, max_pages=32)
+    slots = [layer.open(), layer.open()]
+    outs: list[list[torch.Tensor]] = [[], []]
+    for t in range(0, 400, 40):  # 25 pages a stream each in the end; the pool has 20
+        for row in range(2):
+            outs[row] += layer.step([(slots[row], cut(inputs[row], t, t + 40))])
+    for row in range(2):
+        close(torch.cat(outs[row]), formula(inputs[row]), EXACT)
+
+
+@pytest.mark.parametrize("log_eps", [-10.0, -4.0])
+def test_pruned_weight_is_at_most_eps(log_eps: float) -> None:
+    """With the threshold of ACP the output differs from the unpruned one by at most 2 eps max|v|."""
+    inputs = random_inputs(512, gates="mixed", heads=4, seed=3)
+    inputs["q"] = torch.nn.functional.normalize(inputs["q"], dim=-1) * 32**0.5 * 0.7
+    inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1) * 32**0.5 * 0.7
+    bound = 0.49 * 32**0.5
+    layer = OneLayer(heads=4, threshold=-2 * bound - math.log(512) + log_eps)
+    slot = layer.open()
+    out = torch.cat(layer.step([(slot, cut(inputs, 0, 256))]) + layer.step([(slot, cut(inputs, 256, 512))]))
+    assert layer.pool.released_total > 0
+    worst = (out.double() - formula(inputs)).abs().max()
+    assert worst <= (2 * math.exp(log_eps) + EXACT) * inputs["v"].abs().max()
+
+
+@pytest.mark.parametrize("log_eps", [-10.0, -4.0])
+def test_pruned_weight_is_at_most_eps_in_the_worst_case(log_eps: float) -> None:
+    """Random inputs use little of what ACP allows. Here all keys that are pruned, and only they, have the largest
+    logit there can be, the query's own key the smallest, and the gates stop just below the threshold."""
+    first, length, dim = 480, 512, 32
+    size, unit = 0.7 * dim**0.5, torch.eye(dim)[0]
+    sign = torch.ones(length)
+    sign[first:] = -1.0
+    bound = size**2 / dim**0.5
+    threshold = pruning_threshold(bound, length, log_eps)
+    inputs = {
+        "q": (size * unit).expand(length, 1, 1, dim),
+        "k": size * sign[:, None, None] * unit,
+        "v": sign[:, None, None].expand(length, 1, dim).contiguous(),
+        "log_f": torch.zeros(length, 1, 1),
+    }
+    inputs["log_f"][first] = threshold - 1e-3
+    layer = OneLayer(heads=1, threshold=threshold)
+    slot = layer.open()
+    parts = [(0, first), (first, length)]
+    out = torch.cat([layer.step([(slot, cut(inputs, *part))])[0] for part in parts])
+    assert layer.pool.released_total > 0
+    worst, allowed = (out.double() - formula(inputs)).abs().max().item(), 2 * math.exp(log_eps)
+    print(f"{worst / allowed:.2f} of what is allowed")
+    # Were less pruned than should be, or nothing, the test would show nothing.
+    assert 0.9 * allowed < worst <= allowed + EXACT
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float8_pages(page_size: int, dtype: torch.dtype) -> None:
+    """One scale a page, which grows with what comes into it; small pages beside large ones stay precise."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16 dot product")
+    inputs = random_inputs(200, gates="alternating", shift=True, seed=7)
+    size = torch.ones(200)
+    size[:100] = torch.linspace(-6, 0, 100).exp2()  # the scale of the first pages grows step by step
+    size[150:] = 1 / 64
+    inputs["v"] = inputs["v"] * size[:, None, None]
+    norm = torch.full((2, 32), 2.0)
+    layer = OneLayer(page_size=page_size, dtype=dtype, kv_dtype=FP8, shift=True, k_norm=norm, threshold=-60.0)
+    slot, out, at = layer.open(), [], 0
+    for length in [*[1] * 20, 45, *[1] * 5, 130]:
+        out += layer.step([(slot, cut(inputs, at, at + length))])
+        at += length
+    got, expected = torch.cat(out).double(), formula(inputs, norm)
+    # The interpreter rounds to float8 towards zero, which doubles the error.
+    for part in (slice(0, 20), slice(20, 100), slice(100, 150), slice(160, 200)):
+        close(got[part], expected[part], 0.12 if INTERPRETED else 0.06)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_small_values_beside_a_sink_in_float8_pages(dtype: torch.dtype, tolerance: float) -> None:
+    """The first token takes nearly all weight and adds nothing: what is left are small weights of small values,
+    whose product with a page's scale is no normal number in float16."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16 dot product")
+    length, dim, rng = 260, 32, torch.Generator().manual_seed(0)
+    unit = torch.eye(dim)[0]
+    inputs = {
+        "q": unit.expand(length, 1, 1, dim).contiguous(),
+        "k": torch.zeros(length, 1, dim),
+        "v": torch.randint(2, (length, 1, dim), generator=rng).mul(2.0).sub(1.0) * 2**-7,
+        "log_f": torch.zeros(length, 1, 1),
+    }
+    inputs["k"][0], inputs["v"][0] = 44 * unit, 0.0  # numbers that float8 has
+    layer = OneLayer(heads=1, page_size=64, dtype=dtype, kv_dtype=FP8)
+    slot = layer.open()
+    out = layer.step([(slot, cut(inputs, 0, 250))])
+    out += [layer.step([(slot, cut(inputs, t, t + 1))])[0] for t in range(250, length)]
+    # Weights and output are rounded.
+    close(torch.cat(out[:1]), formula(inputs)[:250], tolerance)
+    close(torch.cat(out[1:]), formula(inputs)[250:], tolerance)
+
+
+def test_table_update_writes_what_is_new_and_nothing_else() -> None:
+    """As a loop over its parts does; more streams than a program of the kernel takes."""
+    streams, rng = 300, np.random.default_rng(0)
+    tables = [
+        torch.from_numpy(rng.integers(1, 99, shape).astype(np.int32))
+        for shape in ((5, 4), (9, streams, TABLE_CHUNK), (5, streams))
+    ]
+    want = [x.clone() for x in tables]
+    opened, chunks, columns = [2, 4], [(2, 0, 7), (2, 1, 3), (4, 3, 8)], [(7, 15), (3, 0), (3, 1), (8, 5)]
+    ids = rng.integers(100, 999, (len(columns), streams)).astype(np.int32)
+    for slot in opened:
+        want[2][slot] = 0
+    for slot, index, chunk in chunks:
+        want[0][slot, index] = chunk
+    for (chunk, offset), pages in zip(columns, ids):
+        want[1][chunk, :, offset] = torch.from_numpy(pages)
+    # Parts of one array, as they come: no part but the first is aligned.
+    parts = [opened, *zip(*chunks), *zip(*columns), ids.ravel()]
+    packed = torch.from_numpy(np.concatenate([np.array(part, dtype=np.int32) for part in parts]))
+    table = PageTable(*(x.to(DEVICE) for x in tables))
+    names = ("opened", "chunk_slot", "chunk_index", "chunk_id", "column_chunk", "column_offset", "ids")
+    table_update(table, **dict(zip(names, packed.to(DEVICE).split([len(part) for part in parts]), strict=True)))
+    for found, expected in zip((table.chunk_of, table.entries, table.first_live), want):
+        assert torch.equal(found.cpu(), expected)

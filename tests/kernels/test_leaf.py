@@ -1,0 +1,36 @@
+"""Every leaf function has one signature: the plain form's, the kernel's and the dispatcher's."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+
+import pytest
+
+from tests.support import ROOT
+
+LEAVES = sorted(
+    path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "kernels").rglob("kernel.py")
+)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_twin_and_kernel_have_the_same_signature(name: str) -> None:
+    """Parameters, their order, kinds and annotations, of all public functions that both have."""
+    twin, kernel = (import_module(f"vllm_fox.{name}.{part}") for part in ("reference", "kernel"))
+
+    def functions(module: object) -> dict[str, inspect.Signature]:
+        return {
+            f.__name__: inspect.signature(f)
+            for f in vars(module).values()
+            if inspect.isfunction(f) and f.__module__ == module.__name__ and not f.__name__.startswith("_")  # type: ignore[attr-defined]
+        }
+
+    shared = functions(twin).keys() & functions(kernel).keys()
+    assert shared
+    for function in shared:
+        assert functions(twin)[function] == functions(kernel)[function], function
+
+
+def test_all_leaves_are_found() -> None:
+    assert len(LEAVES) == 10

@@ -1,0 +1,209 @@
+"""Leaf functions of Dynamic Context Pruning against the formula in float64: through real pages, with everything
+that is dropped, freed or not yet written full of NaN."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.one_layer import DEVICE, batch_of, extend, pool_and_table
+from vllm_fox.families.sparse_gpt2.attention import SubsetFormula, SubsetState
+from vllm_fox.kernels.subset.pages import NEVER, SubsetPageFormat
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_LEN = 512
+
+
+class Layers:
+    """The attention of some layers over one pool, without vLLM.
+
+    Args:
+        bias: of each layer's interaction scores.
+    """
+
+    def __init__(
+        self,
+        bias: Sequence[float] = (1.5, 2.0),
+        *,
+        heads: int = 2,
+        dim: int = 32,
+        int_dim: int = 16,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        propagate: bool = True,
+        num_slots: int = 4,
+        num_pages: int = 400,
+    ) -> None:
+        self.sizes, self.bias, self.propagate = (heads, dim, int_dim), bias, propagate
+        self.page_size, self.dtype = page_size, dtype
+        form = SubsetPageFormat(page_size, heads, dim, int_dim, dtype)
+        raw = torch.full((num_pages * form.page_bytes,), 0xFF, dtype=torch.uint8, device=DEVICE)  # NaN bytes
+        self.pages, self.raw = form.view(raw), raw.view(num_pages, form.page_bytes)
+        streams = len(bias)
+        self.pool, self.table = pool_and_table(streams, num_slots, num_pages, -(-MAX_LEN // page_size))
+        self.state = SubsetState(self.table, self.pages, num_slots, MAX_LEN, propagate)
+        self.impls = [
+            SubsetFormula(layer, dim**-0.5, torch.tensor([float(b)], device=DEVICE)) for layer, b in enumerate(bias)
+        ]
+        self.lengths: dict[int, int] = {}
+
+    def open(self) -> int:
+        slot = self.pool.open()
+        self.table.first_live[slot] = 0
+        self.lengths[slot] = 0
+        return slot
+
+    def step(self, work: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+        """Rows of (slot, inputs [layers, new tokens, values]): each row's output [layers, new tokens, H, d]."""
+        lens, seqs = [], []
+        for slot, inputs in work:
+            lens.append(inputs.shape[1])
+            self.lengths[slot] += lens[-1]
+            seqs.append(self.lengths[slot])
+            extend(self.pool, self.table, slot, seqs[-1], self.page_size)
+        batch = batch_of(lens, seqs, [slot for slot, _ in work], self.page_size)
+        outs = []
+        for impl, values in zip(self.impls, torch.cat([inputs for _, inputs in work], dim=1), strict=True):
+            parts = cut_up(values.to(DEVICE, self.dtype), self.sizes)
+            outs.append(torch.full_like(parts[0], float("nan"), memory_format=torch.contiguous_format))
+            impl.forward([x.flatten(1) for x in parts], batch, self.state, outs[-1].flatten(1))
+        self.state.end_step(batch)
+        self._release([slot for slot, _ in work])
+        return list(torch.stack(outs).cpu().split(lens, dim=1))
+
+    def _release(self, slots: list[int]) -> None:
+        starts = self.table.first_live[torch.tensor(slots)].cpu().numpy()
+        held = {slot: set(self.pool.held_ids(slot, 0).tolist()) for slot in slots}
+        self.pool.release(0, np.array(slots), self.pool.epoch[slots], starts)
+        for slot in slots:
+            freed = sorted(held[slot] - set(self.pool.held_ids(slot, 0).tolist()))
+            self.raw[torch.tensor(freed, dtype=torch.long)] = 0xFF
+            mine = torch.from_numpy(self.pool.held_ids(slot, 0)).long()
+            for field in (self.pages.k, self.pages.v, self.pages.int_k):
+                kept = (self.pages.end[mine] == NEVER).view(*self.pages.end[mine].shape, *[1] * (field.dim() - 2))
+                field[mine] = torch.where(kept, field[mine], float("nan"))
+
+
+def cut_up(values: torch.Tensor, sizes: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+    """[T, 3 H d + 2 r] to q, k, v [T, H, d] and interaction queries and keys [T, r]."""
+    heads, dim, r = sizes
+    *qkv, int_q, int_k = values.split([heads * dim] * 3 + [r] * 2, dim=1)
+    return *(x.unflatten(1, (heads, dim)) for x in qkv), int_q, int_k
+
+
+def inputs_of(layers: Layers, length: int, seed: int = 0) -> torch.Tensor:
+    """Random inputs of one sequence: [layers, length, values]."""
+    heads, dim, r = layers.sizes
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(len(layers.bias), length, 3 * heads * dim + 2 * r, generator=rng).to(layers.dtype)
+
+
+def formula(layers: Layers, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [layers, T, H, d] in float64, and how many tokens each query sees, [layers, T]."""
+    length, outs, counts = inputs.shape[1], [], []
+    position = torch.arange(length)
+    below = torch.ones(length, length, dtype=torch.bool)
+    for bias, values in zip(layers.bias, inputs.double(), strict=True):
+        q, k, v, int_q, int_k = cut_up(values, layers.sizes)
+        kept = (int_q @ int_k.T / math.sqrt(int_q.shape[1]) + bias > 0) | (position[:, None] <= position)
+        visible = kept.cumprod(0).bool() & (position[:, None] >= position)
+        if layers.propagate:
+            below = visible = visible & below
+        logits = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[2])
+        weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+        outs.append(torch.einsum("hij,jhd->ihd", weights, v))
+        counts.append(visible.sum(1))
+    return torch.stack(outs), torch.stack(counts)
+
+
+# No decay: products of 32 terms, an exponential and a division, some 10 u.
+EXACT = 1e-6 if DEVICE == "cpu" else 1e-5
+
+
+def close(out: torch.Tensor, expected: torch.Tensor, tolerance: float = EXACT) -> None:
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < tolerance, float(error)
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("bias", [(2.0, 2.5), (-9.0, 2.0), (9.0, 1.0)])
+def test_chunks_then_decode(bias: tuple[float, float], page_size: int, propagate: bool) -> None:
+    """Any split into steps gives the formula's output, in no more pages than live tokens ask for."""
+    if INTERPRETED and page_size == 64:
+        pytest.skip("left out of the interpreter's run to save time")
+    layers = Layers(bias, page_size=page_size, propagate=propagate)
+    inputs = inputs_of(layers, 380)
+    expected, seen = formula(layers, inputs)
+    slot, at, out = layers.open(), 0, []
+    for size in [1, 37, 150, 166, *[1] * (6 if INTERPRETED else 26)]:
+        out += layers.step([(slot, inputs[:, at : at + size])])
+        at += size
+        held = int(layers.pool.num_pages[slot]) - layers.pool.start[slot]
+        assert (held <= seen[:, at - 1].numpy() / page_size + 2).all()
+    close(torch.cat(out, 1), expected[:, :at])
+    if min(bias) < 9:
+        assert layers.pool.released_total > 0
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="of the Triton kernel")
+def test_few_programs_share_the_tokens_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are many rows: drop times of all blocks of tokens, whoever finds them."""
+    from vllm_fox.kernels.subset.drop_times import kernel
+
+    monkeypatch.setattr(kernel, "MAX_PROGRAMS", 1)
+    layers = Layers((2.5,))
+    inputs = inputs_of(layers, 203)
+    slot = layers.open()
+    out = [layers.step([(slot, part)])[0] for part in inputs.split([200, 1, 1, 1], dim=1)]
+    close(torch.cat(out, 1), formula(layers, inputs)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, dim, int_dim", [(3, 64, 64), (1, 128, 8), (5, 48, 24)])
+def test_dtypes_and_sizes(heads: int, dim: int, int_dim: int, dtype: torch.dtype) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16 dot product")
+    layers = Layers((1.5,), heads=heads, dim=dim, int_dim=int_dim, dtype=dtype)
+    inputs = inputs_of(layers, 150)
+    slot = layers.open()
+    out = layers.step([(slot, inputs[:, :140])])
+    out += [layers.step([(slot, inputs[:, t : t + 1])])[0] for t in range(140, 150)]
+    # sqrt(2/3) u: weights and output.
+    close(torch.cat(out, 1), formula(layers, inputs)[0], 3.2e-3 if dtype == torch.bfloat16 else 4e-4)
+
+
+@settings(max_examples=5 if INTERPRETED else 40, deadline=None)
+@given(data=st.data())
+def test_ragged_batches(data: st.DataObject) -> None:
+    """Rows of one query beside rows of many, requests that end and others that take their pages."""
+    bias = data.draw(st.tuples(*[st.sampled_from([-9.0, 0.0, 1.5, 3.0, 9.0])] * 2))
+    layers = Layers(bias, propagate=data.draw(st.booleans()), num_pages=120)
+    running: dict[int, tuple[int, list[torch.Tensor]]] = {}  # slot: seed of its inputs, output so far
+    for seed in range(data.draw(st.integers(2, 3 if INTERPRETED else 12))):
+        if layers.pool.has_free_slot:
+            running[layers.open()] = (seed, [])
+        work = []
+        for slot in sorted(running):
+            new = data.draw(st.sampled_from([0, 1, 1, 2, 15, 40]))
+            if new and layers.lengths[slot] + new <= 200:
+                inputs = inputs_of(layers, 200, running[slot][0])
+                work.append((slot, inputs[:, layers.lengths[slot] :][:, :new]))
+        if not work:
+            continue
+        for (slot, _), out in zip(work, layers.step(work), strict=True):
+            running[slot][1].append(out)
+        if data.draw(st.booleans()):
+            slot = data.draw(st.sampled_from([slot for slot, _ in work]))
+            seed, out = running.pop(slot)
+            found = torch.cat(out, 1)
+            close(found, formula(layers, inputs_of(layers, 200, seed)[:, : found.shape[1]])[0])
+            layers.raw[torch.from_numpy(layers.pool.held_ids(slot, 0)).long()] = 0xFF
+            layers.pool.close(slot)

@@ -1,0 +1,362 @@
+"""The Forgetting Transformer (FoX, arXiv 2503.02130) as a vLLM model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import islice
+from typing import ClassVar
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    extract_layer_index,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from vllm_fox.kernels.rope import rotate
+from vllm_fox.modules.heads import HeadNorm, HeadProjection, HeadShare
+
+from .architecture import Architecture
+from .bounds import projection_bound, qk_norm_bound
+from .head_order import deal, memory_score
+from .layer import ForgettingAttention
+from .weights import load_checkpoint
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``.
+
+    Args:
+        arch: the model.
+        prefix: the module's name.
+    """
+
+    def __init__(self, arch: Architecture, prefix: str) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            arch.hidden_size, [arch.intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(
+            arch.intermediate_size, arch.hidden_size, bias=False, prefix=f"{prefix}.down_proj"
+        )
+        self.act = SiluAndMul() if arch.mlp_act == "silu" else SigmoidAndMul()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] to [T, hidden]."""
+        both, _ = self.gate_up_proj(x)
+        out, _ = self.down_proj(self.act(both))
+        return out
+
+
+class SigmoidAndMul(nn.Module):
+    """``sigmoid(a) * b`` of ``[a, b]``, computed in float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, 2 * n] to [T, n]."""
+        gate, up = x.float().chunk(2, dim=-1)
+        return (gate.sigmoid() * up).to(x.dtype)
+
+
+class ForgettingSelfAttention(nn.Module):
+    """Projections, gates and norms around forgetting attention.
+
+    Key and value leave as projected: their token shift needs the previous token, which the cache knows, so it
+    and k's norm and rotation, which follow, belong to the attention layer.
+
+    Args:
+        vllm_config: the engine's configuration.
+        arch: the model.
+        prefix: the module's name.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, arch: Architecture, prefix: str) -> None:
+        super().__init__()
+        hidden, dim = arch.hidden_size, arch.head_dim
+        heads, kv_heads = HeadShare.of_rank(arch.num_heads), HeadShare.of_rank(arch.num_kv_heads)
+        self.arch, self.heads, self.kv_heads = arch, heads, kv_heads
+        self.layer = extract_layer_index(prefix)
+        # All ranks' query heads, rank by rank.
+        self.head_order = list(range(arch.num_heads))
+        parts = {
+            "q": (heads, dim, arch.qkv_bias),
+            "k": (kv_heads, dim, arch.qkv_bias),
+            "v": (kv_heads, dim, arch.qkv_bias),
+            "output_gate": (heads, dim, False) if arch.output_gate is not None else None,
+            "forget_gate": (heads, 1, True) if arch.gate == "full" else None,
+            "k_shift": (kv_heads, 1, False) if arch.k_shift else None,
+            "v_shift": (kv_heads, 1, False) if arch.v_shift else None,
+        }
+        self.in_proj = HeadProjection(hidden, {name: part for name, part in parts.items() if part is not None})
+        self.o_proj = RowParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.o_proj")
+        self.output_norm = HeadNorm(heads, dim, arch.norm_eps) if arch.output_norm else None
+        # In bfloat16 every token's log f would be off by the same up to 3 %, and so would all decay.
+        constant = arch.gate in ("bias_only", "fixed")
+        self.forget_bias = heads.parameter(dtype=torch.float32) if constant else None
+        normed = arch.qk_norm != "none"
+        self.q_norm = HeadNorm(heads, dim, arch.qk_norm_eps) if normed else None
+        self.k_norm = HeadNorm(kv_heads, dim, arch.qk_norm_eps) if normed else None
+
+        self.attn = ForgettingAttention(
+            vllm_config=vllm_config,
+            prefix=f"{prefix}.attn",
+            num_heads=heads.count,
+            num_kv_heads=kv_heads.count,
+            head_dim=dim,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            qk_norm_eps=arch.qk_norm_eps,
+            rope_base=arch.rope_base,
+            k_shift=arch.k_shift,
+            v_shift=arch.v_shift,
+            gate_dtype=torch.float32 if constant else None,
+            log_pruning_tolerance=arch.log_pruning_tolerance,
+        )
+
+    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Attend (T tokens).
+
+        Args:
+            positions: [T].
+            x: [T, hidden], normed.
+
+        Returns:
+            [T, hidden].
+        """
+        parts = self.in_proj(x)
+        q = parts["q"]
+        if self.q_norm is not None:
+            q = self.q_norm(q).to(x.dtype).flatten(1)
+        if self.arch.rope_base is not None:
+            heads, dim = self.heads.count, self.arch.head_dim
+            q = rotate(q.reshape(-1, heads, dim), positions, self.arch.rope_base).flatten(1)
+        gate = self._gate_logits(parts)
+        out = self.attn(q, parts["k"], parts["v"], gate, parts.get("k_shift"), parts.get("v_shift"))
+        out, _ = self.o_proj(self._gate_output(out, parts.get("output_gate")))
+        return out
+
+    def arrange_heads(self, gate: torch.Tensor | None, bias: torch.Tensor, input_norm: torch.Tensor | None) -> None:
+        """Before weights are filled in: choose this rank's heads, so that all ranks forget equally much.
+
+        Args:
+            gate: [all heads, hidden] weight of the forget gates' projection; None where they are constants.
+            bias: [all heads].
+            input_norm: [hidden] weight of the norm before the projection; None with ``gate``.
+        """
+        ranks, groups = get_tensor_model_parallel_world_size(), self.arch.num_heads // self.arch.num_kv_heads
+        if ranks == 1 or ranks > self.arch.num_kv_heads:
+            return
+        order = deal(memory_score(gate, bias, input_norm, groups), ranks, self.layer)
+        own = self.kv_heads.count * get_tensor_model_parallel_rank()
+        self.kv_heads.heads = order[own : own + self.kv_heads.count]
+        self.head_order = [head * groups + g for head in order for g in range(groups)]
+        own *= groups
+        self.heads.heads = self.head_order[own : own + self.heads.count]
+
+    def arrange_output(self, weight: torch.Tensor) -> torch.Tensor:
+        """[hidden, all heads * d] of the output projection, its columns in the order of the ranks' heads."""
+        return weight.unflatten(1, (self.arch.num_heads, -1))[:, self.head_order].flatten(1)
+
+    def _gate_logits(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[T, heads] x with log f = logsigmoid(x): float32 where it is constant, else in the model's dtype."""
+        if "forget_gate" in parts:
+            return parts["forget_gate"]
+        tokens = parts["q"].shape[0]
+        if self.forget_bias is not None:
+            return self.forget_bias.expand(tokens, -1)
+        return parts["q"].new_full((tokens, self.heads.count), math.inf)
+
+    def _gate_output(self, out: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """Output norm and gate in float32, rounded once: two [T, heads * d] to one."""
+        if self.output_norm is None and gate is None:
+            return out
+        wide = out.float() if self.output_norm is None else self.output_norm(out).flatten(1)
+        if gate is not None:
+            gate = gate.float()
+            wide = wide * (gate.sigmoid() if self.arch.output_gate == "sigmoid" else nn.functional.silu(gate))
+        return wide.to(out.dtype)
+
+    def set_logit_bound(self, input_norm: torch.Tensor) -> None:
+        """Tell the attention layer how large its logits can get, once weights are loaded.
+
+        Args:
+            input_norm: [hidden] weight of the norm that made ``x``.
+        """
+        if self.q_norm is not None and self.k_norm is not None:
+            self.attn.set_logit_bound(qk_norm_bound(self.q_norm.weight, self.k_norm.weight))
+            return
+        dim, weight, bias = self.arch.head_dim, self.in_proj.weight, self.in_proj.bias
+        w_q, w_k = (self.in_proj.part(weight, name) for name in "qk")
+        b_q = b_k = None
+        if self.arch.qkv_bias:
+            assert bias is not None
+            b_q, b_k = (self.in_proj.part(bias, name).view(-1, dim) for name in "qk")
+        hidden = self.arch.hidden_size
+        self.attn.set_logit_bound(
+            projection_bound(
+                w_q.view(-1, dim, hidden),
+                w_k.view(-1, dim, hidden),
+                input_norm,
+                b_q,
+                b_k,
+                rotated=self.arch.rope_base is not None,
+            )
+        )
+
+
+class ForgettingTransformerBlock(nn.Module):
+    """One layer: normed attention and normed MLP, each added to the residual stream."""
+
+    def __init__(self, vllm_config: VllmConfig, arch: Architecture, prefix: str) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
+        self.attn = ForgettingSelfAttention(vllm_config, arch, prefix=f"{prefix}.attn")
+        self.mlp_norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
+        self.mlp = GatedMLP(arch, prefix=f"{prefix}.mlp")
+
+    def forward(
+        self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T], [T, hidden] and the residual stream before adding x; the same two after the layer."""
+        if residual is None:
+            residual = x
+            x = self.attn_norm(x)
+        else:
+            x, residual = self.attn_norm(x, residual)
+        x = self.attn(positions, x)
+        x, residual = self.mlp_norm(x, residual)
+        return self.mlp(x), residual
+
+
+@support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": {0: "b"},
+        "positions": {0: "b"},
+        "intermediate_tensors": {0: "b"},
+        "inputs_embeds": {0: "b"},
+    }
+)
+class ForgettingTransformerModel(nn.Module):
+    """Embeddings, layers and final norm, or a pipeline stage's part of them."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        arch, stage = Architecture.from_config(vllm_config.model_config.hf_config), get_pp_group()
+        self.embeddings: nn.Module = PPMissingLayer()
+        if stage.is_first_rank or (stage.is_last_rank and arch.tied_embeddings):
+            self.embeddings = VocabParallelEmbedding(
+                arch.vocab_size, arch.hidden_size, prefix=f"{prefix}.embeddings"
+            )
+        self.first_layer, self.end_layer, self.layers = make_layers(
+            arch.num_layers,
+            lambda prefix: ForgettingTransformerBlock(vllm_config, arch, prefix=prefix),
+            prefix=f"{prefix}.layers",
+        )
+        self.norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps) if stage.is_last_rank else PPMissingLayer()
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], arch.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] to [T, hidden]."""
+        return self.embeddings(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """[T] token ids (or [T, hidden] embeddings, or what the stage before returned) and [T] positions to
+        [T, hidden], or to what the next stage needs."""
+        residual: torch.Tensor | None = None
+        if not get_pp_group().is_first_rank:
+            assert intermediate_tensors is not None
+            x, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        elif inputs_embeds is not None:
+            x = inputs_embeds
+        else:
+            assert input_ids is not None
+            x = self.embed_input_ids(input_ids)
+        for layer in islice(self.layers, self.first_layer, self.end_layer):
+            x, residual = layer(positions, x, residual)
+        if not get_pp_group().is_last_rank:
+            assert residual is not None
+            return IntermediateTensors({"hidden_states": x, "residual": residual})
+        x, _ = self.norm(x, residual)
+        return x
+
+
+class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
+    """A FoX language model of either checkpoint dialect, as vLLM loads and runs it."""
+
+    # Only safetensors, which hold no code; and not other .safetensors files that lie beside the model.
+    fall_back_to_pt_during_load: ClassVar[bool] = False
+    allow_patterns_overrides: ClassVar[list[str]] = [
+        "model.safetensors",
+        "model-*-of-*.safetensors",
+        "*.safetensors",
+    ]
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        self.arch = Architecture.from_config(self.config)
+        self.model = ForgettingTransformerModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        self.lm_head: nn.Module = PPMissingLayer()
+        if get_pp_group().is_last_rank:
+            head = ParallelLMHead(
+                self.arch.vocab_size, self.arch.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+            )
+            self.lm_head = head
+            if isinstance(self.model.embeddings, VocabParallelEmbedding) and self.arch.tied_embeddings:
+                self.lm_head = head.tie_weights(self.model.embeddings)
+        self.logits_processor = LogitsProcessor(self.arch.vocab_size)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] to [T, hidden]."""
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """As :meth:`ForgettingTransformerModel.forward`."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """[N, hidden] to [N, vocab]; None on ranks that do not sample."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint and fix what follows from its weights (see :func:`.weights.load_checkpoint`)."""
+        blocks: dict[int, ForgettingTransformerBlock] = {}
+        for index in range(self.model.first_layer, self.model.end_layer):
+            block = self.model.layers[index]
+            assert isinstance(block, ForgettingTransformerBlock)
+            blocks[index] = block
+        filled = load_checkpoint(self, self.arch, {index: block.attn for index, block in blocks.items()}, weights)
+        for block in blocks.values():
+            block.attn.set_logit_bound(block.attn_norm.weight)
+        return filled

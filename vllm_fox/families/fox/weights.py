@@ -1,0 +1,113 @@
+"""A FoX checkpoint's tensors, of either dialect, into the vLLM model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from vllm_fox.modules.weights import Destination, fill_parameters
+
+from .architecture import OFFICIAL, Architecture, expected_weights, is_derived_weight
+
+# Name in the checkpoint (either dialect) to name in the model, and the part of a fused parameter it fills.
+_RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
+    (r"\.attn\.k_proj\.shift_proj\.", ".attn.in_proj.", "k_shift"),
+    (r"\.attn\.v_proj\.shift_proj\.", ".attn.in_proj.", "v_shift"),
+    (r"\.attn\.q_proj\.", ".attn.in_proj.", "q"),
+    (r"\.attn\.k_proj\.(linear\.)?", ".attn.in_proj.", "k"),
+    (r"\.attn\.v_proj\.(linear\.)?", ".attn.in_proj.", "v"),
+    (r"\.attn\.(fgate|f)_proj\.", ".attn.in_proj.", "forget_gate"),
+    (r"\.attn\.fgate_bias$", ".attn.forget_bias", None),
+    (r"\.attn\.(ogate|g)_proj\.", ".attn.in_proj.", "output_gate"),
+    (r"\.mlp\.gate_proj\.", ".mlp.gate_up_proj.", 0),
+    (r"\.mlp\.up_proj\.", ".mlp.gate_up_proj.", 1),
+)
+
+
+class ArrangesHeads(Protocol):
+    """What the loader asks of an attention module of the model: see its methods of these names there."""
+
+    def arrange_heads(self, gate: torch.Tensor | None, bias: torch.Tensor, input_norm: torch.Tensor | None) -> None:
+        """Choose this rank's heads."""
+
+    def arrange_output(self, weight: torch.Tensor) -> torch.Tensor:
+        """The output projection's columns in the order of the ranks' heads."""
+
+
+def load_checkpoint(
+    model: nn.Module,
+    arch: Architecture,
+    attention: Mapping[int, ArrangesHeads],
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> set[str]:
+    """Fill the parameters of a Forgetting Transformer.
+
+    Args:
+        model: the vLLM model.
+        arch: what it was built from.
+        attention: its attention modules by layer.
+        weights, returns, raises: as :func:`fill_parameters`.
+    """
+    arranger = _Arranger(arch, attention)
+
+    def destinations(name: str, tensor: torch.Tensor) -> Iterator[Destination]:
+        for ready_name, ready in arranger.arranged(name, tensor):
+            yield from _destinations(arch, ready_name, ready)
+
+    given = (item for item in weights if not is_derived_weight(arch, item[0]))
+    return fill_parameters(model, expected_weights(arch), given, destinations, f"{arch.dialect} dialect")
+
+
+class _Arranger:
+    """Holds a layer's attention tensors back until those are there which decide on the order of its heads."""
+
+    def __init__(self, arch: Architecture, attention: Mapping[int, ArrangesHeads]) -> None:
+        gate = "fgate_proj" if arch.dialect == OFFICIAL else "f_proj"
+        self._weight, self._bias, self._norm = f"attn.{gate}.weight", f"attn.{gate}.bias", "attn_norm.weight"
+        self._deciding = {self._weight, self._bias, self._norm}
+        if arch.gate != "full":
+            self._bias = "attn.fgate_bias"
+            self._deciding = {self._bias}
+        # Without gates nothing is ever forgotten, in whatever order.
+        self._waiting: dict[int, dict[str, torch.Tensor]] = {n: {} for n in attention if arch.gate != "none"}
+        self._attention = attention
+
+    def arranged(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Takes a tensor of the checkpoint, gives those that can be filled in now."""
+        found = re.fullmatch(r"model\.layers\.(\d+)\.(attn.*)", name)
+        if not found or int(found[1]) not in self._attention:
+            yield name, tensor
+            return
+        layer, attention = int(found[1]), self._attention[int(found[1])]
+        ready = {found[2]: tensor}
+        if layer in self._waiting:
+            held = self._waiting[layer]
+            held.update(ready)
+            if not self._deciding <= held.keys():
+                return
+            attention.arrange_heads(held.get(self._weight), held[self._bias], held.get(self._norm))
+            ready = self._waiting.pop(layer)
+        for short, one in ready.items():
+            if short == "attn.o_proj.weight":
+                one = attention.arrange_output(one)
+            yield f"model.layers.{layer}.{short}", one
+
+
+def _destinations(arch: Architecture, name: str, tensor: torch.Tensor) -> Iterator[Destination]:
+    """Parameters that one checkpoint tensor fills."""
+    target, part = name, None
+    for pattern, replacement, shard in _RENAMED:
+        target, found = re.subn(pattern, replacement, name)
+        if found:
+            part = shard
+            break
+    if arch.dialect == OFFICIAL and ".mlp.gate_proj." in name:
+        gate, up = tensor.chunk(2)  # both in one tensor in this dialect
+        yield target, 0, gate
+        yield target, 1, up
+    else:
+        yield target, part, tensor

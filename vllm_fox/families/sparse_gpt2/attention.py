@@ -1,0 +1,69 @@
+"""Attention of one layer with Dynamic Context Pruning in one step: the leaf functions in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_fox.attention.step import Formula, WorkerState
+from vllm_fox.kernels.paged import Batch, PageTable
+from vllm_fox.kernels.subset import attention
+from vllm_fox.kernels.subset.compaction import compact
+from vllm_fox.kernels.subset.drop_times import drop_times
+from vllm_fox.kernels.subset.pages import NEVER, SubsetPages
+from vllm_fox.kernels.subset.write import subset_write
+
+
+class SubsetState(WorkerState):
+    """What the layers of one worker share from step to step.
+
+    Args:
+        table: the worker's page table.
+        pages: the page pool.
+        max_rows: most rows that a step can have.
+        max_model_len: longest request.
+        propagate: whether what a layer drops is dropped in all layers above it.
+    """
+
+    def __init__(
+        self, table: PageTable, pages: SubsetPages, max_rows: int, max_model_len: int, propagate: bool
+    ) -> None:
+        super().__init__(table)
+        self.pages = pages
+        shape, device = (max_rows, max_model_len), pages.end.device
+        self.ends = torch.full(shape, NEVER, dtype=torch.int32, device=device) if propagate else None
+        self.workspace = attention.make_workspace(max_rows, max_model_len, device)
+
+    def end_step(self, batch: Batch) -> None:
+        """Move live tokens together, so that pages come free."""
+        compact(self.pages, self.table, batch)
+
+
+@dataclass
+class SubsetFormula(Formula[SubsetState]):
+    """Constants of a layer with H heads of size d and interaction keys of size r.
+
+    Attributes:
+        scale: of the logits.
+        bias: [1], of the interaction scores.
+    """
+
+    scale: float
+    bias: torch.Tensor
+
+    def forward(self, inputs: Sequence[torch.Tensor], batch: Batch, state: SubsetState, out: torch.Tensor) -> None:
+        """Write the new tokens, find what they drop, and attend to the rest (T tokens).
+
+        Args:
+            inputs: q, k and v [T, H * d], interaction queries and keys [T, r].
+            out: [T, H * d], written.
+        """
+        pages, table, layer = state.pages, state.table, self.layer
+        *qkv, int_q, int_k = inputs
+        heads = pages.k.shape[2:]
+        q, k, v, out = (x.unflatten(1, heads) for x in (*qkv, out))
+        subset_write(pages, table, batch, layer, k=k, v=v, int_k=int_k)
+        drop_times(pages, table, batch, layer, int_q, self.bias, state.ends)
+        attention.subset_attention(pages, table, batch, layer, q, self.scale, out, state.workspace)

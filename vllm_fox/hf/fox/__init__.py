@@ -1,0 +1,1 @@
+"""Forgetting Transformers for transformers."""

@@ -1,0 +1,446 @@
+"""The Forgetting Transformer (FoX, arXiv 2503.02130) as a transformers model.
+
+Modules are named as the tensors of a checkpoint, in its own dialect, so loading and saving translate nothing.
+All tokens of a batch stand in one line, sequence after sequence without padding, from the embeddings to the head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from vllm_fox.families.fox.architecture import OFFICIAL, Architecture
+from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, with_rounding
+from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
+from vllm_fox.kernels import forgetting_attention
+from vllm_fox.kernels.acp import pruning_threshold
+from vllm_fox.kernels.rope import rotate
+
+from .cache import ForgettingCache
+
+
+@dataclass
+class Line:
+    """How B sequences of T tokens, of which some may be padding, stand in one line of N tokens.
+
+    Attributes:
+        batch, length: B and T.
+        cu_seqlens: [S + 1] int32: where each sequence begins in the line, and N.
+        positions: [N] of each token in its sequence.
+        where: [N] index of each token in the flattened [B * T]; None where nothing is padding.
+    """
+
+    batch: int
+    length: int
+    cu_seqlens: torch.Tensor
+    positions: torch.Tensor
+    where: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls, batch: int, length: int, device: torch.device, mask: torch.Tensor | None, packed: torch.Tensor | None
+    ) -> Line:
+        """From an attention mask [B, T] (0: padding), or the bounds of sequences packed into one row."""
+        where = None
+        bounds = torch.arange(batch + 1, device=device) * length if packed is None else packed.to(device)
+        if mask is not None and packed is None and not bool(mask.all()):
+            where = mask.flatten().nonzero().squeeze(1)
+            bounds = F.pad(mask.sum(1).cumsum(0), (1, 0))
+        tokens = batch * length if where is None else len(where)
+        counts = bounds.diff()
+        starts = bounds[:-1].repeat_interleave(counts, output_size=tokens)
+        return cls(batch, length, bounds.int(), torch.arange(tokens, device=device) - starts, where)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, ...] to [N, ...]."""
+        flat = x.flatten(0, 1)
+        return flat if self.where is None else flat[self.where]
+
+    def unpack(self, x: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
+        """[N, ...] to [B, T, ...]."""
+        if self.where is not None:
+            full = x.new_full((self.batch * self.length, *x.shape[1:]), padding)
+            full[self.where] = x
+            x = full
+        return x.unflatten(0, (self.batch, self.length))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight in float32, over groups of the last dimension.
+
+    Args:
+        shape: of the weight.
+        eps: added to the mean square.
+        group: elements that are normed together; all unless given.
+    """
+
+    def __init__(self, shape: int, eps: float, group: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.eps, self.group = eps, group or shape
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n] to float32 (or wider) [..., n / group, group]."""
+        x = x.unflatten(-1, (-1, self.group)).to(torch.promote_types(x.dtype, torch.float32))
+        weight = self.weight.to(x.dtype).view(-1, self.group)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n] to the same."""
+        return self.wide(x).flatten(-2).to(x.dtype)
+
+
+class ShiftedLinear(nn.Module):
+    """A projection whose heads mix in the token before: ``a prev + (1 - a) cur`` with a = sigmoid(shift(x))."""
+
+    def __init__(self, hidden: int, heads: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, heads * dim, bias=False)
+        self.shift_proj = nn.Linear(hidden, heads, bias=False)
+
+
+class ForgettingSelfAttention(nn.Module):
+    """Projections, gates and norms around forgetting attention."""
+
+    q_norm: RMSNorm
+    k_norm: RMSNorm
+    output_norm: RMSNorm
+
+    def __init__(self, arch: Architecture, max_length: int, layer: int) -> None:
+        super().__init__()
+        self.arch, self.layer, self.max_length = arch, layer, max_length
+        hidden, dim, heads, kv_heads = arch.hidden_size, arch.head_dim, arch.num_heads, arch.num_kv_heads
+        self.q_proj = nn.Linear(hidden, hidden, bias=arch.qkv_bias)
+        self.k_proj = self._kv_projection(arch.k_shift)
+        self.v_proj = self._kv_projection(arch.v_shift)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        if arch.gate == "full":
+            setattr(self, self._names["gate"], nn.Linear(hidden, heads))
+        elif arch.gate == "bias_only":
+            self.fgate_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        elif arch.gate == "fixed":
+            self.register_buffer("fgate_bias", torch.zeros(heads, dtype=torch.float32))
+        if arch.output_gate is not None:
+            setattr(self, self._names["output"], nn.Linear(hidden, hidden, bias=False))
+        if arch.output_norm:
+            self.output_norm = RMSNorm(hidden, arch.norm_eps, dim)
+        if arch.qk_norm != "none":
+            shared = arch.qk_norm == "shared"
+            self.q_norm = RMSNorm(dim if shared else hidden, arch.qk_norm_eps, dim)
+            self.k_norm = RMSNorm(dim if shared else kv_heads * dim, arch.qk_norm_eps, dim)
+
+    @property
+    def _names(self) -> dict[str, str]:
+        official = self.arch.dialect == OFFICIAL
+        return (
+            {"gate": "fgate_proj", "output": "ogate_proj"} if official else {"gate": "f_proj", "output": "g_proj"}
+        )
+
+    def _kv_projection(self, shifted: bool) -> nn.Module:
+        arch = self.arch
+        if shifted:
+            return ShiftedLinear(arch.hidden_size, arch.num_kv_heads, arch.head_dim)
+        return nn.Linear(arch.hidden_size, arch.num_kv_heads * arch.head_dim, bias=arch.qkv_bias)
+
+    def forward(self, x: torch.Tensor, line: Line, cache: ForgettingCache | None) -> torch.Tensor:
+        """[N, hidden], normed, to [N, hidden]."""
+        arch, dim = self.arch, self.arch.head_dim
+        layer = None if cache is None else cache.layer(self.layer)
+        past = layer if layer is not None and layer.is_initialized else None
+        q = self.q_proj(x).unflatten(-1, (-1, dim))
+        k, last_k = self._shifted(self.k_proj, x, line, None if past is None else past.last[0])
+        v, last_v = self._shifted(self.v_proj, x, line, None if past is None else past.last[1])
+        if arch.qk_norm != "none":
+            # Under autocast x is wider than what projections return.
+            q, k = (norm.wide(y.flatten(-2)).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        if arch.rope_base is not None:
+            q, k = (rotate(y, line.positions, arch.rope_base) for y in (q, k))
+        log_forget = self.log_forget(x)
+        if past is not None:
+            q, k, v, log_forget = (line.unpack(y) for y in (q, k, v, log_forget))
+            out = line.pack(past.attend(q, k, v, log_forget, (last_k, last_v), dim**-0.5))
+        else:
+            tolerance = arch.log_pruning_tolerance
+            out = forgetting_attention(
+                q[None], k[None], v[None], log_forget[None],
+                cu_seqlens=line.cu_seqlens, threshold=None if tolerance is None else "auto",
+                log_pruning_tolerance=tolerance or 0.0,
+            )[0]  # fmt: skip
+            if layer is not None:
+                layer.fill(line.unpack(k), line.unpack(v), line.unpack(log_forget, -torch.inf), (last_k, last_v))
+        return self.o_proj(self._gated(out, x))
+
+    def _shifted(
+        self, projection: nn.Module, x: torch.Tensor, line: Line, last: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, hidden] to [N, KV heads, d], and to what the next token's shift needs: [B, KV heads, d].
+
+        Args:
+            last: the latter, as the tokens before left it; None at the beginning of sequences.
+        """
+        shifted = isinstance(projection, ShiftedLinear)
+        y = (projection.linear if isinstance(projection, ShiftedLinear) else projection)(x)
+        y = y.unflatten(-1, (-1, self.arch.head_dim))
+        ends = line.cu_seqlens[1:].long() - 1
+        if not shifted:
+            return y, y[ends]
+        before = F.pad(y[:-1], (0, 0, 0, 0, 1, 0))
+        starts = line.cu_seqlens[:-1].long()
+        if last is None:
+            before = torch.where((line.positions == 0)[:, None, None], 0.0, before)
+        else:
+            before = before.index_copy(0, starts, last.to(before.dtype))
+        assert isinstance(projection, ShiftedLinear)
+        # Where a is close to 1, half precision would leave few digits of 1 - a.
+        a = projection.shift_proj(x).to(torch.promote_types(y.dtype, torch.float32)).sigmoid()[..., None]
+        return (a * before + (1 - a) * y).to(y.dtype), y[ends]
+
+    def log_forget(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, hidden], normed, to [N, H] float32 (or wider) log f."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.arch.gate == "none":
+            return torch.zeros(len(x), self.arch.num_heads, dtype=wide, device=x.device)
+        if self.arch.gate == "full":
+            return F.logsigmoid(getattr(self, self._names["gate"])(x).to(wide))
+        return F.logsigmoid(self.fgate_bias.to(wide)).expand(len(x), -1)
+
+    def _gated(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Output norm and gate in float32, rounded once: [N, H, d] to [N, hidden]."""
+        out = out.flatten(-2)
+        if not self.arch.output_norm and self.arch.output_gate is None:
+            return out
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
+        if self.arch.output_norm:
+            wide = self.output_norm.wide(out).flatten(-2)
+        if self.arch.output_gate is not None:
+            gate = getattr(self, self._names["output"])(x).to(wide.dtype)
+            wide = wide * (gate.sigmoid() if self.arch.output_gate == "sigmoid" else F.silu(gate))
+        return wide.to(out.dtype)
+
+    def threshold(self, input_norm: torch.Tensor) -> torch.Tensor:
+        """[H] ACP's threshold for queries to come, from the weights alone; -inf where nothing is pruned.
+
+        Args:
+            input_norm: [hidden] weight of the norm that made ``x``.
+        """
+        arch, dim, device = self.arch, self.arch.head_dim, self.o_proj.weight.device
+        # Under autocast projections round their weights, and what they return, to its dtype.
+        dtype = self.o_proj.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if arch.log_pruning_tolerance is None:
+            return torch.full((arch.num_heads,), -torch.inf, device=device)
+        if arch.qk_norm != "none":
+            w_q, w_k = self.q_norm.weight.view(-1, dim), self.k_norm.weight.view(-1, dim)
+            bound = qk_norm_bound(w_q.expand(arch.num_heads, -1), w_k.expand(arch.num_kv_heads, -1))
+        else:
+            k_proj = self.k_proj.linear if isinstance(self.k_proj, ShiftedLinear) else self.k_proj
+            assert isinstance(k_proj, nn.Linear)
+            both = (self.q_proj, k_proj)
+            w_q, w_k = (p.weight.to(dtype).unflatten(0, (-1, dim)) for p in both)
+            b_q, b_k = (p.bias.to(dtype).unflatten(0, (-1, dim)) if arch.qkv_bias else None for p in both)
+            bound = projection_bound(w_q, w_k, input_norm, b_q, b_k, rotated=arch.rope_base is not None)
+        bound = with_rounding(bound, dtype, dtype)
+        return pruning_threshold(bound, self.max_length, arch.log_pruning_tolerance).to(device)
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``; gate and up are one tensor in the official dialect."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        joint = arch.dialect == OFFICIAL
+        self.gate_proj = nn.Linear(arch.hidden_size, arch.intermediate_size * (2 if joint else 1), bias=False)
+        if not joint:
+            self.up_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(arch.intermediate_size, arch.hidden_size, bias=False)
+        self.joint, self.act = joint, F.silu if arch.mlp_act == "silu" else torch.sigmoid
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] to the same."""
+        gate, up = self.gate_proj(x).chunk(2, -1) if self.joint else (self.gate_proj(x), self.up_proj(x))
+        wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        return self.down_proj((self.act(wide) * up).to(up.dtype))  # rounded once
+
+
+class ForgettingTransformerBlock(GradientCheckpointingLayer):
+    """One layer: normed attention and normed MLP, each added to the residual stream."""
+
+    def __init__(self, arch: Architecture, max_length: int, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.attn = ForgettingSelfAttention(arch, max_length, layer)
+        self.mlp_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.mlp = GatedMLP(arch)
+
+    def forward(self, x: torch.Tensor, line: Line, cache: ForgettingCache | None = None) -> torch.Tensor:
+        """[N, hidden] to the same."""
+        x = x + self.attn(self.attn_norm(x), line, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ForgettingPreTrainedModel(PreTrainedModel):
+    """What all have in common."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ForgettingTransformerBlock"]  # noqa: RUF012 (as transformers declares them)
+    # Constant gates: in half precision every token's log f would be off by the same up to 3 %.
+    _keep_in_fp32_modules_strict = ["fgate_bias"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"rotary\.inv_freq$"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, ForgettingSelfAttention) and module.arch.gate in ("bias_only", "fixed"):
+            bias = torch.zeros(module.arch.num_heads)
+            if self.config.fgate_bias_init:
+                # Heads that decay by 1 / e in times spread evenly on a logarithmic scale.
+                times = torch.logspace(
+                    math.log10(self.config.decay_time_min), math.log10(self.config.decay_time_max), len(bias)
+                )
+                bias = -torch.log(torch.expm1(1 / times))
+            module.fgate_bias.copy_(bias)
+
+
+class ForgettingTransformerModel(ForgettingPreTrainedModel):
+    """Embeddings, layers and final norm."""
+
+    def __init__(self, config: FoxConfig | FlaForgettingTransformerConfig) -> None:
+        super().__init__(config)
+        arch = Architecture.from_config(config)
+        self.embeddings = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.layers = nn.ModuleList(
+            ForgettingTransformerBlock(arch, config.max_position_embeddings, n) for n in range(arch.num_layers)
+        )
+        self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
+        self.embeddings = value
+
+    def new_cache(self) -> ForgettingCache:
+        """An empty cache with this model's thresholds."""
+        blocks = [block for block in self.layers if isinstance(block, ForgettingTransformerBlock)]
+        return ForgettingCache([block.attn.threshold(block.attn_norm.weight) for block in blocks])
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: ForgettingCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the last layer.
+
+        Args:
+            input_ids: [B, T]; or ``inputs_embeds`` [B, T, hidden].
+            attention_mask: [B, T (and what is cached)], 0 at padding, which may stand on either side, but on the
+                left if there is a cache.
+            past_key_values: what an earlier call returned; ``use_cache`` makes one.
+            cu_seqlens: [S + 1] bounds of sequences packed into one row (B = 1); no attention crosses them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("ForgettingTransformerModel: give either input_ids or inputs_embeds.")
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = x.shape[:2]
+        cache = past_key_values
+        if cache is None and use_cache and not self.training:
+            cache = self.new_cache()
+        if cache is not None and not isinstance(cache, ForgettingCache):
+            raise ValueError(
+                f"ForgettingTransformerModel: past_key_values is a {type(cache).__name__}: it must be a "
+                "ForgettingCache (model.new_cache(), or leave it out), because gates are cached as well."
+            )
+        begun = cache is not None and cache.get_seq_length() > 0
+        line = Line.of(batch, length, x.device, None if begun else attention_mask, cu_seqlens)
+        if cache is not None:
+            counts = line.cu_seqlens.diff()
+            if begun:
+                assert cache.positions is not None
+                line.positions = line.positions + cache.positions.repeat_interleave(length)
+                counts = counts + cache.positions
+            cache.positions = counts
+        x = line.pack(x)
+        for block in self.layers:
+            x = block(x, line, cache)
+        hidden: Any = line.unpack(self.norm(x))  # transformers' annotation asks for a FloatTensor
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+
+class ForgettingTransformerForCausalLM(ForgettingPreTrainedModel, GenerationMixin):
+    """A FoX language model of the official dialect: loads, trains, generates and saves its checkpoints."""
+
+    config_class: type[PretrainedConfig] = FoxConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: FoxConfig | FlaForgettingTransformerConfig) -> None:
+        super().__init__(config)
+        self.model = ForgettingTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own, which also holds gates
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: ForgettingCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits [B, T, vocab], and the mean loss where ``labels`` [B, T] are given (-100: none; a
+        token's label is compared with the logits before it). The rest as
+        :meth:`ForgettingTransformerModel.forward`."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        loss = None
+        logits: Any = self.lm_head(outputs.last_hidden_state[:, keep])
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+
+class FlaForgettingTransformerForCausalLM(ForgettingTransformerForCausalLM):
+    """The same for flash-linear-attention's dialect."""
+
+    config_class = FlaForgettingTransformerConfig
+
+
+# What save_pretrained writes into config.json: both dialects name their architecture alike.
+FlaForgettingTransformerForCausalLM.__name__ = ForgettingTransformerForCausalLM.__name__

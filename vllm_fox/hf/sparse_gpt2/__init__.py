@@ -1,0 +1,1 @@
+"""GPT-2 with Dynamic Context Pruning for transformers."""

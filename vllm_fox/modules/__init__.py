@@ -1,0 +1,1 @@
+"""Parts that vLLM models of several families are built from."""

@@ -1,0 +1,119 @@
+"""Small per-head parameters, split over tensor-parallel ranks by head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.utils import set_weight_attrs
+
+
+@dataclass
+class HeadShare:
+    """The heads of this tensor-parallel rank.
+
+    Attributes:
+        total: heads of the model.
+        heads: the rank's. With fewer heads than ranks (KV heads only) several ranks have the same one.
+    """
+
+    total: int
+    heads: list[int]
+
+    @property
+    def count(self) -> int:
+        return len(self.heads)
+
+    @classmethod
+    def of_rank(cls, total: int) -> HeadShare:
+        """This process's share of ``total`` heads, in the model's order."""
+        return cls.split(total, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
+
+    @classmethod
+    def split(cls, total: int, ranks: int, rank: int) -> HeadShare:
+        """A rank's share; heads divide ranks or ranks heads, as the plugin's config hook has made sure."""
+        if total >= ranks:
+            count = total // ranks
+            return cls(total, list(range(rank * count, (rank + 1) * count)))
+        return cls(total, [rank // (ranks // total)])
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor whose first dimension is heads, or heads times something."""
+        return tensor.unflatten(0, (self.total, -1))[self.heads].flatten(0, 1)
+
+    def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+        """A parameter [count, \\*shape] that loads its part of a checkpoint's tensor; of PyTorch's default dtype,
+        which is the model's while it is built, unless another is given."""
+        value = nn.Parameter(torch.empty(self.count, *shape, dtype=dtype), requires_grad=False)
+        set_weight_attrs(value, {"weight_loader": self._load})
+        return value
+
+    def _load(self, param: nn.Parameter, loaded: torch.Tensor) -> None:
+        if loaded.ndim == 1 and param.ndim == 2 and len(loaded) == param.shape[1]:
+            param.data.copy_(loaded.expand_as(param))  # one weight shared by all heads
+        else:
+            param.data.copy_(self.take(loaded).view(param.shape))
+
+
+class HeadProjection(nn.Module):
+    """Several projections of one input, each split by head, in one matrix product.
+
+    Decoding reads weights and waits for kernels; one large product instead of many small ones saves both.
+
+    Args:
+        hidden_size: n.
+        parts: name -> (the rank's share of heads, width of a head, whether it has a bias), in order.
+    """
+
+    ALIGNMENT = 16
+    """Rows are padded to a multiple of this: kernels then know that every token's outputs are aligned."""
+
+    def __init__(self, hidden_size: int, parts: dict[str, tuple[HeadShare, int, bool]]) -> None:
+        super().__init__()
+        self.shares = {name: share for name, (share, _, _) in parts.items()}
+        self.sizes = {name: share.count * width for name, (share, width, _) in parts.items()}
+        rows = sum(self.sizes.values())
+        self.padding = -rows % self.ALIGNMENT
+        self.weight = self._parameter(rows + self.padding, hidden_size)
+        biased = any(bias for _, _, bias in parts.values())
+        self.bias = self._parameter(rows + self.padding) if biased else None
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        value = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        set_weight_attrs(value, {"weight_loader": self._load})
+        return value
+
+    def _load(self, param: nn.Parameter, loaded: torch.Tensor, part: str) -> None:
+        self.part(param.data, part).copy_(self.shares[part].take(loaded))
+
+    def part(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The rows of ``weight`` or ``bias`` that belong to one projection."""
+        pieces = tensor.split([*self.sizes.values(), self.padding])
+        return pieces[list(self.sizes).index(name)]
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """[T, n] to a [T, share's heads * width] for every part: slices of one tensor."""
+        pieces = nn.functional.linear(x, self.weight, self.bias).split([*self.sizes.values(), self.padding], -1)
+        return dict(zip(self.sizes, pieces))
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head by itself.
+
+    Args:
+        heads: the rank's share.
+        head_dim: d.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, heads: HeadShare, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = heads.parameter(head_dim)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, count * d] to float32 [T, count, d]."""
+        wide = x.reshape(x.shape[0], *self.weight.shape).float()
+        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
