@@ -2,7 +2,7 @@
 
 
 def register() -> None:
-    """Make FoX models, the FOX backend and the page connector known to vLLM. Cheap and idempotent."""
+    """Make the families' models, the attention backend and the connector known to vLLM. Cheap and idempotent."""
     from vllm_fox.registration import register_plugin
 
     register_plugin()

@@ -1,7 +1,7 @@
-"""Leaf functions of forgetting attention: one folder per operation.
+"""Leaf functions, a folder for each operation: ``GROUP/NAME``, and ``table_update``, which all groups share.
 
-``NAME/reference.py`` is the plain PyTorch form and reads like the formula; faster implementations stand beside
-it with the same signature, and ``NAME/__init__.py`` picks one. Nothing here knows vLLM.
+``reference.py`` is the plain PyTorch form and reads like the formula; faster implementations stand beside
+it with the same signature, and ``__init__.py`` picks one. Nothing here knows vLLM.
 
 All but ``forgetting.training`` work on the pages of a server's KV cache; that one takes whole sequences.
 """

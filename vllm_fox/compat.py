@@ -1,4 +1,4 @@
-"""Which vLLM the plugin works with."""
+"""Check that the installed vLLM is of the release line that the plugin supports."""
 
 from __future__ import annotations
 

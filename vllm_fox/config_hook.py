@@ -1,4 +1,4 @@
-"""What our models need of the engine's configuration, set without a flag; and what they refuse."""
+"""Adapt the engine's configuration to the plugin's models, without a flag, and refuse what they do not support."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 CONNECTOR = "FoxPageConnector"
-"""Name of our KV connector."""
+"""Name of the plugin's KV connector."""
 ATTENTION_OPERATOR = "vllm_fox::paged_attention"
-"""The operator that stands for an attention layer of any family in compiled graphs."""
+"""Name of the operator that represents an attention layer of any family in compiled graphs."""
 CAPTURED_TOKENS = 1024
-"""Largest step that is captured as a CUDA graph, unless the engine is told otherwise."""
+"""Tokens of the largest step that is captured as a CUDA graph, unless the engine is configured otherwise."""
 
 
 class PagedConfigHook(VerifyAndUpdateConfig):
-    """What every family's models need. :func:`config_hook_of` makes one for a family, as vLLM asks for a class.
+    """The configuration hook of a family's models.
+
+    vLLM asks for a class, so :func:`config_hook_of` makes a subclass for each family.
 
     Attributes:
-        family: the models'.
+        family: the family of the models.
     """
 
     family: ClassVar[Family]
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """vLLM calls this before anything is loaded."""
+        """Check the engine's configuration and complete it. vLLM calls this before it loads anything."""
         family = cls.family
         settings = family.settings.from_vllm_config(vllm_config)
         refusals = [
@@ -48,7 +50,7 @@ class PagedConfigHook(VerifyAndUpdateConfig):
                 raise ValueError(f"{family.name} do not support {what} in vllm-fox yet: leave it out.")
         _check_ranks(vllm_config)
         _set_page_size(vllm_config, settings.page_size or family.page_size, family.name)
-        # Page-table changes and reports of dead pages travel through it.
+        # The connector carries page-table changes to the workers, and reports of dead pages back.
         vllm_config.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
         _split_graphs(vllm_config.compilation_config)
         _capture_short_prompts(vllm_config.compilation_config)
@@ -59,7 +61,7 @@ class PagedConfigHook(VerifyAndUpdateConfig):
 
 
 def config_hook_of(family: Family) -> type[PagedConfigHook]:
-    """The class that vLLM calls for a family's models."""
+    """Make the hook class that vLLM calls for a family's models."""
     return type("FamilyConfigHook", (PagedConfigHook,), {"family": family})
 
 
@@ -111,7 +113,7 @@ def _set_page_size(vllm_config: VllmConfig, page_size: int, family: str) -> None
 
 
 def _split_graphs(compilation: CompilationConfig) -> None:
-    """Our attention operator ends a compiled piece, as vLLM's own do."""
+    """Make the attention operator end a compiled piece of the graph, as vLLM's own attention operators do."""
     if compilation.splitting_ops is None:
         compilation.splitting_ops = [*CompilationConfig._attention_ops]
     if compilation.splitting_ops and ATTENTION_OPERATOR not in compilation.splitting_ops:
@@ -119,9 +121,10 @@ def _split_graphs(compilation: CompilationConfig) -> None:
 
 
 def _capture_short_prompts(compilation: CompilationConfig) -> None:
-    """Up to so many tokens a step waits for the host, not for the GPU: replay a graph, unless told otherwise.
+    """Capture steps of up to ``CAPTURED_TOKENS`` tokens as CUDA graphs, unless the user has set the sizes.
 
-    On newer GPUs vLLM captures as much itself; on older ones it stops at 512.
+    Such a step waits for the host rather than for the GPU, and replaying a graph spares the host.
+    On newer GPUs vLLM captures as many tokens by itself; on older ones it stops at 512.
     """
     if compilation.cudagraph_capture_sizes is None and compilation.max_cudagraph_capture_size is None:
         compilation.max_cudagraph_capture_size = CAPTURED_TOKENS

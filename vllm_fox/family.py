@@ -1,4 +1,4 @@
-"""What a family of models is: the record through which the rest of the plugin knows it.
+"""The record that describes a family of models to the rest of the plugin.
 
 docs/adding_a_family.md shows how to add one.
 """
@@ -30,18 +30,20 @@ class Family:
     """Models that share an attention layer and a page format.
 
     Attributes:
-        name: of the models, plural, for errors: "NAME do not support ...".
-        architectures: name in a checkpoint's ``architectures`` -> "module:class" of the vLLM model. vLLM imports it
-            when a checkpoint asks for it.
-        configs: config class -> "module:class" of its model for transformers, or None where there is none.
-        stream: what a page belongs to, for people: "one layer".
-        streams: how many of them a model has, from its config.
+        name: plural name of the models, for errors: "NAME do not support ...".
+        architectures: maps a name in a checkpoint's ``architectures`` to "module:class" of the vLLM model. vLLM
+            imports the model when a checkpoint asks for it.
+        configs: maps a config class to "module:class" of its model for transformers, or to None if there is none.
+        stream: description of a stream for people, such as "one layer".
+        streams: function that returns the number of a model's streams, given its config.
         page_size: tokens per page unless the setting ``page_size`` says otherwise.
-        settings: class of its options.
-        float8_pages: whether its pages can hold float8 (e4m3).
-        refusals: of an engine's configuration: what the models cannot do besides what no family can. Pairs of
-            whether it is asked for (anything true), and what it is, for "NAME do not support WHAT".
-        prepare: whatever else must be known to transformers, such as a tokenizer; may be called again.
+        settings: class of the family's options.
+        float8_pages: whether the family's pages can hold float8 (e4m3).
+        refusals: function that returns what the models cannot do besides what no family can, given an engine's
+            configuration. It returns pairs: whether the feature is asked for (any true value), and the name of the
+            feature, for the error "NAME do not support WHAT".
+        prepare: function that registers whatever else transformers must know, such as a tokenizer; safe to call
+            again.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Everything that the plugin adds to vLLM's and transformers' registries, over all families."""
+"""Register everything that the plugin adds to vLLM and transformers, for all families."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .families import all_families
 def register_plugin() -> None:
     """Register configs, models, backend, cache spec, connector and config hooks with vLLM; safe to call again.
 
-    Under a vLLM of another release line nothing is registered and an error is logged: other models go on as before.
+    Under a vLLM of another release line it logs an error and registers nothing: other models are served as before.
     """
     import vllm
     from vllm.logger import init_logger
@@ -42,7 +42,7 @@ def register_plugin() -> None:
 
 @cache
 def _register_pages() -> None:
-    """What all families share: the backend, the cache spec with its manager, and the connector."""
+    """Register what all families share: the backend, the cache spec with its manager, and the connector."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.v1.attention.backends.registry import register_backend
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -59,9 +59,9 @@ def _register_pages() -> None:
 
 
 def register_configs() -> None:
-    """Make the families' classes what transformers' AutoConfig uses for their model types; safe to call again.
+    """Register the families' config classes with transformers' AutoConfig; safe to call again.
 
-    They win over classes that another package registered before.
+    They replace classes that another package registered for the same model types.
     """
     from transformers import AutoConfig
 
@@ -72,7 +72,7 @@ def register_configs() -> None:
 
 
 def register_transformers_models() -> None:
-    """Make AutoModelForCausalLM know the families' models for transformers; safe to call again."""
+    """Register the families' models for transformers with AutoModelForCausalLM; safe to call again."""
     from transformers import AutoModelForCausalLM
 
     for family in all_families():

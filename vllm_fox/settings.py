@@ -14,13 +14,13 @@ PageSize = Literal[16, 32, 64, 128, 256]
 
 
 class PageSettings(BaseModel):
-    """Options of every family. A family that has more extends this class.
+    """Options that every family has. A family that has more options extends this class.
 
     A field's description completes the sentence "fox.NAME is VALUE: it must be ...".
 
     Attributes:
-        release: give dead pages back while their request runs.
-        page_size: tokens per page; None: the family's own.
+        release: whether dead pages are given back while their request runs.
+        page_size: tokens per page; None stands for the family's own page size.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -32,7 +32,11 @@ class PageSettings(BaseModel):
 
     @classmethod
     def from_options(cls, options: Any) -> Self:
-        """Read the value of the key ``fox``. Raises ValueError that names an unknown key or a bad value."""
+        """Read the options from the value of the key ``fox``.
+
+        Raises:
+            ValueError: a key is unknown or a value is not allowed. The message names it.
+        """
         if not isinstance(options, Mapping):
             raise ValueError(f'"fox" in additional_config is {options!r}: it must be an object of options.')
         try:
@@ -47,6 +51,6 @@ class PageSettings(BaseModel):
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> Self:
-        """As :meth:`from_options`, of an engine's ``additional_config``."""
+        """Read the options from an engine's ``additional_config`` (see :meth:`from_options`)."""
         additional = vllm_config.additional_config
         return cls.from_options(additional.get("fox", {}) if isinstance(additional, Mapping) else {})

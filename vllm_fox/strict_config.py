@@ -1,4 +1,4 @@
-"""Configs that refuse fields which they do not know."""
+"""Config classes that refuse unknown fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 
 class StrictConfig(PretrainedConfig):
-    """Fields that the class does not know are refused, and a near miss is named."""
+    """A config that refuses unknown fields, and suggests the known field of similar name if there is one."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class StrictConfig(PretrainedConfig):
             self._complete()
 
     def _complete(self) -> None:
-        """Check the fields, and set those that follow from them: of these there are none."""
+        """Check the fields and set those that follow from them. Subclasses override this; here it does nothing."""
 
 
 def own_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The named arguments of ``cls.__init__`` with their values, in order."""
+    """Return the named arguments of ``cls.__init__`` with their values, in order."""
     names = [
         name
         for name, parameter in inspect.signature(cls.__init__).parameters.items()  # type: ignore[misc]
@@ -55,7 +55,7 @@ def own_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _standard_fields() -> frozenset[str]:
-    """Fields that any config.json may have: transformers' own, now or in the 4.x releases that wrote many."""
+    """Return the fields that any config.json may have: those of transformers now, or of its 4.x releases."""
     now = {field.name for field in dataclasses.fields(PretrainedConfig)}
     generation = set(GenerationConfig().to_dict())
     other = """

@@ -30,7 +30,7 @@ from benchmarks.engines import (
 )
 
 PAGE = 32
-# Longer by hand: FOX_RANDOM_REQUESTS=300 FOX_RANDOM_LENGTH=4000 pytest tests/test_serving.py -k random
+# Longer by hand: FOX_RANDOM_REQUESTS=300 FOX_RANDOM_LENGTH=4000 pytest tests/engine/test_serving.py -k random
 RANDOM_REQUESTS = int(os.environ.get("FOX_RANDOM_REQUESTS", "30"))
 RANDOM_LENGTH = int(os.environ.get("FOX_RANDOM_LENGTH", "1500"))
 MAX_MODEL_LEN = max(2048, RANDOM_LENGTH + 64)

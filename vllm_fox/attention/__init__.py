@@ -1,1 +1,1 @@
-"""vLLM's side of a step: the attention layer, the FOX backend and its metadata."""
+"""The part of attention that faces vLLM: the attention layer, the backend and its metadata."""

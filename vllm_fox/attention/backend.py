@@ -1,4 +1,4 @@
-"""The attention backend of all families: what vLLM asks of it, and the metadata of a step."""
+"""The attention backend of all families, and the metadata of a step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .step import Formula
 
 
 class PagedAttentionBackend(AttentionBackend):
-    """Attention over pages that come free while their request runs."""
+    """The backend for attention over pages that can be freed while their request runs."""
 
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -46,25 +46,26 @@ class PagedAttentionBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # Blocks outermost: then the whole cache is one flat array of pages.
+        # With blocks outermost the whole cache is one flat array of pages.
         return (KVCacheLayout.BLHNC,)
 
 
 @dataclass
 class StepMetadata(AttentionMetadata):
-    """One step.
+    """Metadata of one step.
 
     Attributes:
-        batch: its rows.
+        batch: the requests of the step, one per row.
     """
 
     batch: Batch
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
-    """Turns vLLM's description of a batch into ours. vLLM's block table holds one entry a row, the slot."""
+    """Turns vLLM's description of a batch into a :class:`Batch`. vLLM's block table holds only a row's slot."""
 
-    # Decode looks at nothing on the host. Prefill's grids follow the batch, so it runs between graphs.
+    # Decode reads nothing on the host, so a graph can hold it. Prefill's grids depend on the batch, so prefill runs
+    # between graphs.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(

@@ -25,21 +25,21 @@ from .step import Formula, State
 class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
     """One layer's attention over pages of a pool that all layers share.
 
-    A family's layer says what its pages look like, gives a formula, makes the state that a worker's layers share,
-    and calls :meth:`run`.
+    A family's layer extends this class. It gives its page format and its formula, makes the state that a worker's
+    layers share, and calls :meth:`run`.
 
     Args:
         vllm_config: the engine's configuration.
-        prefix: the layer's name; unique.
-        page_format: of its pages.
-        streams: of the layer on this rank.
-        head_size: as vLLM reports it.
+        prefix: the layer's unique name.
+        page_format: layout of the layer's pages.
+        streams: number of the layer's streams on this rank.
+        head_size: head size that vLLM is told.
         release: whether dead pages are given back while their request runs.
-        report_period: tokens of a decoding request after which its live ranges are looked at again.
+        report_period: tokens after which the live ranges of a decoding request are computed again.
 
     Attributes:
-        index: of the layer on this worker.
-        impl: its formula, which the family sets; vLLM looks at it by this name.
+        index: index of the layer on this worker.
+        impl: formula of the layer, which the family sets; vLLM reads it by this name.
     """
 
     impl: Formula[State]  # type: ignore[assignment]  # its forward takes pages, not one layer's cache
@@ -69,53 +69,53 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
         self.index = sum(isinstance(layer, PagedAttention) for layer in layers.values())
         layers[prefix] = self
 
-    # What a family says.
+    # What a family defines.
 
     @classmethod
     @abstractmethod
     def make_state(cls, layers: list[Any], table: PageTable, max_rows: int) -> State:
-        """What a worker's layers share from step to step.
+        """Make the state that a worker's layers share from step to step.
 
         Args:
-            layers: all of the worker's, in order.
-            table: its page table.
-            max_rows: most requests of a step.
+            layers: all layers of the worker, in order.
+            table: the worker's page table.
+            max_rows: most requests that a step can have.
         """
 
     @abstractmethod
     def dry_inputs(self, tokens: int, device: torch.device) -> list[torch.Tensor]:
-        """Tensors like those that :meth:`run` gets, of so many tokens, for compiling kernels ahead."""
+        """Make tensors like those that :meth:`run` gets, of ``tokens`` tokens, to compile kernels in advance."""
 
     def warm_up_variants(self, inputs: list[torch.Tensor], batch: Batch, state: State, out: torch.Tensor) -> None:
-        """Compile kernels that other batches may need and the dry batch at hand does not run."""
+        """Compile kernels that the given batch of padding does not run, but other batches may need."""
 
     # What the model calls.
 
     def run(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """Attend (T tokens, which may include padding at the end).
+        """Compute attention for T tokens, which may include padding at the end.
 
         Args:
-            inputs: [T, ...] each; the first is q [T, heads * d].
+            inputs: tensors [T, ...]; the first is q [T, heads * d].
 
         Returns:
-            [T, heads * d].
+            The output [T, heads * d].
         """
         out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
         torch.ops.vllm_fox.paged_attention(inputs, out, self.layer_name)
         return out
 
     def attend(self, inputs: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """The operator's body."""
+        """Compute attention into ``out``. This is the body of the operator."""
         metadata: Any = get_forward_context().attn_metadata
         if isinstance(metadata, dict):
             metadata = metadata[self.layer_name]
         if metadata is None or self._state is None:
-            out.zero_()  # vLLM measures memory, before there is a page table
+            out.zero_()  # vLLM is measuring memory: there is no page table yet
             return
         assert isinstance(metadata, StepMetadata)
         batch, tokens = metadata.batch, metadata.batch.num_tokens
         if tokens < len(out):
-            out[tokens:] = 0  # rows of padding
+            out[tokens:] = 0  # these rows are padding
             inputs, out = [x[:tokens] for x in inputs], out[:tokens]
         if self.index == 0:
             self._state.begin_step(batch)
@@ -142,14 +142,14 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
         )
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Take the cache; vLLM passes this layer's view of it."""
+        """Store the cache, of which vLLM passes this layer's view."""
         self.kv_cache = kv_cache
 
-    # What our connector calls.
+    # What the plugin's connector calls.
 
     @classmethod
     def bind_page_table(cls, layers: list[Any], table: PageTable, max_rows: int) -> None:
-        """Give a worker's layers, in any order, its page table, and compile what a step may need."""
+        """Give the page table to a worker's layers, in any order, and compile the kernels that a step may need."""
         layers = sorted(layers, key=lambda layer: layer.index)
         state = cls.make_state(layers, table, max_rows)
         for layer in layers:
@@ -158,7 +158,7 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
             layers[0]._warm_up(state)
 
     def pool(self) -> torch.Tensor:
-        """The whole cache as bytes: all streams share one pool of pages."""
+        """Return the whole cache as bytes: all streams share one pool of pages."""
         cache = self.kv_cache
         return torch.empty(0, dtype=torch.uint8, device=cache.device).set_(cache.untyped_storage())
 
@@ -166,7 +166,7 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
         """Run the kernels on rows of padding (slot 0), which neither write pages nor move live ranges.
 
         Kernels are compiled for a model's constants, not for a batch's sizes, so one small batch of each kind is
-        enough: one with a query a row, and one with several.
+        enough: one with a single query per row, and one with several.
         """
         for tokens in (1, 2):
             device = state.table.entries.device
@@ -180,7 +180,7 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
 
 
 def _padding(tokens: int, page_size: int, device: torch.device) -> Batch:
-    """A row of padding (slot 0)."""
+    """Make a batch of one row of padding (slot 0)."""
     return Batch.of(
         query_start=torch.tensor([0, tokens], dtype=torch.int32, device=device),
         seq_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
@@ -192,7 +192,7 @@ def _padding(tokens: int, page_size: int, device: torch.device) -> Batch:
 
 
 def paged_attention(inputs: list[torch.Tensor], out: torch.Tensor, layer_name: str) -> None:
-    """The operator ``vllm_fox::paged_attention``; finds its layer by name."""
+    """Run the operator ``vllm_fox::paged_attention`` on the layer of the given name."""
     get_forward_context().no_compile_layers[layer_name].attend(inputs, out)
 
 
@@ -200,7 +200,7 @@ def _fake(inputs: list[torch.Tensor], out: torch.Tensor, layer_name: str) -> Non
     return None
 
 
-_LIBRARY = library.Library("vllm_fox", "FRAGMENT")  # PyTorch drops its operators with it
+_LIBRARY = library.Library("vllm_fox", "FRAGMENT")  # its operators exist as long as this object
 direct_register_custom_op(
     op_name="paged_attention", op_func=paged_attention, mutates_args=["out"], fake_impl=_fake, target_lib=_LIBRARY
 )

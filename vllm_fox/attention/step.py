@@ -1,4 +1,4 @@
-"""What a family's attention is made of: a formula for each layer, and what a worker's layers share."""
+"""Base classes of a family's attention: the formula of a layer, and the state that a worker's layers share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_fox.kernels.paged import Batch, PageTable
 
 
 class WorkerState:
-    """What the layers of one worker share from step to step. Families extend it.
+    """State that the layers of one worker share from step to step. Families extend this class.
 
     Attributes:
         table: the worker's page table.
@@ -23,10 +23,10 @@ class WorkerState:
         self.table = table
 
     def begin_step(self, batch: Batch) -> None:
-        """Called before the first layer of a step."""
+        """Prepare a step. This is called before its first layer."""
 
     def end_step(self, batch: Batch) -> None:
-        """Called after the last layer of a step. Here a family finds pages that no later query needs."""
+        """Finish a step, after its last layer. Here a family finds the pages that no later query needs."""
 
 
 State = TypeVar("State", bound=WorkerState)
@@ -34,7 +34,7 @@ State = TypeVar("State", bound=WorkerState)
 
 @dataclass
 class Formula(ABC, Generic[State]):
-    """One layer's attention in one step: the leaf functions in order.
+    """One layer's attention in one step. It calls the leaf functions in order.
 
     Attributes:
         layer: index of the layer on this worker.
@@ -42,15 +42,15 @@ class Formula(ABC, Generic[State]):
 
     layer: int
 
-    # vLLM asks whether context parallelism is supported by these names.
+    # vLLM reads these two names to learn whether context parallelism is supported.
     supports_pcp: ClassVar[bool] = False
     supports_dcp: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, inputs: Sequence[torch.Tensor], batch: Batch, state: State, out: torch.Tensor) -> None:
-        """Write the new tokens into their pages, then attend (T tokens, without padding).
+        """Write T new tokens (without padding) into their pages, then compute their attention.
 
         Args:
             inputs: the tensors [T, ...] that the family's layer was called with, in its own order.
-            out: [T, heads * d], written.
+            out: [T, heads * d]; the output is written here.
         """

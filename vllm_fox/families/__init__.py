@@ -1,4 +1,4 @@
-"""One folder a family of models. To add one, add its folder and its line here."""
+"""The families of models, each in its own folder. To add one, add its folder and its line here."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .sparse_gpt2 import SPARSE_GPT2
 FAMILIES: tuple[Family, ...] = (FOX, SPARSE_GPT2)
 
 ENTRY_POINT = "vllm_fox.families"
-"""Group of entry points by which other packages bring families: each names a :class:`Family`."""
+"""Group of entry points through which other packages add families: each names a :class:`Family`."""
 
 
 def all_families() -> tuple[Family, ...]:
-    """The plugin's own families, and those of other packages.
+    """Return the plugin's own families and those of other packages.
 
     Raises:
-        TypeError: an entry point names something that is no Family.
+        TypeError: an entry point names something that is not a Family.
     """
     others = []
     for entry in entry_points(group=ENTRY_POINT):
@@ -33,10 +33,10 @@ def all_families() -> tuple[Family, ...]:
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a checkpoint's config.
+    """Return the family to which a checkpoint's config belongs.
 
     Raises:
-        ValueError: it is of none.
+        ValueError: it belongs to none.
     """
     for family in all_families():
         if type(config) in family.configs:

@@ -1,5 +1,7 @@
-"""The models for transformers: training, evaluation and ``generate``. ``import vllm_fox.hf`` makes
-``AutoModelForCausalLM`` know the models of all families."""
+"""The models for transformers: training, evaluation and ``generate``.
+
+``import vllm_fox.hf`` registers the models of all families with ``AutoModelForCausalLM``.
+"""
 
 from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
 from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config

@@ -8,13 +8,14 @@ from torch import nn
 
 
 def compile_layers(model: nn.Module, **options: Any) -> None:
-    """torch.compile of each layer by itself, in place: they are alike, so the first one's code serves all.
+    """Compile each layer of a model separately and in place, with torch.compile.
 
-    A whole model is compiled layer after layer, which takes minutes.
+    The layers are alike, so the code of the first one serves all. If a whole model is compiled, every layer is
+    compiled anew, which takes minutes.
 
     Args:
-        model: any whose layers stand in a ModuleList.
-        options: of :func:`torch.compile`.
+        model: any model whose layers are in a ModuleList.
+        options: options of :func:`torch.compile`.
     """
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for layer in layers:

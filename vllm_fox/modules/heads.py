@@ -15,8 +15,8 @@ class HeadShare:
     """The heads of this tensor-parallel rank.
 
     Attributes:
-        total: heads of the model.
-        heads: the rank's. With fewer heads than ranks (KV heads only) several ranks have the same one.
+        total: number of heads of the model.
+        heads: indices of the rank's heads. With fewer heads than ranks (KV heads only) several ranks have the same.
     """
 
     total: int
@@ -28,24 +28,26 @@ class HeadShare:
 
     @classmethod
     def of_rank(cls, total: int) -> HeadShare:
-        """This process's share of ``total`` heads, in the model's order."""
+        """Return this process's share of ``total`` heads, in the model's order."""
         return cls.split(total, get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank())
 
     @classmethod
     def split(cls, total: int, ranks: int, rank: int) -> HeadShare:
-        """A rank's share; heads divide ranks or ranks heads, as the plugin's config hook has made sure."""
+        """Return a rank's share. The config hook has checked that one of heads and ranks divides the other."""
         if total >= ranks:
             count = total // ranks
             return cls(total, list(range(rank * count, (rank + 1) * count)))
         return cls(total, [rank // (ranks // total)])
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a tensor whose first dimension is heads, or heads times something."""
+        """Return this rank's part of a tensor whose first dimension is heads, or heads times something."""
         return tensor.unflatten(0, (self.total, -1))[self.heads].flatten(0, 1)
 
     def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-        """A parameter [count, \\*shape] that loads its part of a checkpoint's tensor; of PyTorch's default dtype,
-        which is the model's while it is built, unless another is given."""
+        """Make a parameter [count, \\*shape] that loads its part of a checkpoint's tensor.
+
+        Its dtype is PyTorch's default, which is the model's while a model is built, unless another is given.
+        """
         value = nn.Parameter(torch.empty(self.count, *shape, dtype=dtype), requires_grad=False)
         set_weight_attrs(value, {"weight_loader": self._load})
         return value
@@ -58,13 +60,14 @@ class HeadShare:
 
 
 class HeadProjection(nn.Module):
-    """Several projections of one input, each split by head, in one matrix product.
+    """Several projections of one input, each split by head, computed as one matrix product.
 
-    Decoding reads weights and waits for kernels; one large product instead of many small ones saves both.
+    Decode spends its time on reading weights and on waiting for kernels. One large product instead of many small
+    ones saves time on both.
 
     Args:
-        hidden_size: n.
-        parts: name -> (the rank's share of heads, width of a head, whether it has a bias), in order.
+        hidden_size: n, the size of the input.
+        parts: maps a name to (the rank's share of heads, width of a head, whether it has a bias), in order.
     """
 
     ALIGNMENT = 16
@@ -89,22 +92,22 @@ class HeadProjection(nn.Module):
         self.part(param.data, part).copy_(self.shares[part].take(loaded))
 
     def part(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """The rows of ``weight`` or ``bias`` that belong to one projection."""
+        """Return the rows of ``weight`` or ``bias`` that belong to one projection."""
         pieces = tensor.split([*self.sizes.values(), self.padding])
         return pieces[list(self.sizes).index(name)]
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[T, n] to a [T, share's heads * width] for every part: slices of one tensor."""
+        """Map x [T, n] to a [T, share's heads * width] for every part. These are slices of one tensor."""
         pieces = nn.functional.linear(x, self.weight, self.bias).split([*self.sizes.values(), self.padding], -1)
         return dict(zip(self.sizes, pieces))
 
 
 class HeadNorm(nn.Module):
-    """RMS norm of each head by itself.
+    """RMS norm over each head separately.
 
     Args:
-        heads: the rank's share.
-        head_dim: d.
+        heads: the rank's share of heads.
+        head_dim: d, the size of a head.
         eps: added to the mean square.
     """
 
@@ -114,6 +117,6 @@ class HeadNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, count * d] to float32 [T, count, d]."""
+        """Map x [T, count * d] to float32 [T, count, d]."""
         wide = x.reshape(x.shape[0], *self.weight.shape).float()
         return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()

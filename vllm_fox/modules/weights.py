@@ -1,4 +1,4 @@
-"""Checkpoint tensors into the modules of a vLLM model; strict about what is there."""
+"""Load a checkpoint's tensors into a vLLM model. Missing or unexpected tensors are errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LISTED = 10
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Destination = tuple[str, str | int | None, torch.Tensor]
-"""A parameter's name, the part of it if several tensors share it, and what goes there."""
+"""A parameter's name, the part of it to fill (None unless several tensors share it), and the values."""
 
 
 def fill_parameters(
@@ -23,14 +23,14 @@ def fill_parameters(
     destinations: Callable[[str, torch.Tensor], Iterator[Destination]],
     kind: str,
 ) -> set[str]:
-    """Fill a model's parameters.
+    """Fill a model's parameters from a checkpoint.
 
     Args:
         model: the vLLM model.
         expected: names and shapes of a checkpoint's tensors.
         weights: names and tensors of the checkpoint, in any order.
-        destinations: where a tensor goes.
-        kind: of checkpoint, for errors.
+        destinations: function that yields where a tensor goes, given its name and values.
+        kind: kind of checkpoint, for errors.
 
     Returns:
         Names of the parameters that were filled: all that this pipeline stage has.
@@ -54,7 +54,7 @@ def fill_parameters(
             continue
         for target, part, piece in destinations(name, tensor):
             if is_pp_missing_parameter(target, model):
-                continue  # another pipeline stage's
+                continue  # it belongs to another pipeline stage
             param = params[target]
             loader: Callable[..., None] = getattr(param, "weight_loader", default_weight_loader)
             loader(param, piece) if part is None else loader(param, piece, part)

@@ -1,1 +1,1 @@
-"""Who owns which page: the cache spec, the pool, vLLM's manager and connector, and the worker's page table."""
+"""Allocation of pages: the cache spec, the pool, vLLM's manager and connector, and the worker's page table."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
-    """Scheduler role: talks to the manager. Worker role: owns the device tables."""
+    """The plugin's KV connector. In the scheduler it calls the manager; in a worker it owns the page table."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -105,14 +105,14 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
             self._manager.free_dead(report)
 
     def has_pending_block_frees(self) -> bool:
-        """Waiting a step for pages that are about to come back beats preempting a request."""
+        """Return whether pages are about to come back: waiting for them is better than preempting a request."""
         return self._manager is not None and self._manager.expects_release
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return 0, False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """The manager has noted the allocation already."""
+        """Nothing needs to be done: the manager has recorded the allocation already."""
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

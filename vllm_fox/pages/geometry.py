@@ -1,4 +1,4 @@
-"""Sizes of the page table, which scheduler and workers derive alike from the spec."""
+"""Sizes of the page table, which the scheduler and the workers derive from the spec in the same way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ class PageGeometry:
     """Sizes of the page table, derived the same way by the scheduler and by every worker.
 
     Attributes:
-        streams: of each rank.
+        streams: number of streams of each rank.
+        num_slots: requests that may run at once; slot 0, which is padding, is not counted.
+        max_chunks: table chunks that the longest request needs.
+        num_chunks: table chunks, the padding chunk included.
     """
 
     streams: tuple[int, ...]
@@ -29,20 +32,20 @@ class PageGeometry:
 
     @classmethod
     def of(cls, spec: StreamPageSpec, num_blocks: int) -> PageGeometry:
-        """Geometry for a pool of ``num_blocks`` slabs; block 0, vLLM's null block, is padding."""
+        """Return the geometry for a pool of ``num_blocks`` slabs. Block 0, vLLM's null block, is padding."""
         max_chunks = cdiv(cdiv(spec.max_model_len, spec.block_size), TABLE_CHUNK)
 
         def affordable(streams: int) -> int:
-            # Entries, plus the two small arrays (chunk numbers and live ranges) that grow with the slots.
+            # Besides the entries, two small arrays (chunk numbers and live ranges) grow with the number of slots.
             budget = num_blocks * streams * spec.page_format.page_bytes * TABLE_SHARE
             budget -= 4 * (spec.num_slots + 1) * (max_chunks + streams)
             return int(budget // (4 * streams * TABLE_CHUNK))
 
-        # At least one request of full length: it needs far less table than its pages take.
+        # The table always fits one request of full length: it takes far less memory than the request's pages.
         most = max(min(map(affordable, spec.streams)) - 1, max_chunks)
         return cls(spec.streams, spec.num_slots, max_chunks, 1 + min(spec.num_slots * max_chunks, most))
 
     def table_bytes(self, rank: int) -> int:
-        """Device memory of the page table on a rank."""
+        """Return the device memory in bytes of the page table on a rank."""
         slots, streams = self.num_slots + 1, self.streams[rank]
         return 4 * (slots * (self.max_chunks + streams) + self.num_chunks * streams * TABLE_CHUNK)

@@ -1,9 +1,9 @@
-"""vLLM's view of the page pool: a KV-cache manager that counts slabs and hands out pages.
+"""The KV-cache manager through which vLLM sees the page pool: it counts slabs and hands out pages.
 
 vLLM's scheduler asks for blocks and reads its gauges from the BlockPool. A block here is only a unit of account,
 one page for every stream ("slab"): the manager holds as many blocks as its pages in use fill, and returns one as
-soon as one fewer is enough. Page ids are its own, so a block's number means nothing, and pages scattered by release
-cannot keep blocks from coming back.
+soon as one fewer is enough. The manager has page ids of its own, so a block's number means nothing, and pages
+scattered by release cannot keep blocks from being returned.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from .admission import LiveShare
 from .geometry import PageGeometry
 from .messages import PageReport, TableUpdate
-from .pool import NOTHING, PagePool
+from .pool import NO_NUMBERS, PagePool
 from .spec import StreamPageSpec
 
 REPORT_EVERY = 4
-"""Decode steps whose live ranges are reported together: what a report costs hardly depends on how much it says."""
+"""Decode steps whose live ranges are reported together, because a report's cost hardly depends on its size."""
 FEW_REQUESTS = 16
-"""Running requests from which on that is done; fewer have every step's pages back at once."""
+"""Running requests from which on decode steps report together. With fewer requests every step reports."""
 
 
 class StreamPageManager(SingleTypeKVCacheManager):
-    """Allocates pages for scheduled tokens and takes back what the workers report dead.
+    """Allocates pages for scheduled tokens and takes back the pages that the workers report dead.
 
     A request's row in vLLM's own block table has a single entry, the request's slot.
     """
@@ -52,18 +52,18 @@ class StreamPageManager(SingleTypeKVCacheManager):
         self._chunk_pages = cdiv(spec.max_step_tokens, self.block_size) + 1
         self._held_blocks: list[KVCacheBlock] = []
         self._slot_of: dict[str, int] = {}
-        # Tokens that a request's pages hold: most calls of a decode step end at this look-up.
+        # Tokens that fit into a request's pages: most calls of a decode step end at this look-up.
         self._room: dict[str, int] = {}
         # Tokens of a request after the step that is being scheduled.
         self._length: dict[str, int] = {}
-        # Pages a stream that a request was admitted for, until its prompt has them all.
+        # Pages per stream for which a request was admitted; the entry is removed once its prompt has them all.
         self._prompt_pages: dict[str, int] = {}
         self._opened: list[int] = []
         self._step = 0
-        # Slots whose live ranges may have moved since they were last looked at.
+        # Slots whose live ranges may have moved since they were last reported.
         self._due: dict[int, None] = {}
-        # Columns allocated in steps that no report has come back from: (step, slot, count). Steps of which much may
-        # be expected, those with prompts, do report.
+        # Columns allocated in steps that no report has come back from: (step, slot, count). Steps with prompts
+        # always report, because many dead pages may be expected from them.
         self._unreported: list[tuple[int, int, int]] = []
 
     # What vLLM's scheduler calls.
@@ -79,7 +79,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Blocks needed for ``num_tokens``; with ``apply_admission_cap``, blocks that must be free to admit."""
+        """Return the blocks needed for ``num_tokens``; with ``apply_admission_cap``, those to be free to admit."""
         room = self._room.get(request_id, 0)
         if num_tokens <= room and not apply_admission_cap:
             return 0
@@ -90,7 +90,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         slot = self._slot_of.get(request_id, 0)
         missing = pages - room // self.block_size
         if not (slot or self.pool.has_free_slot) or not self.pool.chunks_available(slot, missing):
-            # No slot or no page-table chunk is free: more than the pool can have, so that the request waits.
+            # No slot or no page-table chunk is free. The answer is more than the pool has, so the request waits.
             return self.block_pool.num_gpu_blocks
         return missing
 
@@ -117,7 +117,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         return new_row
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Takes back the request's pages at once: later steps run after those in flight, on the same stream."""
+        """Take back the request's pages at once: the device runs later steps after those in flight."""
         self.req_to_blocks.pop(request_id, None)
         self._prompt_pages.pop(request_id, None)
         self._room.pop(request_id, None)
@@ -139,31 +139,31 @@ class StreamPageManager(SingleTypeKVCacheManager):
         # Prefix caching is switched off at start-up.
         return tuple([] for _ in kv_cache_group_ids), 0
 
-    # What our connector calls.
+    # What the plugin's connector calls.
 
     def take_update(self, scheduled: Mapping[str, int]) -> TableUpdate:
-        """What changed in the page table since the last step, and whose live ranges this step looks at.
+        """Return the changes of the page table since the last step, and whose live ranges this step reports.
 
         Args:
-            scheduled: new tokens by request.
+            scheduled: number of new tokens of each request.
         """
         period, prompts = self.kv_cache_spec.report_period, False
         for request_id, new in scheduled.items():
             if new > 1 or self._length[request_id] % period == 0:
                 self._due[self._slot_of[request_id]] = None
                 prompts |= new > 1
-        slots = NOTHING
+        slots = NO_NUMBERS
         if prompts or self._reports_now():
             slots = np.fromiter(self._due, dtype=np.int64, count=len(self._due))
             self._due.clear()
-        opened = np.array(self._opened, dtype=np.int64) if self._opened else NOTHING
+        opened = np.array(self._opened, dtype=np.int64) if self._opened else NO_NUMBERS
         update = TableUpdate(self._step, slots, self.pool.epoch[slots], opened, self.pool.hand_out())
         self._opened.clear()
         self._step += 1
         return update
 
     def free_dead(self, report: PageReport) -> None:
-        """Free what the workers proved dead in a step, and learn from it."""
+        """Free the pages that the workers proved dead in a step, and learn from their number."""
         self._unreported = [entry for entry in self._unreported if entry[0] > report.step]
         if not self.kv_cache_spec.release or not report.slots.size:
             return
@@ -186,20 +186,21 @@ class StreamPageManager(SingleTypeKVCacheManager):
             for _, slot, count in self._unreported
         )
 
-    # Inside.
+    # Internal helpers.
 
     def _reports_now(self) -> bool:
-        """Whether a step without prompts reports. If blocks are short, it does."""
+        """Return whether a step without prompts reports. It does whenever few blocks are free."""
         running = len(self._slot_of)
         if running < FEW_REQUESTS or self._step % REPORT_EVERY == 0:
             return True
         return self.block_pool.get_num_free_blocks() < running
 
     def _pages_to_admit(self, request_id: str, pages: int) -> int:
-        """Pages a stream that must be free before a request of ``pages`` is admitted.
+        """Return the pages per stream that must be free before a request of ``pages`` is admitted.
 
-        Its own expected peak, what prompts under way have still to take, and a page for every running request,
-        which will cross a page boundary sooner or later. Without release nothing is forgotten: vLLM's own rule.
+        These are its own expected peak, what prompts under way have still to take, and a page for every running
+        request, which will cross a page boundary sooner or later. Without release no page comes back early, so
+        vLLM's own rule applies: the whole prompt must fit.
         """
         if not self.kv_cache_spec.release:
             return pages
@@ -209,11 +210,11 @@ class StreamPageManager(SingleTypeKVCacheManager):
             if slot and other != request_id:
                 held = int(self.pool.live_blocks(slot)) + self.pool.reserved(slot)
                 need += max(0, self.live_share.peak(target, self._chunk_pages) - held)
-        # A lone request is always let in: its peak is at most what start-up checked to fit.
+        # A request that runs alone is always admitted: start-up has checked that its peak fits.
         return need + len(self._slot_of)
 
     def _settle(self) -> None:
-        """Hold as many blocks of vLLM's pool as the pages in use fill."""
+        """Take or return blocks of vLLM's pool until as many are held as the pages in use fill."""
         change = self.pool.used_blocks - len(self._held_blocks)
         if change > 0:
             self._held_blocks += self.block_pool.get_new_blocks(change)

@@ -1,4 +1,4 @@
-"""What scheduler and workers tell each other in every step, as arrays."""
+"""The messages that the scheduler and the workers exchange in every step, as arrays."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .pool import Columns
 
 @dataclass
 class TableUpdate(KVConnectorMetadata):
-    """Scheduler to workers: changes of the page table, and whose live ranges the step looks at.
+    """Message to the workers: changes of the page table, and whose live ranges the step reports.
 
     Attributes:
         step: number of the scheduling step.
-        slots, epochs: [R] slots of requests whose live ranges this step looks at, with their incarnation.
-        opened: [o] slots given to new (or resumed) requests; their live range starts at page 0.
-        columns: pages handed out.
+        slots, epochs: [R] slots of the requests whose live ranges this step reports, and their epochs.
+        opened: [o] slots given to new (or resumed) requests; their live ranges start at page 0.
+        columns: pages handed out for the step.
     """
 
     step: int
@@ -33,19 +33,19 @@ class TableUpdate(KVConnectorMetadata):
     columns: Columns
 
     def __repr__(self) -> str:
-        """Short: vLLM prints it when a step fails, and the arrays may hold a million ids."""
+        """Return a short text: vLLM prints it when a step fails, and the arrays may hold a million ids."""
         return f"TableUpdate(step={self.step}, rows={len(self.slots)}, page columns={len(self.columns.ids)})"
 
 
 class PageReport(KVConnectorWorkerMetadata):
-    """Workers to scheduler: first live page of every stream of the requests that a step looked at.
+    """Message to the scheduler: the first live page of every stream of the requests that a step reports.
 
     On a GPU the numbers are still being copied when the worker makes the report. They are read when the report is
-    pickled or first looked at, which vLLM does after it has waited for the step's tokens, so nobody waits twice.
+    pickled or ``starts`` is first used. vLLM does that after it has waited for the step's tokens, so it waits once.
 
     Attributes:
         step, slots, epochs: as in the step's :class:`TableUpdate`.
-        starts: rank -> [R, streams] int32.
+        starts: maps a rank to the first live pages [R, streams] int32.
     """
 
     def __init__(

@@ -11,17 +11,17 @@ from .pool import PagePool
 
 
 class PageStats(KVConnectorStats):
-    """``allocated`` and ``released`` are counts since the last stats, ``live`` is a level (pages, all ranks)."""
+    """Pages of all ranks: ``allocated`` and ``released`` since the last stats, and those that are ``live`` now."""
 
     @classmethod
     def of(cls, pool: PagePool) -> PageStats:
-        """Totals since start-up."""
+        """Return the totals since start-up."""
         return cls(
             data={"allocated": pool.allocated_total, "released": pool.released_total, "live": pool.used_total}
         )
 
     def since(self, earlier: PageStats) -> PageStats | None:
-        """What changed; None if nothing did."""
+        """Return what changed since ``earlier``; None if nothing did."""
         if self.data == earlier.data:
             return None
         change = {key: self.data[key] - earlier.data.get(key, 0) for key in ("allocated", "released")}
@@ -38,12 +38,12 @@ class PageStats(KVConnectorStats):
         return {f"KV pages {key}": value for key, value in self.data.items()}
 
     def is_empty(self) -> bool:
-        # Not the same as all zero: a level that falls to zero is news.
+        # Stats that are all zero are not empty: the change of ``live`` to zero must be shown.
         return not self.data
 
 
 class PageMetrics(KVConnectorPromMetrics):
-    """``vllm:fox_kv_pages_allocated``, ``..._released`` (counters) and ``..._live`` (gauge)."""
+    """The metrics ``vllm:fox_kv_pages_allocated`` and ``..._released`` (counters) and ``..._live`` (gauge)."""
 
     def __init__(
         self,

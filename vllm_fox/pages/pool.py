@@ -1,7 +1,7 @@
-"""The scheduler's book of pages: which page ids are free, and which each running request holds.
+"""The scheduler's record of pages: which page ids are free, and which each running request holds.
 
 Everything is a numpy array and every operation works on whole arrays, because a model has hundreds of streams and
-a long request thousands of pages. Nothing here knows vLLM.
+a long request thousands of pages. This module does not depend on vLLM.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ from vllm_fox.kernels.paged import TABLE_CHUNK
 
 Int32 = np.ndarray
 
-MANY_PAGES = 4
-"""Pages a stream that a request frees at once from which on whole table chunks are looked through for them,
-instead of looking up each page."""
+MIN_PAGES_TO_SEARCH = 4
+"""If a request frees at least this many pages per stream at once, whole table chunks are searched for them instead
+of looking up each page."""
 
-SPARSE = 16
-"""But not if fewer than one in so many of those looked through would be freed."""
+MAX_SEARCHED_PER_FREED = 16
+"""Whole chunks are not searched if fewer than one in this many of the entries searched would be freed."""
 
 
-NOTHING = np.empty(0, dtype=np.int32)
+NO_NUMBERS = np.empty(0, dtype=np.int32)
 
 
 class OutOfPages(RuntimeError):
-    """The pool was asked for more than it has."""
+    """The pool was asked for more pages, slots or table chunks than it has free."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Page-table entries of pages handed out together: ``n`` page indices of any slots, over all streams.
+    """Page-table entries of the n columns that were handed out together.
+
+    A column is one page index of one slot in all streams.
 
     Attributes:
-        new_chunk_slot, new_chunk_index, new_chunk: [m] table chunks that slots were given: to whom, their index in
-            the request, and their number.
-        chunk, offset: [n] where in the table each page index stands.
+        new_chunk_slot, new_chunk_index, new_chunk: [m] table chunks that slots were given: the slot, the chunk's
+            index in the request, and the chunk's number.
+        chunk, offset: [n] table chunk of each column, and its place in the chunk.
         ids: [n, streams of all ranks] page ids.
     """
 
@@ -52,18 +54,19 @@ class Columns:
 class PagePool:
     """Page ids, page table and live ranges of all running requests.
 
-    Every rank, be it of a pipeline stage or of a tensor-parallel group, has its own page ids (a head that has died
-    on one rank frees memory there, whatever its neighbours do). The streams of all ranks stand one after the other:
-    ``columns[rank]`` are a rank's. Slot 0, chunk 0 and the first block of each rank's pages are never handed out.
+    Every rank, be it of a pipeline stage or of a tensor-parallel group, has its own page ids: pages that die on one
+    rank free memory there, whatever happens on the others. Arrays hold the streams of all ranks one after the
+    other; ``columns[rank]`` selects those of one rank. Slot 0, chunk 0 and the first block of each rank's pages are
+    padding and never handed out.
 
-    A step's requests ask for pages one by one (:meth:`reserve`) and get them together (:meth:`hand_out`): what they
-    are told between is only whether there are enough.
+    The requests of a step reserve pages one by one (:meth:`reserve`), which only checks that there are enough, and
+    get them together (:meth:`hand_out`).
 
     Args:
         num_blocks: blocks of vLLM's pool, the null block included; a block is a page for every stream.
-        streams: streams of each rank.
+        streams: number of streams of each rank.
         num_slots: requests that may run at once.
-        num_chunks: table chunks, padding chunk included.
+        num_chunks: table chunks, the padding chunk included.
         max_chunks: table chunks that the longest request needs.
     """
 
@@ -75,14 +78,16 @@ class PagePool:
         ends = np.cumsum(streams).tolist()
         self.columns = [slice(end - count, end) for end, count in zip(ends, streams)]
         self.capacity = [(num_blocks - 1) * n for n in streams]
-        # Each rank's stack: [: num_free] are its free ids. Low ids are on top, so that a light load stays dense.
+        # A stack for each rank, whose first num_free entries are the rank's free ids. Low ids are on top, so that a
+        # light load stays dense.
         self._free = [np.arange(num_blocks * n - 1, n - 1, -1, dtype=np.int32) for n in streams]
-        # Plain numbers, as there are few ranks: a request's next page is asked for thousands of times a second.
+        # Plain numbers instead of arrays: there are few ranks, and a request's next page is asked for thousands of
+        # times a second.
         self._per_block, self._num_free = list(streams), list(self.capacity)
-        # Pages a stream reserved for each slot, their sum, and the table chunks that they will need.
+        # Pages per stream that are reserved for each slot, their sum, and the table chunks that they will need.
         self._reserved: dict[int, int] = {}
         self._num_reserved = self._chunks_reserved = 0
-        # All streams' ids of a page index stand together, as they are handed out; on the device a stream's do.
+        # Here the ids of a column are adjacent, as they are handed out; on the device those of a stream are.
         self._entries = np.zeros((num_chunks, TABLE_CHUNK, ends[-1]), dtype=np.int32)
         self._chunk_of = np.zeros((num_slots + 1, max_chunks), dtype=np.int32)
         self._first_chunk = np.zeros(num_slots + 1, dtype=np.int32)
@@ -94,22 +99,22 @@ class PagePool:
         self.epoch = np.zeros(num_slots + 1, dtype=np.int64)
         self.allocated_total = 0
         self.released_total = 0
-        # Pages in use, summed over the ranks; counted along because every step asks.
+        # Pages in use, summed over the ranks; kept up to date because every step asks for it.
         self.used_total = 0
 
     @property
     def used_blocks(self) -> int:
         """Blocks that the pages in use or reserved fill on the fullest rank."""
         ranks = zip(self.capacity, self._num_free, self._per_block)
-        # A page for every stream is a block on every rank.
+        # One reserved page in every stream is one block on every rank.
         return max(-((free - capacity) // streams) for capacity, free, streams in ranks) + self._num_reserved
 
     def live_blocks(self, slots: np.ndarray | int) -> np.ndarray:
-        """[R] (or one number) blocks that the live pages of each slot fill on the rank where they fill most."""
+        """Return the blocks [R] (or one number) that a slot's live pages fill, on the rank where they fill most."""
         return (self.live_pages[slots] / self.streams).max(-1)
 
     def reserved(self, slot: int) -> int:
-        """Pages a stream that are reserved for ``slot``."""
+        """Return the pages per stream that are reserved for ``slot``."""
         return self._reserved.get(slot, 0)
 
     @property
@@ -121,11 +126,11 @@ class PagePool:
         return -(-(held + count) // TABLE_CHUNK) - -(-held // TABLE_CHUNK)
 
     def chunks_available(self, slot: int, count: int) -> bool:
-        """Whether the page table has room for ``count`` more page indices of ``slot`` (0: a new one)."""
+        """Return whether the page table can take ``count`` more columns of ``slot`` (0 stands for a new slot)."""
         return self._chunks_missing(slot, count) + self._chunks_reserved <= len(self._free_chunks)
 
     def open(self) -> int:
-        """Take a slot for a request. A slot's epoch tells its incarnations apart."""
+        """Take a slot for a request, and advance its epoch, which tells the requests in a slot apart."""
         if not self._free_slots:
             raise OutOfPages("no free slot")
         slot = self._free_slots.pop()
@@ -133,7 +138,7 @@ class PagePool:
         return slot
 
     def reserve(self, slot: int, count: int) -> None:
-        """Promise ``slot`` its next ``count`` pages in every stream of every rank."""
+        """Reserve the next ``count`` pages of ``slot`` in every stream of every rank."""
         columns, chunks = self._num_reserved + count, self._chunks_reserved + self._chunks_missing(slot, count)
         enough = all(columns * streams <= free for streams, free in zip(self._per_block, self._num_free))
         if not enough or chunks > len(self._free_chunks):
@@ -145,11 +150,13 @@ class PagePool:
         """Give all slots the pages that were reserved for them."""
         total, width = self._num_reserved, self._entries.shape[2]
         if not total:
-            return Columns(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, np.empty((0, width), dtype=np.int32))
+            return Columns(
+                NO_NUMBERS, NO_NUMBERS, NO_NUMBERS, NO_NUMBERS, NO_NUMBERS, np.empty((0, width), dtype=np.int32)
+            )
         slots = np.fromiter(self._reserved, dtype=np.int64, count=len(self._reserved))
         counts = np.fromiter(self._reserved.values(), dtype=np.int64, count=len(slots))
         first = self.num_pages[slots]
-        new_chunks = (NOTHING, NOTHING, NOTHING)
+        new_chunks = (NO_NUMBERS, NO_NUMBERS, NO_NUMBERS)
         if self._chunks_reserved:
             new_chunks = self._take_chunks(slots, first, counts)
         slot, page = slots, first
@@ -172,7 +179,11 @@ class PagePool:
         return Columns(*new_chunks, chunk, offset, ids)
 
     def _take_chunks(self, slots: np.ndarray, first: np.ndarray, counts: np.ndarray) -> tuple[Int32, Int32, Int32]:
-        """Give slots the table chunks that pages ``first : first + counts`` need: to whom, indices and numbers."""
+        """Give slots the table chunks that pages ``first : first + counts`` need.
+
+        Returns:
+            Slot, index in the request, and number of each chunk.
+        """
         held, needed = -(-first // TABLE_CHUNK), -(-(first + counts) // TABLE_CHUNK)
         missing = needed - held
         slot, total = np.repeat(slots, missing), int(missing.sum())
@@ -185,11 +196,11 @@ class PagePool:
         """Free the pages that ``rank`` has proved dead. Late, repeated or outdated reports do no harm.
 
         Args:
-            slots, epochs: [R] the rows of the report and the incarnation that each speaks of.
+            slots, epochs: [R] the slots that are reported, and the epoch of each to which the report applies.
             starts: [R, streams of the rank] first live page; pages before it are dead.
 
         Returns:
-            Pages freed.
+            Number of pages freed.
         """
         current = self.epoch[slots] == epochs
         if not current.all():
@@ -213,7 +224,7 @@ class PagePool:
         self.live_pages[slots, rank] -= counts
         freed = int(counts.sum())
         self.released_total += freed
-        many = counts >= MANY_PAGES * streams
+        many = counts >= MIN_PAGES_TO_SEARCH * streams
         for index in np.flatnonzero(many).tolist():
             mine = row == index
             self._free_block(rank, int(slots[index]), stream[mine], low[mine], high[mine])
@@ -227,7 +238,7 @@ class PagePool:
         return freed
 
     def close(self, slot: int) -> None:
-        """Take back all that ``slot`` holds, and the slot. What its epoch's reports say later is ignored."""
+        """Take back ``slot`` and all that it holds. Later reports of its epoch are ignored."""
         if reserved := self.reserved(slot):
             del self._reserved[slot]
             self._num_reserved -= reserved
@@ -245,17 +256,17 @@ class PagePool:
         self._free_slots.append(slot)
 
     def _free_block(self, rank: int, slot: int, stream: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        """Free pages ``low:high`` of many streams of one slot: a prompt's dead pages, or all that a request has."""
+        """Free pages ``low:high`` of many streams of one slot: a prompt's dead pages, or all of a request's."""
         first, last = int(low.min()) // TABLE_CHUNK, -(-int(high.max()) // TABLE_CHUNK)
         total = int((high - low).sum())
-        if total * SPARSE < (last - first) * TABLE_CHUNK * len(stream):
+        if total * MAX_SEARCHED_PER_FREED < (last - first) * TABLE_CHUNK * len(stream):
             self._free_ranges(rank, np.full(len(stream), slot), stream, low, high)
             return
         columns, streams = self.columns[rank], self._per_block[rank]
         start, length = np.zeros(streams, dtype=np.int32), np.zeros(streams, dtype=np.uint32)
         start[stream - columns.start], length[stream - columns.start] = low, high - low
         page = np.arange(first * TABLE_CHUNK, (first + 1) * TABLE_CHUNK, dtype=np.int32)[:, None]
-        # A table chunk at a time: what is looked at stays in the cache, and no temporary needs fresh memory.
+        # One table chunk at a time: its entries stay in the CPU's cache, and no temporary needs fresh memory.
         for chunk in self._chunk_of[slot, first:last].tolist():
             # start <= page < start + length in one comparison: a negative difference is a huge unsigned number.
             dead = (page - start).view(np.uint32) < length
@@ -267,7 +278,7 @@ class PagePool:
     ) -> None:
         """Free pages ``low:high`` of each (slot, stream).
 
-        A decode step moves most ranges by a single page: then there is nothing to spread out.
+        A decode step moves most ranges by a single page. If all do, ranges need not be expanded into pages.
         """
         counts = (high - low).astype(np.int64)
         total, page = int(counts.sum()), low
@@ -287,7 +298,7 @@ class PagePool:
         self.used_total -= len(ids)
 
     def _free_dead_chunks(self, slots: np.ndarray) -> None:
-        """Table chunks before every stream's live range can serve other requests."""
+        """Free the table chunks that are before the live ranges of all streams: they can serve other requests."""
         ends = self.start[slots].min(1) // TABLE_CHUNK
         passed = ends > self._first_chunk[slots]
         for slot, end in zip(slots[passed].tolist(), ends[passed].tolist()):
@@ -300,7 +311,7 @@ class PagePool:
             self._first_chunk[slot] = end
 
     def held_ids(self, slot: int, rank: int) -> np.ndarray:
-        """Page ids that ``slot`` holds on ``rank`` (for checks and tests)."""
+        """Return the page ids that ``slot`` holds on ``rank`` (for checks and tests)."""
         count = int(self.num_pages[slot])
         page = np.arange(count)
         chunk = self._chunk_of[slot, page // TABLE_CHUNK]
@@ -308,5 +319,5 @@ class PagePool:
         return ids[page[:, None] >= self.start[slot, self.columns[rank]][None, :]]
 
     def free_ids(self, rank: int) -> np.ndarray:
-        """Page ids free on ``rank`` (for checks and tests)."""
+        """Return the page ids that are free on ``rank`` (for checks and tests)."""
         return self._free[rank][: self._num_free[rank]]

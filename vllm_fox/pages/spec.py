@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 class PageFormat(Protocol):
-    """What a page looks like: hashable, equal in all layers."""
+    """Layout of a page. It is hashable, and equal in all layers."""
 
     @property
     def page_size(self) -> int:
@@ -21,24 +21,25 @@ class PageFormat(Protocol):
 
     @property
     def page_bytes(self) -> int:
-        """Size of a page of one stream."""
+        """Bytes of a page of one stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPageSpec(AttentionSpec):
-    """One layer's part of a block ("slab"): one page for each of its streams.
+    """The KV-cache spec of one layer, whose part of a block ("slab") is one page for each of its streams.
 
-    vLLM counts blocks of a page for every stream of a worker. Which page belongs to whom is decided by
-    :class:`~vllm_fox.pages.manager.StreamPageManager`; vLLM's pool only keeps the count. The spec is the same for
-    all layers of all workers, as vLLM asks for.
+    A block, as vLLM counts it, has one page for every stream of a worker.
+    :class:`~vllm_fox.pages.manager.StreamPageManager` decides which page belongs to which request; vLLM's pool only
+    keeps the count. The spec is the same for all layers of all workers, as vLLM requires. AttentionSpec's
+    ``num_kv_heads`` is the number of streams of a layer on one rank.
 
-    Attributes (besides AttentionSpec's, of which ``num_kv_heads`` are the streams of a layer on one rank):
-        page_format: of every stream's pages.
-        report_period: tokens of a decoding request after which its live ranges are looked at again.
-        stage_layers: attention layers of each pipeline stage.
-        tensor_ranks: tensor-parallel ranks of a stage, with ``num_kv_heads`` streams a layer each.
+    Attributes:
+        page_format: layout of every stream's pages.
+        report_period: tokens after which the live ranges of a decoding request are computed again.
+        stage_layers: number of attention layers of each pipeline stage.
+        tensor_ranks: tensor-parallel ranks of a stage, each with ``num_kv_heads`` streams per layer.
         num_slots: requests that may run at once.
-        max_model_len, max_step_tokens: longest request, and tokens of one step.
+        max_model_len, max_step_tokens: most tokens of a request, and of one step.
         release: whether dead pages are given back while a request runs.
     """
 
@@ -53,7 +54,7 @@ class StreamPageSpec(AttentionSpec):
 
     @property
     def streams(self) -> tuple[int, ...]:
-        """Streams of every rank: the tensor-parallel ranks of the first stage, then of the next."""
+        """Number of streams of every rank: the tensor-parallel ranks of the first stage, then those of the next."""
         return tuple(n * self.num_kv_heads for n in self.stage_layers for _ in range(self.tensor_ranks))
 
     @property
@@ -61,7 +62,7 @@ class StreamPageSpec(AttentionSpec):
         return False
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """A request that never forgets: what must fit for the longest request to be servable at all."""
+        """Return the memory of the longest request if it forgets nothing: so much must fit to serve it at all."""
         return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
 
 
@@ -75,7 +76,7 @@ def make_spec(
     report_period: int,
     release: bool,
 ) -> StreamPageSpec:
-    """The spec of one layer with ``streams`` streams on this rank."""
+    """Make the spec of one layer with ``streams`` streams on this rank."""
     page_size, parallel = vllm_config.cache_config.block_size, vllm_config.parallel_config
     layers, stages = vllm_config.model_config.get_total_num_hidden_layers(), parallel.pipeline_parallel_size
     bounds = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
@@ -85,7 +86,7 @@ def make_spec(
         head_size=head_size,
         dtype=dtype,
         dcp_sharded=False,
-        # A page is one opaque state, so that gates and raw values travel with K and V.
+        # A page is one opaque state for vLLM, so that it can hold gates and raw values besides K and V.
         tokens_per_state=page_size,
         state_content_bytes=page_format.page_bytes,
         page_format=page_format,

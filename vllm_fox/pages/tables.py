@@ -33,10 +33,10 @@ class DeviceTables:
             entries=zeros(geometry.num_chunks, streams, TABLE_CHUNK),
             first_live=zeros(slots, streams),
         )
-        # Of the requests whose live ranges the applied step looks at.
+        # Slots of the requests whose live ranges the applied step reports.
         self._slots = torch.empty(0, dtype=torch.int32, device=device)
         self._nothing = torch.empty(0, streams, dtype=torch.int32)
-        # On slot 0, which is padding: nothing is compiled while serving.
+        # Compile the kernel now, on slot 0, which is padding: nothing is compiled while serving.
         one = zeros(1)
         table_update(
             self.table,
@@ -50,7 +50,7 @@ class DeviceTables:
         )
 
     def write(self, update: TableUpdate) -> None:
-        """Write a step's changes, before its forward pass: one copy to the device and one launch."""
+        """Write a step's changes before its forward pass, with one copy to the device and one kernel launch."""
         new = update.columns
         changes = {
             "opened": update.opened,
@@ -63,7 +63,7 @@ class DeviceTables:
         }
         arrays = [update.slots, *changes.values()]
         sizes = [array.size for array in arrays]
-        if not any(sizes):  # most steps of a few requests
+        if not any(sizes):  # this is so in most steps of few requests
             return
         host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type != "cpu")
         np.concatenate(arrays, out=host.numpy(), casting="same_kind")
@@ -71,7 +71,7 @@ class DeviceTables:
         table_update(self.table, **dict(zip(changes, parts, strict=True)))
 
     def report(self, update: TableUpdate) -> PageReport:
-        """First live pages of the applied update's slots, after its step; the copy is asynchronous on a GPU."""
+        """Report the first live pages of the update's slots after its step. On a GPU the copy is asynchronous."""
         starts, ready = self._nothing, None
         if update.slots.size:
             starts = self.table.first_live.index_select(0, self._slots)

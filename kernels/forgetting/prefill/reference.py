@@ -39,7 +39,7 @@ def prefill_attention(
         table: the page table.
         batch: the step's requests; rows with one query are left alone.
         layer: index of the layer on this worker.
-        threshold: [H, G] float32, at most 0, as :func:`~...live_range.live_range` has it for all streams.
+        threshold: [H, G] float32, at most 0, as :func:`~..live_range.live_range` has it for all streams.
         q: [T, H, G, d] in the model's dtype: final queries (normed, rotated).
         scale: of q . k.
         bounded: whether ``scale * |q . k|`` is known to stay under :data:`..pages.PLAIN_EXP_BOUND`. Then

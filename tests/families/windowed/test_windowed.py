@@ -29,6 +29,7 @@ from tests.support.checkpoints import make_checkpoint
 WINDOWS = [24, 150]
 LENGTH = 700
 PAGE = 16
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the example's formula is written for a CPU")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""One normalised description of a Forgetting Transformer, whichever dialect its checkpoint speaks.
+"""A normalised description of a Forgetting Transformer, the same for both checkpoint dialects.
 
-Nothing here knows of vLLM or of transformers beyond reading a config's attributes.
+This module reads a config's attributes, but otherwise depends on neither vLLM nor transformers.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class Architecture:
     """What a FoX model computes (Forgetting Transformer, arXiv 2503.02130).
 
     Attributes:
-        dialect: "official" or "fla": how the checkpoint names its tensors.
+        dialect: "official" or "fla", which decides how the checkpoint names its tensors.
         vocab_size, hidden_size, intermediate_size, num_layers: sizes.
-        num_heads, num_kv_heads, head_dim: num_heads * head_dim = hidden_size; one forget gate a query head.
-        gate: "full" (a projection of the layer's input), "bias_only" and "fixed" (a constant a head), "none".
-        qk_norm: "none", "per_head" (one weight of head_dim a head) or "shared" (one for all heads).
-        rope_base: theta of RoPE over whole heads, after QK-norm; None without.
-        k_shift, v_shift: data-dependent token shift of the projected k or v, before QK-norm.
-        output_gate: "sigmoid", "silu" or None: activation of the gate on the attention output.
-        output_norm: RMS norm of each head's output, before the gate.
-        qkv_bias: biases on q, k and v.
-        mlp_act: "silu" or "sigmoid", of the gated MLP.
-        norm_eps: of all norms but QK-norm.
-        qk_norm_eps: of QK-norm.
-        tied_embeddings: lm_head is the embedding matrix.
+        num_heads, num_kv_heads, head_dim: num_heads * head_dim = hidden_size; every query head has a forget gate.
+        gate: "full" (a projection of the layer's input), "bias_only" or "fixed" (a constant per head), or "none".
+        qk_norm: "none", "per_head" (a weight of head_dim per head) or "shared" (one such weight for all heads).
+        rope_base: theta of RoPE over whole heads, after QK-norm; None without RoPE.
+        k_shift, v_shift: whether the projected k or v has a data-dependent token shift, before QK-norm.
+        output_gate: activation of the gate on the attention output: "sigmoid" or "silu"; None without a gate.
+        output_norm: whether each head's output is RMS-normed, before the gate.
+        qkv_bias: whether q, k and v have biases.
+        mlp_act: activation of the gated MLP: "silu" or "sigmoid".
+        norm_eps: epsilon of all norms but QK-norm.
+        qk_norm_eps: epsilon of QK-norm.
+        tied_embeddings: whether lm_head is the embedding matrix.
         log_pruning_tolerance: log eps of ACP (arXiv 2504.06949) that the checkpoint asks for, or None.
     """
 
@@ -68,7 +68,7 @@ class Architecture:
 
         Raises:
             ValueError: a field has a value that no checkpoint of the dialect can have, or fields contradict
-                one another. Names the field, its value and what is allowed.
+                one another. The message names the field, its value and what is allowed.
         """
         official = config.model_type.endswith("project_fox")
         _check_common(config)
@@ -103,7 +103,7 @@ class Architecture:
 
 
 def resolve_intermediate_size(config: Any) -> int:
-    """The MLP's inner size: as given, else 2/3 * hidden_size * hidden_ratio up to a multiple of 256."""
+    """Return the MLP's inner size: as given, else 2/3 * hidden_size * hidden_ratio up to a multiple of 256."""
     if config.intermediate_size is not None:
         return config.intermediate_size
     ratio = 4 if config.hidden_ratio is None else config.hidden_ratio
@@ -111,7 +111,7 @@ def resolve_intermediate_size(config: Any) -> int:
 
 
 def expected_weights(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this model holds, by its name in the checkpoint's own dialect.
+    """Return the shape of every tensor of this model's checkpoint, by its name in the checkpoint's own dialect.
 
     ``lm_head.weight`` is not among them if the embeddings are tied.
     """
@@ -164,7 +164,7 @@ def expected_weights(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def is_derived_weight(arch: Architecture, name: str) -> bool:
-    """Whether a checkpoint may hold this tensor although it says nothing that the rest does not say."""
+    """Return whether a checkpoint may hold this tensor although it follows from the others or the config."""
     return name.endswith(".rotary.inv_freq") or (arch.tied_embeddings and name == "lm_head.weight")
 
 

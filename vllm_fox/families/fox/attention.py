@@ -1,4 +1,4 @@
-"""Forgetting attention of one layer in one step: the leaf functions in order."""
+"""Forgetting attention of one layer in one step, as calls of the leaf functions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class ForgettingState(WorkerState):
-    """What the layers of one worker share from step to step.
+    """State that the layers of one worker share from step to step.
 
     Args:
         table: the worker's page table.
-        thresholds: pruning thresholds of its layers, each [H, G] float32, in order.
-        logit_bound: upper bound of ``|q . k| / sqrt(d)`` over all its layers and heads; inf if none is known.
+        thresholds: pruning thresholds of the worker's layers, each [H, G] float32, in order.
+        logit_bound: upper bound of ``|q . k| / sqrt(d)`` over these layers and their heads; inf if none is known.
         pages: the page pool.
         max_rows: most rows that a step can have.
     """
@@ -62,19 +62,19 @@ class ForgettingState(WorkerState):
             self.decode_workspace.update(self.table, batch)
 
     def end_step(self, batch: Batch) -> None:
-        """Find pages that no later query needs. A step itself reads what the one before it left."""
+        """Find pages that no later query needs. The step itself used the live ranges that the one before found."""
         live_range(self.pages, self.table, batch, self.thresholds.flatten(0, 1))
 
 
 @dataclass
 class ForgettingFormula(Formula[ForgettingState]):
-    """Constants of a layer with H KV heads, G query heads for each and head size d.
+    """Attention of a layer with H KV heads, G query heads for each KV head, and head size d.
 
     Attributes:
-        scale: of the logits.
+        scale: factor of the logits.
         k_norm: [H, d] RMS-norm weight of k after token shift, or None.
-        norm_eps: of that norm.
-        rope_base: theta or None.
+        norm_eps: epsilon of that norm.
+        rope_base: theta of RoPE, or None.
         shift_k, shift_v: whether k and v are shifted.
     """
 
@@ -88,13 +88,13 @@ class ForgettingFormula(Formula[ForgettingState]):
     def forward(
         self, inputs: Sequence[torch.Tensor], batch: Batch, state: ForgettingState, out: torch.Tensor
     ) -> None:
-        """Write the new tokens, then attend (T tokens).
+        """Write T new tokens into their pages, then compute their attention.
 
         Args:
             inputs: q [T, H * G * d], normed and rotated; k and v [T, H * d] as projected; the forget gate's logits
                 [T, H * G]; and, where k or v is shifted, its logits of the token shift [T, H]. Tensors may be parts
                 of wider ones: any stride over tokens, dense within a token.
-            out: [T, H * G * d], written.
+            out: [T, H * G * d]; the output is written here.
         """
         pages, table, layer = state.pages, state.table, self.layer
         _, heads, groups = state.thresholds.shape

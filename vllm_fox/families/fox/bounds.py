@@ -2,19 +2,19 @@ r"""Bounds on attention logits that hold for every query and key a model can mak
 
 Adaptive computation pruning (ACP, arXiv 2504.06949) may skip key j for query i once the log forget gates
 between them sum to less than ``-2U - log L + log eps``, where ``U >= |q_i . k_j| / sqrt(d)`` for all i, j.
-A server prunes, and gives memory back, before it has seen the queries to come, so U must hold for those too: it
+A server prunes, and frees memory, before it has seen all queries, so U must hold for later queries as well: it
 has to follow from the weights alone. docs/acp.md states and proves the bounds; with n the hidden size, d the head
 size, s(M) the largest singular value of M and D = diag(attn_norm.weight),
 
-    with QK-norm                       U = max|w_q| max|w_k| sqrt(d)
-    without it, biases or RoPE         U = (s(W_q D) sqrt(n) + ||b_q||) (s(W_k D) sqrt(n) + ||b_k||) / sqrt(d)
-    without it, neither                U = n s(D W_q^T W_k D) / sqrt(d)
+    with QK-norm                           U = max|w_q| max|w_k| sqrt(d)
+    no QK-norm, but biases or RoPE         U = (s(W_q D) sqrt(n) + ||b_q||) (s(W_k D) sqrt(n) + ||b_k||) / sqrt(d)
+    no QK-norm, no biases and no RoPE      U = n s(D W_q^T W_k D) / sqrt(d)
 
-The statements are about exact arithmetic. A rounding makes a number larger by a factor of at most 1 + eps / 2, eps
-being the dtype's machine epsilon. :func:`with_rounding` allows for two of q and two of k themselves (shift, norm,
-rotation). Bounds that go back to the projection's input also carry ``(1 + eps / 2)^6``: for q and for k, two
-roundings in the input norm's output and one in the projection's. These are powers, not multiples of eps: sums
-leave out the products of errors, and a bound has to hold.
+These bounds hold in exact arithmetic. A rounding makes a number larger by a factor of at most 1 + eps / 2, where
+eps is the dtype's machine epsilon. :func:`with_rounding` allows for two roundings of q and two of k themselves
+(shift, norm, rotation). Bounds that go back to the projection's input also have the factor ``(1 + eps / 2)^6``: for
+q and for k, two roundings in the input norm's output and one in the projection's. These are powers rather than
+multiples of eps, because multiples leave out the products of errors, and a bound has to hold.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 
 
 def qk_norm_bound(q_weight: torch.Tensor, k_weight: torch.Tensor) -> torch.Tensor:
-    """U of every query head where q and k are RMS-normed per head.
+    """Return U of every query head of a layer whose q and k are RMS-normed per head.
 
     Args:
         q_weight: [Hq, d] norm weights.
-        k_weight: [Hkv, d]; Hkv divides Hq, and query head h reads KV head ``h // (Hq / Hkv)``.
+        k_weight: [Hkv, d] norm weights; Hkv divides Hq, and query head h reads KV head ``h // (Hq / Hkv)``.
 
     Returns:
         [Hq] float32 on the CPU.
@@ -46,7 +46,7 @@ def projection_bound(
     b_k: torch.Tensor | None = None,
     rotated: bool = False,
 ) -> torch.Tensor:
-    """U of every query head where q and k are plain projections of the normed layer input.
+    """Return U of every query head of a layer whose q and k are plain projections of its normed input.
 
     Args:
         w_q: [Hq, d, n] projection of each query head, in the dtype that the model computes in.
@@ -73,38 +73,40 @@ def projection_bound(
 
 
 def with_rounding(bound: torch.Tensor, q_dtype: torch.dtype, k_dtype: torch.dtype) -> torch.Tensor:
-    """A bound [...] for q and k that are rounded to these dtypes, twice each, after it was proved for exact ones;
-    in float64."""
+    """Widen a bound [...] for exact q and k to q and k that are each rounded twice to these dtypes.
+
+    The result is float64.
+    """
     return _growth(q_dtype, 2) * _growth(k_dtype, 2) * bound.double()
 
 
 def rounded_down(threshold: torch.Tensor) -> torch.Tensor:
-    """To float32, never up."""
+    """Round a threshold to float32, never up."""
     found = threshold.float()
     below = torch.nextafter(found, torch.full_like(found, -torch.inf))
     return torch.where(found.double() > threshold.double(), below, found)
 
 
 def _growth(dtype: torch.dtype, roundings: int) -> float:
-    """Factor by which so many roundings, one after the other, can make a number larger."""
+    """Return the factor by which this many roundings, one after the other, can make a number larger."""
     growth: float = (1.0 + torch.finfo(dtype).eps / 2) ** roundings
     return growth
 
 
 def _factor(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Small stand-ins for [H, d, n] matrices ``W D``: [H, d, d] R of the QR decompositions ``(W D)^T = Q R``.
+    """Replace [H, d, n] matrices ``W D`` by the smaller R [H, d, d] of the QR decompositions ``(W D)^T = Q R``.
 
-    Q has orthonormal columns: s(W D) = s(R), s(D W_q^T W_k D) = s(Q_q R_q R_k^T Q_k^T) = s(R_q R_k^T).
+    Q has orthonormal columns, so s(W D) = s(R) and s(D W_q^T W_k D) = s(Q_q R_q R_k^T Q_k^T) = s(R_q R_k^T).
     """
     return torch.linalg.qr((weight.detach().double().cpu() * scale).transpose(-1, -2), mode="r").R
 
 
 def _radius(factor: torch.Tensor, hidden: int, bias: torch.Tensor | None) -> torch.Tensor:
-    """[H] largest 2-norm that a head's projection can have."""
+    """Return the largest 2-norm [H] that each head's projection can have."""
     radius = torch.linalg.matrix_norm(factor, ord=2) * hidden**0.5
     return radius if bias is None else radius + bias.detach().double().cpu().norm(dim=-1)
 
 
 def _up(bound: torch.Tensor) -> torch.Tensor:
-    """To float32, never down."""
+    """Round a bound to float32, never down."""
     return torch.nextafter(bound.float(), torch.tensor(float("inf")))

@@ -10,24 +10,24 @@ from .architecture import Architecture, resolve_intermediate_size
 
 
 class _ForgettingTransformerConfig(StrictConfig):
-    """What both dialects of FoX share: names that vLLM and transformers expect."""
+    """The base of both dialects' configs, with names that vLLM and transformers expect."""
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
 
-    if TYPE_CHECKING:  # set from ``own``; an annotation here would become a dataclass field of transformers'
+    if TYPE_CHECKING:  # set from ``own``; transformers makes dataclass fields of annotations that it sees
         hidden_size: int
         num_heads: int
         num_kv_heads: int | None
 
-    # transformers writes one of its own for a class that has none.
+    # Without this __init__ transformers would generate one.
     def __init__(self, own: dict[str, Any] | None = None, **standard: Any) -> None:
         super().__init__(own, **standard)
 
     def _complete(self) -> None:
         Architecture.from_config(self)
         self.intermediate_size = resolve_intermediate_size(self)
-        # vLLM reads this name first, and takes null for an answer.
+        # vLLM reads this name first and accepts null as its value, so it is set to a number.
         self.num_kv_heads = self.num_key_value_heads
 
     @property
@@ -44,8 +44,8 @@ class _ForgettingTransformerConfig(StrictConfig):
 class FoxConfig(_ForgettingTransformerConfig):
     """Checkpoints of the official implementation (FoX, arXiv 2503.02130).
 
-    Fields and defaults are those of the official config. Fields about training only (``initializer_range``,
-    ``fuse_norm``, ``fuse_cross_entropy``, ``use_cache``) are read and do nothing.
+    Fields and defaults are those of the official config. Fields about training only (``fuse_norm``,
+    ``fuse_cross_entropy``, ``use_cache``) are read and do nothing. ``initializer_range`` is for random starts in training.
 
     Raises:
         ValueError: a field is unknown, has a value out of range, or contradicts another.
@@ -91,17 +91,17 @@ class FoxConfig(_ForgettingTransformerConfig):
         super().__init__(own_fields(FoxConfig, locals()), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, as the official code reads them: KV heads that are not null it takes for grouped ones."""
+        """Return every field, with null KV heads: the official code takes a number for grouped-query attention."""
         return super().to_dict() | {"num_kv_heads": None}
 
 
 class FlaForgettingTransformerConfig(_ForgettingTransformerConfig):
     """Checkpoints of flash-linear-attention's ForgettingTransformer.
 
-    Fields and defaults are those of that library's config, and two that it lacks: ``max_position_embeddings``
+    Fields and defaults are those of that library's config, plus two that it lacks: ``max_position_embeddings``
     (the longest context, 2048 unless given) and ``log_pruning_tolerance`` (see :class:`FoxConfig`).
-    Fields about training and kernels only (``fuse_*``, ``use_l2warp``, ``initializer_range``, ``use_cache``)
-    are read and do nothing.
+    Fields about training and kernels only (``fuse_*``, ``use_l2warp``, ``use_cache``) are read and do nothing.
+    ``initializer_range`` is for random starts in training.
 
     Raises:
         ValueError: a field is unknown, has a value out of range, or contradicts another.

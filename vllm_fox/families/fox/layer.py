@@ -19,18 +19,18 @@ from .settings import FoxSettings
 
 
 class ForgettingAttention(PagedAttention[ForgettingState]):
-    """Forgetting attention of one layer over head-paged, pruned KV.
+    """Forgetting attention of one layer over pages of single KV heads, of which dead ones are pruned.
 
     Args:
         vllm_config: the engine's configuration.
-        prefix: the layer's name; unique.
-        num_heads, num_kv_heads: on this tensor-parallel rank.
-        head_dim: d.
+        prefix: the layer's unique name.
+        num_heads, num_kv_heads: numbers of heads on this tensor-parallel rank.
+        head_dim: d, the size of a head.
         k_norm: [num_kv_heads, d] RMS-norm weight applied to k after token shift, or None.
-        qk_norm_eps: of that norm.
+        qk_norm_eps: epsilon of that norm.
         rope_base: theta of RoPE on k, or None.
         k_shift, v_shift: whether the model shifts k or v.
-        gate_dtype: of the forget gate's logits; None: the model's.
+        gate_dtype: dtype of the forget gate's logits; None stands for the model's.
         log_pruning_tolerance: the checkpoint's log eps, or None.
     """
 
@@ -73,7 +73,7 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         self.gate_dtype = gate_dtype or dtype
         self.tolerance = settings.tolerance(log_pruning_tolerance)
         self.max_model_len = vllm_config.model_config.max_model_len
-        # Largest |q . k| / sqrt(d) that there can be; known once weights are loaded.
+        # Upper bound of |q . k| / sqrt(d), which is known once weights are loaded.
         self.logit_bound = math.inf
         self.register_buffer("threshold", torch.full((num_kv_heads, groups), -math.inf), persistent=False)
         self.impl = ForgettingFormula(
@@ -81,12 +81,13 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         )
 
     def set_logit_bound(self, bound: torch.Tensor) -> None:
-        """Fix the pruning threshold ``-2U - log L + log eps`` (ACP, eq. 5), once weights are known.
+        """Set the pruning threshold ``-2U - log L + log eps`` (ACP, eq. 5), once weights are known.
 
-        L is the longest context that the engine admits, so that a page dead now is dead for all queries to come.
+        L is the longest context that the engine admits, so that a page that is dead now is dead for all later
+        queries.
 
         Args:
-            bound: [num_heads] float32, U >= max |q . k| / sqrt(d) for every query and key there can be.
+            bound: [num_heads] float32, U >= |q . k| / sqrt(d) for every possible query and key.
         """
         bound = with_rounding(bound, self.page_format.dtype, self.page_format.kv_dtype)
         self.logit_bound = bound.max().item()
@@ -105,16 +106,16 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         shift_k: torch.Tensor | None,
         shift_v: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attend (T tokens, Hq query heads, H KV heads on this rank).
+        """Compute attention for T tokens, with Hq query heads and H KV heads on this rank.
 
         Args:
             q: [T, Hq * d], normed and rotated.
             k, v: [T, H * d] as projected.
-            gate: [T, Hq] logits of the forget gate, of ``gate_dtype``.
+            gate: [T, Hq] logits of the forget gate, in ``gate_dtype``.
             shift_k, shift_v: [T, H] logits of the token shift; None without it.
 
         Returns:
-            [T, Hq * d].
+            The output [T, Hq * d].
         """
         return self.run([q, k, v, gate, *(shift for shift in (shift_k, shift_v) if shift is not None)])
 
@@ -140,7 +141,7 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
     def warm_up_variants(
         self, inputs: list[torch.Tensor], batch: Batch, state: ForgettingState, out: torch.Tensor
     ) -> None:
-        """Prefill sorts its tiles in long steps, and is compiled for that too."""
+        """Compile prefill also for long steps, in which it sorts its tiles."""
         if batch.work is None:
             return
         from vllm_fox.kernels.forgetting.prefill.plan import PrefillPlan

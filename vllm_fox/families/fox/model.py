@@ -42,10 +42,10 @@ from .weights import load_checkpoint
 
 
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``.
+    """The gated MLP ``down(act(gate(x)) * up(x))``.
 
     Args:
-        arch: the model.
+        arch: description of the model.
         prefix: the module's name.
     """
 
@@ -60,17 +60,17 @@ class GatedMLP(nn.Module):
         self.act = SiluAndMul() if arch.mlp_act == "silu" else SigmoidAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden] to [T, hidden]."""
+        """Map x [T, hidden] to the output [T, hidden]."""
         both, _ = self.gate_up_proj(x)
         out, _ = self.down_proj(self.act(both))
         return out
 
 
 class SigmoidAndMul(nn.Module):
-    """``sigmoid(a) * b`` of ``[a, b]``, computed in float32."""
+    """The activation ``sigmoid(a) * b`` of an input ``[a, b]``, computed in float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, 2 * n] to [T, n]."""
+        """Map x [T, 2 * n] to [T, n]."""
         gate, up = x.float().chunk(2, dim=-1)
         return (gate.sigmoid() * up).to(x.dtype)
 
@@ -78,12 +78,12 @@ class SigmoidAndMul(nn.Module):
 class ForgettingSelfAttention(nn.Module):
     """Projections, gates and norms around forgetting attention.
 
-    Key and value leave as projected: their token shift needs the previous token, which the cache knows, so it
-    and k's norm and rotation, which follow, belong to the attention layer.
+    The attention layer gets keys and values as projected. Their token shift needs the previous token, which the
+    cache holds, so the attention layer does the shift, and after it k's norm and rotation.
 
     Args:
         vllm_config: the engine's configuration.
-        arch: the model.
+        arch: description of the model.
         prefix: the module's name.
     """
 
@@ -93,7 +93,7 @@ class ForgettingSelfAttention(nn.Module):
         heads, kv_heads = HeadShare.of_rank(arch.num_heads), HeadShare.of_rank(arch.num_kv_heads)
         self.arch, self.heads, self.kv_heads = arch, heads, kv_heads
         self.layer = extract_layer_index(prefix)
-        # All ranks' query heads, rank by rank.
+        # Query heads of all ranks, rank by rank.
         self.head_order = list(range(arch.num_heads))
         parts = {
             "q": (heads, dim, arch.qkv_bias),
@@ -107,7 +107,7 @@ class ForgettingSelfAttention(nn.Module):
         self.in_proj = HeadProjection(hidden, {name: part for name, part in parts.items() if part is not None})
         self.o_proj = RowParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.o_proj")
         self.output_norm = HeadNorm(heads, dim, arch.norm_eps) if arch.output_norm else None
-        # In bfloat16 every token's log f would be off by the same up to 3 %, and so would all decay.
+        # In bfloat16 log f of every token would have the same error of up to 3 %, and so would all decay.
         constant = arch.gate in ("bias_only", "fixed")
         self.forget_bias = heads.parameter(dtype=torch.float32) if constant else None
         normed = arch.qk_norm != "none"
@@ -130,14 +130,14 @@ class ForgettingSelfAttention(nn.Module):
         )
 
     def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Attend (T tokens).
+        """Compute attention for T tokens.
 
         Args:
             positions: [T].
             x: [T, hidden], normed.
 
         Returns:
-            [T, hidden].
+            The output [T, hidden].
         """
         parts = self.in_proj(x)
         q = parts["q"]
@@ -152,12 +152,12 @@ class ForgettingSelfAttention(nn.Module):
         return out
 
     def arrange_heads(self, gate: torch.Tensor | None, bias: torch.Tensor, input_norm: torch.Tensor | None) -> None:
-        """Before weights are filled in: choose this rank's heads, so that all ranks forget equally much.
+        """Choose this rank's heads so that all ranks forget equally much. Call it before weights are filled in.
 
         Args:
-            gate: [all heads, hidden] weight of the forget gates' projection; None where they are constants.
-            bias: [all heads].
-            input_norm: [hidden] weight of the norm before the projection; None with ``gate``.
+            gate: [all heads, hidden] weight of the forget gates' projection; None if the gates are constants.
+            bias: [all heads] bias of the gates.
+            input_norm: [hidden] weight of the norm before the projection; None if ``gate`` is None.
         """
         ranks, groups = get_tensor_model_parallel_world_size(), self.arch.num_heads // self.arch.num_kv_heads
         if ranks == 1 or ranks > self.arch.num_kv_heads:
@@ -170,11 +170,11 @@ class ForgettingSelfAttention(nn.Module):
         self.heads.heads = self.head_order[own : own + self.heads.count]
 
     def arrange_output(self, weight: torch.Tensor) -> torch.Tensor:
-        """[hidden, all heads * d] of the output projection, its columns in the order of the ranks' heads."""
+        """Return the output projection [hidden, all heads * d], its columns in the order of the ranks' heads."""
         return weight.unflatten(1, (self.arch.num_heads, -1))[:, self.head_order].flatten(1)
 
     def _gate_logits(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[T, heads] x with log f = logsigmoid(x): float32 where it is constant, else in the model's dtype."""
+        """Return x [T, heads] with log f = logsigmoid(x): float32 if constant, else in the model's dtype."""
         if "forget_gate" in parts:
             return parts["forget_gate"]
         tokens = parts["q"].shape[0]
@@ -183,7 +183,7 @@ class ForgettingSelfAttention(nn.Module):
         return parts["q"].new_full((tokens, self.heads.count), math.inf)
 
     def _gate_output(self, out: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        """Output norm and gate in float32, rounded once: two [T, heads * d] to one."""
+        """Apply the output norm and the gate to ``out`` [T, heads * d] in float32, and round once."""
         if self.output_norm is None and gate is None:
             return out
         wide = out.float() if self.output_norm is None else self.output_norm(out).flatten(1)
@@ -193,7 +193,7 @@ class ForgettingSelfAttention(nn.Module):
         return wide.to(out.dtype)
 
     def set_logit_bound(self, input_norm: torch.Tensor) -> None:
-        """Tell the attention layer how large its logits can get, once weights are loaded.
+        """Tell the attention layer how large its logits can get. Call it once weights are loaded.
 
         Args:
             input_norm: [hidden] weight of the norm that made ``x``.
@@ -233,7 +233,16 @@ class ForgettingTransformerBlock(nn.Module):
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T], [T, hidden] and the residual stream before adding x; the same two after the layer."""
+        """Run the layer on T tokens.
+
+        Args:
+            positions: [T].
+            x: [T, hidden] output of the layer before.
+            residual: [T, hidden] residual stream before ``x`` is added; None in the first layer.
+
+        Returns:
+            This layer's output, and the residual stream before it is added.
+        """
         if residual is None:
             residual = x
             x = self.attn_norm(x)
@@ -274,7 +283,7 @@ class ForgettingTransformerModel(nn.Module):
         )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[T] to [T, hidden]."""
+        """Map token ids [T] to embeddings [T, hidden]."""
         return self.embeddings(input_ids)
 
     def forward(
@@ -284,8 +293,17 @@ class ForgettingTransformerModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        """[T] token ids (or [T, hidden] embeddings, or what the stage before returned) and [T] positions to
-        [T, hidden], or to what the next stage needs."""
+        """Compute the hidden states of T tokens.
+
+        Args:
+            input_ids: [T] token ids; read on the first pipeline stage, unless ``inputs_embeds`` is given.
+            positions: [T].
+            intermediate_tensors: what the stage before has returned; None on the first stage.
+            inputs_embeds: [T, hidden] embeddings instead of token ids.
+
+        Returns:
+            Hidden states [T, hidden] on the last stage, else what the next stage needs.
+        """
         residual: torch.Tensor | None = None
         if not get_pp_group().is_first_rank:
             assert intermediate_tensors is not None
@@ -307,7 +325,7 @@ class ForgettingTransformerModel(nn.Module):
 class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
     """A FoX language model of either checkpoint dialect, as vLLM loads and runs it."""
 
-    # Only safetensors, which hold no code; and not other .safetensors files that lie beside the model.
+    # Load only safetensors, which hold no code, and ignore other .safetensors files beside the model.
     fall_back_to_pt_during_load: ClassVar[bool] = False
     allow_patterns_overrides: ClassVar[list[str]] = [
         "model.safetensors",
@@ -332,7 +350,7 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
         self.logits_processor = LogitsProcessor(self.arch.vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[T] to [T, hidden]."""
+        """Map token ids [T] to embeddings [T, hidden]."""
         return self.model.embed_input_ids(input_ids)
 
     def forward(
@@ -342,15 +360,15 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        """As :meth:`ForgettingTransformerModel.forward`."""
+        """Compute hidden states (see :meth:`ForgettingTransformerModel.forward`)."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[N, hidden] to [N, vocab]; None on ranks that do not sample."""
+        """Map hidden states [N, hidden] to logits [N, vocab], or to None on ranks that do not sample."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint and fix what follows from its weights (see :func:`.weights.load_checkpoint`)."""
+        """Load a checkpoint (see :func:`.weights.load_checkpoint`) and set the logit bounds that follow from it."""
         blocks: dict[int, ForgettingTransformerBlock] = {}
         for index in range(self.model.first_layer, self.model.end_layer):
             block = self.model.layers[index]

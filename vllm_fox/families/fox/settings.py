@@ -12,17 +12,17 @@ from vllm_fox.settings import PageSettings
 
 
 class Default(Enum):
-    """A value that cannot be typed in JSON."""
+    """A default that no value in JSON can equal."""
 
     FROM_CHECKPOINT = "from the checkpoint"
 
 
 class FoxSettings(PageSettings):
-    """Options of one engine.
+    """Options of Forgetting Transformers.
 
     Attributes:
-        log_pruning_tolerance: log eps: the pruned weights of a query sum to at most eps (ACP, arXiv 2504.06949).
-            None turns pruning off. The default is the checkpoint's value, else -10.
+        log_pruning_tolerance: log eps, where a query's pruned attention weights sum to at most eps (ACP, arXiv
+            2504.06949). None turns pruning off. The default is the checkpoint's value, or -10 if it has none.
     """
 
     log_pruning_tolerance: (
@@ -34,7 +34,7 @@ class FoxSettings(PageSettings):
     )
 
     def tolerance(self, checkpoint: float | None) -> float | None:
-        """The tolerance in force, given the checkpoint's own (None: it has none)."""
+        """Return the tolerance in force, given the checkpoint's own (None if it has none)."""
         if self.log_pruning_tolerance is Default.FROM_CHECKPOINT:
             return DEFAULT_LOG_TOLERANCE if checkpoint is None else checkpoint
         return self.log_pruning_tolerance

@@ -1,15 +1,16 @@
 """The tokenizer of the published FoX checkpoints: GPT-2 BPE over JSON-escaped text.
 
 Their training text (LongCrawl64) was stored JSON-escaped and never unescaped, so these models read and write
-``\\n`` for a line break and ``\\u00e9`` for é. Both directions are inside the tokenizer here: encoding
-escapes, and the Rust tokenizer's own decoder unescapes, so that streamed text, which goes through it, equals
-text decoded all at once.
+``\\n`` for a line break and ``\\u00e9`` for é. This tokenizer translates in both directions: it escapes when it
+encodes, and the decoder of the Rust tokenizer unescapes. Streamed text goes through that decoder, so it equals
+text that is decoded all at once.
 
-What differs from Python's ``json.loads`` on the whole text: a text that is not valid JSON is decoded piece
-by piece (JSON's escapes and Python's ``\\x41``, ``\\'``, ``\\a``, ``\\v``; everything else as it stands)
-instead of by ``unicode_escape`` as a whole, which a stream could not do; half a surrogate pair becomes
-U+FFFD, as it has no UTF-8; so does an escape that the text ends within. Grammars of structured output
-constrain the escaped text, which is what the model writes.
+The result differs from Python's ``json.loads`` on the whole text in three cases. A text that is not valid JSON is
+decoded piece by piece (JSON's escapes and Python's ``\\x41``, ``\\'``, ``\\a``, ``\\v``; everything else stays as
+it is) instead of by ``unicode_escape`` as a whole, which a stream could not do. Half a surrogate pair becomes
+U+FFFD, because it has no UTF-8 form. So does an escape that the end of the text cuts off.
+
+Grammars of structured output constrain the escaped text, because that is what the model writes.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ _ESCAPE = re.compile(
 
 
 def escape(text: str) -> str:
-    """What the model reads for ``text``: its JSON string literal, in ASCII and without the quotes."""
+    """Return what the model reads for ``text``: its JSON string literal, in ASCII and without the quotes."""
     return json.dumps(text)[1:-1]
 
 
 def unescape(text: str) -> str:
-    """The text that the model meant by ``text``; inverse of :func:`escape`.
+    """Return the text that the model meant by ``text``. This is the inverse of :func:`escape`.
 
-    Growing the input never changes what was returned before, but for U+FFFD at the end, which says that more
-    is needed: streaming decoders wait for it to go away.
+    A longer input never changes what was returned for its beginning, except for U+FFFD at the end. That character
+    says that more input is needed, and streaming decoders wait until it is gone.
     """
     return _ESCAPE.sub(_unescape_one, text)
 
@@ -67,7 +68,7 @@ def _unescape_one(match: re.Match[str]) -> str:
 
 
 class _Unescaping:
-    """A decoder for the Rust tokenizer: byte-level pieces to text, then unescaped."""
+    """A decoder for the Rust tokenizer. It turns byte-level pieces into text and unescapes it."""
 
     def __init__(self) -> None:
         self._bytes = decoders.ByteLevel()
@@ -93,12 +94,12 @@ class _EscapingGPT2Tokenizer(GPT2Tokenizer):
         return super()._encode_plus(_escape_all(text), _escape_all(text_pair), *args, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of token pieces, unescaped."""
+        """Return the unescaped text of token pieces."""
         return self._tokenizer.decoder.decode(tokens)
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
-        """A copy of the Rust tokenizer over escaped text; a decoder written in Python cannot be saved."""
+        """A copy of the Rust tokenizer that does not unescape: a decoder written in Python cannot be saved."""
         return _with_plain_decoder(self._tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class JSONGPT2Tokenizer(_EscapingGPT2Tokenizer):
 
 
 class _PublishedTokenizerConfig(PretrainedConfig):
-    """Names no model: AutoTokenizer wants a config class to register a tokenizer class by its own name."""
+    """The config of no model. AutoTokenizer registers a tokenizer class by name only with a config class."""
 
     model_type = "vllm-fox-json-gpt2"
 

@@ -1,4 +1,4 @@
-"""A FoX checkpoint's tensors, of either dialect, into the vLLM model."""
+"""Load a FoX checkpoint of either dialect into the vLLM model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_fox.modules.weights import Destination, fill_parameters
 
 from .architecture import OFFICIAL, Architecture, expected_weights, is_derived_weight
 
-# Name in the checkpoint (either dialect) to name in the model, and the part of a fused parameter it fills.
+# Name in the checkpoint (of either dialect), name in the model, and the part of a fused parameter that it fills.
 _RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
     (r"\.attn\.k_proj\.shift_proj\.", ".attn.in_proj.", "k_shift"),
     (r"\.attn\.v_proj\.shift_proj\.", ".attn.in_proj.", "v_shift"),
@@ -29,13 +29,13 @@ _RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
 
 
 class ArrangesHeads(Protocol):
-    """What the loader asks of an attention module of the model: see its methods of these names there."""
+    """What the loader needs of an attention module: see :class:`.model.ForgettingSelfAttention`."""
 
     def arrange_heads(self, gate: torch.Tensor | None, bias: torch.Tensor, input_norm: torch.Tensor | None) -> None:
         """Choose this rank's heads."""
 
     def arrange_output(self, weight: torch.Tensor) -> torch.Tensor:
-        """The output projection's columns in the order of the ranks' heads."""
+        """Return the output projection with its columns in the order of the ranks' heads."""
 
 
 def load_checkpoint(
@@ -48,9 +48,15 @@ def load_checkpoint(
 
     Args:
         model: the vLLM model.
-        arch: what it was built from.
-        attention: its attention modules by layer.
-        weights, returns, raises: as :func:`fill_parameters`.
+        arch: description that the model was built from.
+        attention: the model's attention modules by layer.
+        weights: names and tensors of the checkpoint, in any order.
+
+    Returns:
+        Names of the parameters that were filled: all that this pipeline stage has.
+
+    Raises:
+        ValueError: the tensors do not fit the model (see :func:`fill_parameters`).
     """
     arranger = _Arranger(arch, attention)
 
@@ -63,7 +69,7 @@ def load_checkpoint(
 
 
 class _Arranger:
-    """Holds a layer's attention tensors back until those are there which decide on the order of its heads."""
+    """Holds back a layer's attention tensors until those that decide the order of its heads have been read."""
 
     def __init__(self, arch: Architecture, attention: Mapping[int, ArrangesHeads]) -> None:
         gate = "fgate_proj" if arch.dialect == OFFICIAL else "f_proj"
@@ -72,12 +78,12 @@ class _Arranger:
         if arch.gate != "full":
             self._bias = "attn.fgate_bias"
             self._deciding = {self._bias}
-        # Without gates nothing is ever forgotten, in whatever order.
+        # Without gates nothing is ever forgotten, so the order of heads does not matter.
         self._waiting: dict[int, dict[str, torch.Tensor]] = {n: {} for n in attention if arch.gate != "none"}
         self._attention = attention
 
     def arranged(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Takes a tensor of the checkpoint, gives those that can be filled in now."""
+        """Take one tensor of the checkpoint, and yield the tensors that can be filled in now."""
         found = re.fullmatch(r"model\.layers\.(\d+)\.(attn.*)", name)
         if not found or int(found[1]) not in self._attention:
             yield name, tensor
@@ -98,7 +104,7 @@ class _Arranger:
 
 
 def _destinations(arch: Architecture, name: str, tensor: torch.Tensor) -> Iterator[Destination]:
-    """Parameters that one checkpoint tensor fills."""
+    """Yield the parameters that one checkpoint tensor fills."""
     target, part = name, None
     for pattern, replacement, shard in _RENAMED:
         target, found = re.subn(pattern, replacement, name)
@@ -106,7 +112,7 @@ def _destinations(arch: Architecture, name: str, tensor: torch.Tensor) -> Iterat
             part = shard
             break
     if arch.dialect == OFFICIAL and ".mlp.gate_proj." in name:
-        gate, up = tensor.chunk(2)  # both in one tensor in this dialect
+        gate, up = tensor.chunk(2)  # this dialect has both in one tensor
         yield target, 0, gate
         yield target, 1, up
     else:

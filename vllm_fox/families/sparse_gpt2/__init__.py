@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def _refusals(vllm_config: VllmConfig) -> Iterable[tuple[object, str]]:
     stages = vllm_config.parallel_config.pipeline_parallel_size
-    # A layer needs what those below it drop.
+    # A layer needs to know what the layers below it drop.
     yield stages > 1, f"pipeline stages (--pipeline-parallel-size {stages})"
 
 
@@ -25,7 +25,7 @@ SPARSE_GPT2 = Family(
     configs={SparseGPT2Config: "vllm_fox.hf.sparse_gpt2.modeling:SparseGPT2LMHeadModel"},
     stream="one layer",
     streams=lambda config: config.n_layer,
-    # A request holds up to two pages a layer beside its live tokens, so small pages pay.
+    # A request holds up to two pages per layer beyond its live tokens, so small pages save memory.
     page_size=16,
     refusals=_refusals,
 )

@@ -1,4 +1,4 @@
-"""Attention of one layer with Dynamic Context Pruning in one step: the leaf functions in order."""
+"""Attention of one layer with Dynamic Context Pruning in one step, as calls of the leaf functions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from vllm_fox.kernels.subset.write import subset_write
 
 
 class SubsetState(WorkerState):
-    """What the layers of one worker share from step to step.
+    """State that the layers of one worker share from step to step.
 
     Args:
         table: the worker's page table.
         pages: the page pool.
         max_rows: most rows that a step can have.
-        max_model_len: longest request.
+        max_model_len: most tokens of a request.
         propagate: whether what a layer drops is dropped in all layers above it.
     """
 
@@ -37,28 +37,28 @@ class SubsetState(WorkerState):
         self.workspace = attention.make_workspace(max_rows, max_model_len, device)
 
     def end_step(self, batch: Batch) -> None:
-        """Move live tokens together, so that pages come free."""
+        """Move live tokens together, so that pages become free."""
         compact(self.pages, self.table, batch)
 
 
 @dataclass
 class SubsetFormula(Formula[SubsetState]):
-    """Constants of a layer with H heads of size d and interaction keys of size r.
+    """Attention of a layer with H heads of size d and interaction keys of size r.
 
     Attributes:
-        scale: of the logits.
-        bias: [1], of the interaction scores.
+        scale: factor of the logits.
+        bias: [1] bias of the interaction scores.
     """
 
     scale: float
     bias: torch.Tensor
 
     def forward(self, inputs: Sequence[torch.Tensor], batch: Batch, state: SubsetState, out: torch.Tensor) -> None:
-        """Write the new tokens, find what they drop, and attend to the rest (T tokens).
+        """Write T new tokens into their pages, find what they drop, and compute attention over the rest.
 
         Args:
             inputs: q, k and v [T, H * d], interaction queries and keys [T, r].
-            out: [T, H * d], written.
+            out: [T, H * d]; the output is written here.
         """
         pages, table, layer = state.pages, state.table, self.layer
         *qkv, int_q, int_k = inputs

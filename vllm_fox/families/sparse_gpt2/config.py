@@ -1,4 +1,4 @@
-"""Config class of GPT-2 with Dynamic Context Pruning."""
+"""The config class of GPT-2 with Dynamic Context Pruning."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from vllm_fox.strict_config import StrictConfig, own_fields
 
 
 class SparseGPT2Config(StrictConfig):
-    """GPT-2 with Dynamic Context Pruning (arXiv 2305.15805); fields as in its authors' code.
+    """GPT-2 with Dynamic Context Pruning (arXiv 2305.15805). The fields are those of its authors' code.
 
     Args:
         block_size: longest context.
-        bias: of linear layers and norms.
+        bias: whether linear layers and norms have biases.
         int_n_embd: size of the interaction queries and keys.
         propagate_in_depth: whether what a layer drops is dropped in all layers above it.
 

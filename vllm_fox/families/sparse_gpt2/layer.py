@@ -19,11 +19,11 @@ class SubsetAttention(PagedAttention[SubsetState]):
 
     Args:
         vllm_config: the engine's configuration.
-        prefix: the layer's name; unique.
-        num_heads: on this tensor-parallel rank.
-        head_dim: d.
-        int_dim: size of interaction queries and keys.
-        bias: [1], of their scores.
+        prefix: the layer's unique name.
+        num_heads: number of heads on this tensor-parallel rank.
+        head_dim: d, the size of a head.
+        int_dim: r, the size of interaction queries and keys.
+        bias: [1] bias of their scores.
         propagate: whether what a layer drops is dropped in all layers above it.
     """
 
@@ -51,7 +51,7 @@ class SubsetAttention(PagedAttention[SubsetState]):
             streams=1,
             head_size=num_heads * head_dim,
             release=PageSettings.from_vllm_config(vllm_config).release,
-            # All heads share a layer's tokens: there is little to look at, so it is looked at in every step.
+            # All heads share a layer's tokens, so there is little to compute, and every step does it.
             report_period=1,
         )
         self.max_model_len, self.propagate = vllm_config.model_config.max_model_len, propagate
@@ -60,14 +60,14 @@ class SubsetAttention(PagedAttention[SubsetState]):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, int_q: torch.Tensor, int_k: torch.Tensor
     ) -> torch.Tensor:
-        """Attend (T tokens, H heads on this rank).
+        """Compute attention for T tokens, with H heads on this rank.
 
         Args:
             q, k, v: [T, H * d].
             int_q, int_k: [T, r].
 
         Returns:
-            [T, H * d].
+            The output [T, H * d].
         """
         return self.run([q, k, v, int_q, int_k])
 

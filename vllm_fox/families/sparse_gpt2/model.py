@@ -31,7 +31,7 @@ class SparseSelfAttention(nn.Module):
         heads, shared = HeadShare.of_rank(config.n_head), HeadShare(1, [0])
         dim = size // config.n_head
         parts = {name: (heads, dim, config.bias) for name in "qkv"}
-        # Every rank scores with all of the interaction projections, so that all drop the same.
+        # Every rank has the whole interaction projections, so that all ranks drop the same tokens.
         parts |= {name: (shared, config.int_n_embd, False) for name in ("int_q", "int_k")}
         self.in_proj = HeadProjection(size, parts)
         self.c_proj = RowParallelLinear(size, size, bias=config.bias, prefix=f"{prefix}.c_proj")
@@ -47,14 +47,14 @@ class SparseSelfAttention(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden], normed, to the same."""
+        """Map normed x [T, hidden] to the attention output [T, hidden]."""
         parts = self.in_proj(x)
         out, _ = self.c_proj(self.attn(*(parts[name] for name in ("q", "k", "v", "int_q", "int_k"))))
         return out
 
 
 class MLP(nn.Module):
-    """GPT-2's, with the tanh form of GELU."""
+    """The MLP of GPT-2, with the tanh form of GELU."""
 
     def __init__(self, config: SparseGPT2Config, prefix: str) -> None:
         super().__init__()
@@ -63,14 +63,14 @@ class MLP(nn.Module):
         self.c_proj = RowParallelLinear(inner, size, bias=bias, prefix=f"{prefix}.c_proj")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden] to the same."""
+        """Map x [T, hidden] to the output [T, hidden]."""
         inner, _ = self.c_fc(x)
         out, _ = self.c_proj(nn.functional.gelu(inner, approximate="tanh"))
         return out
 
 
 class Block(nn.Module):
-    """One layer."""
+    """One layer: normed attention and normed MLP, each added to the residual stream."""
 
     def __init__(self, vllm_config: VllmConfig, config: SparseGPT2Config, prefix: str) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, prefix=f"{prefix}.mlp")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden] to the same."""
+        """Map x [T, hidden] to the output [T, hidden]."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
@@ -104,7 +104,7 @@ class SparseGPT2Model(nn.Module):
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T] token ids (or [T, hidden] embeddings) and [T] positions to [T, hidden]."""
+        """Map token ids [T] (or embeddings [T, hidden]) and positions [T] to hidden states [T, hidden]."""
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         x = x + self.wpe(positions)
         for block in self.h:
@@ -115,7 +115,7 @@ class SparseGPT2Model(nn.Module):
 class SparseGPT2LMHeadModel(nn.Module):
     """A GPT-2 that drops tokens for good, as vLLM loads and runs it."""
 
-    # Only safetensors, which hold no code.
+    # Load only safetensors, which hold no code.
     fall_back_to_pt_during_load: ClassVar[bool] = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -129,7 +129,7 @@ class SparseGPT2LMHeadModel(nn.Module):
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[T] to [T, hidden]."""
+        """Map token ids [T] to embeddings [T, hidden]."""
         return self.transformer.wte(input_ids)
 
     def forward(
@@ -139,21 +139,25 @@ class SparseGPT2LMHeadModel(nn.Module):
         intermediate_tensors: None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As :meth:`SparseGPT2Model.forward`; there are no pipeline stages."""
+        """Compute hidden states (see :meth:`SparseGPT2Model.forward`). There are no pipeline stages."""
         return self.transformer(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[N, hidden] to [N, vocab]; None on ranks that do not sample."""
+        """Map hidden states [N, hidden] to logits [N, vocab], or to None on ranks that do not sample."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint. Raises ValueError that names tensors which are missing, unexpected or misshapen."""
-        given = (item for item in weights if item[0] != "lm_head.weight")  # the embeddings again
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: tensors are missing, unexpected or of a wrong shape. The message names them.
+        """
+        given = (item for item in weights if item[0] != "lm_head.weight")  # tied to the embeddings
         return fill_parameters(self, weight_shapes(self.config), given, _destinations, self.config.model_type)
 
 
 def weight_shapes(config: SparseGPT2Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a checkpoint."""
+    """Return the names and shapes of a checkpoint's tensors."""
     size, inner = config.n_embd, 4 * config.n_embd
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.wte.weight": (config.vocab_size, size),
@@ -180,7 +184,7 @@ def weight_shapes(config: SparseGPT2Config) -> dict[str, tuple[int, ...]]:
 
 
 def _destinations(name: str, tensor: torch.Tensor) -> Iterator[Destination]:
-    """Parameters that one checkpoint tensor fills."""
+    """Yield the parameters that one checkpoint tensor fills."""
     fused = re.sub(r"\.attn\.(c_attn|q_int|k_int)\.", ".attn.in_proj.", name)
     if ".c_attn." in name:
         for part, piece in zip("qkv", tensor.chunk(3)):

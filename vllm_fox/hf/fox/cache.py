@@ -1,7 +1,8 @@
 """Keys and values for ``generate``, without those that all heads of a layer have forgotten.
 
-One tensor a layer, so a token goes when the layer's slowest head has forgotten it in every sequence of the batch;
-vLLM's pages do better, a head at a time (see :mod:`vllm_fox.pages`).
+Each layer has one tensor for all heads, so a token is dropped once the slowest head of the layer has forgotten it
+in every sequence of the batch. The pages under vLLM do better: they are freed head by head (see
+:mod:`vllm_fox.pages`).
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 DROP = 64
-"""Tokens that are dropped together: each time what is left is copied."""
+"""Number of tokens that are dropped together, because each time the tokens that are left are copied."""
 
 
 class ForgettingLayer(CacheLayerMixin):
     """One layer's cache of B sequences, padded on the left to the same length.
 
     Args:
-        threshold: [H] D_ij below which key j counts for nothing, for the current query and all later ones; -inf
-            keeps all.
+        threshold: [H] value of D_ij below which key j is negligible for query i and all later ones; -inf keeps all
+            keys.
     """
 
     is_croppable = False
@@ -34,15 +35,15 @@ class ForgettingLayer(CacheLayerMixin):
     def fill(
         self, k: torch.Tensor, v: torch.Tensor, log_forget: torch.Tensor, last: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
-        """Take over prompts.
+        """Store prompts.
 
         Args:
             k, v: [B, T, KV heads, d] as attention reads them.
-            log_forget: [B, T, H]; -inf at padding, which stands on the left.
+            log_forget: [B, T, H]; -inf at padding, which is on the left.
             last: k and v of the last tokens as they were projected, [B, KV heads, d].
         """
         self.keys, self.values = k.transpose(1, 2), v.transpose(1, 2)
-        # c_t, the sum of all log gates up to t: of padding +inf, so that D is -inf there.
+        # c_t is the sum of all log gates up to t. For padding it is +inf, so that D is -inf there.
         padding = torch.isneginf(log_forget)
         c = log_forget.double().masked_fill(padding, 0.0).cumsum(1).masked_fill(padding, torch.inf)
         self.c, self.last = c.transpose(1, 2), last
@@ -58,7 +59,10 @@ class ForgettingLayer(CacheLayerMixin):
         last: tuple[torch.Tensor, torch.Tensor],
         scale: float,
     ) -> torch.Tensor:
-        """Append new tokens, and attend from them: [B, T, H, d] to the same; arguments as in :meth:`fill`."""
+        """Append new tokens, and map their q [B, T, H, d] to the attention output [B, T, H, d].
+
+        The other arguments are as in :meth:`fill`; ``scale`` is the factor of the logits.
+        """
         assert self.keys is not None and self.values is not None
         batch, new, heads, dim = q.shape
         c = self.c[:, :, -1:] + log_forget.double().transpose(1, 2).cumsum(-1)
@@ -77,17 +81,17 @@ class ForgettingLayer(CacheLayerMixin):
         return out.flatten(1, 2).transpose(1, 2)
 
     def _drop(self, new: int = 1) -> None:
-        """Let go of what the first of ``new`` queries, and so all after it, have forgotten in all heads."""
+        """Drop the tokens that the first of ``new`` queries, and so all later ones, have forgotten in all heads."""
         assert self.keys is not None and self.values is not None
         query = self.c[:, :, self.c.shape[2] - new, None]
         dead = (query - self.c < self.threshold[:, None]).all(1).all(0)
         count = int(dead.int().argmin()) // DROP * DROP
         if count:
-            # Copies: a view would keep what was dropped.
+            # These are copies, because views would keep what was dropped in memory.
             self.keys, self.values, self.c = (x[:, :, count:].clone() for x in (self.keys, self.values, self.c))
 
     def get_seq_length(self) -> int:
-        """Tokens so far, dropped ones included."""
+        """Return the number of tokens so far, dropped ones included."""
         return self.length
 
     def get_max_length(self) -> int:
@@ -121,25 +125,25 @@ class ForgettingLayer(CacheLayerMixin):
 
 
 class ForgettingCache(Cache):
-    """What ``generate`` carries from token to token.
+    """The cache that ``generate`` carries from token to token.
 
     Args:
-        thresholds: [H] of each layer.
+        thresholds: thresholds [H] of each layer.
     """
 
     def __init__(self, thresholds: list[torch.Tensor]) -> None:
         super().__init__(layers=[ForgettingLayer(threshold) for threshold in thresholds])
-        # [B] real tokens of each sequence so far, which RoPE counts.
+        # [B] number of tokens of each sequence so far, without padding: the position for RoPE.
         self.positions: torch.Tensor | None = None
 
     def layer(self, index: int) -> ForgettingLayer:
-        """One layer's part."""
+        """Return one layer's part of the cache."""
         layer = self.layers[index]
         assert isinstance(layer, ForgettingLayer)
         return layer
 
     def held(self) -> list[int]:
-        """Tokens whose keys and values each layer still has."""
+        """Return the number of tokens whose keys and values each layer still has."""
         return [
             0 if layer.keys is None else layer.keys.shape[2] for layer in map(self.layer, range(len(self.layers)))
         ]

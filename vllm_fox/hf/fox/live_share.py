@@ -1,4 +1,4 @@
-"""How much of the past a model's heads keep on a text."""
+"""Measure how much of the past a model's heads keep on a text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .modeling import ForgettingTransformerBlock
 
 @torch.no_grad()
 def live_shares(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """Share of the (query, key) pairs of a text that ACP (arXiv 2504.06949) would keep, by layer and head.
+    """Return the share of a text's (query, key) pairs that ACP (arXiv 2504.06949) would keep, by layer and head.
 
     Args:
-        model: a FoX for transformers, wrapped for training or not; it is run once on the text.
+        model: a FoX model for transformers, wrapped for training or not; it is run once on the text.
         input_ids: [1, T].
 
     Returns:

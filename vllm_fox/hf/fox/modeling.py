@@ -1,7 +1,7 @@
 """The Forgetting Transformer (FoX, arXiv 2503.02130) as a transformers model.
 
-Modules are named as the tensors of a checkpoint, in its own dialect, so loading and saving translate nothing.
-All tokens of a batch stand in one line, sequence after sequence without padding, from the embeddings to the head.
+Modules are named like the tensors of a checkpoint in its own dialect, so loading and saving need no renaming.
+Between the embeddings and the head, all tokens of a batch form one line: sequence after sequence, without padding.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .cache import ForgettingCache
 
 @dataclass
 class Line:
-    """How B sequences of T tokens, of which some may be padding, stand in one line of N tokens.
+    """Layout of B sequences of T tokens, of which some may be padding, as one line of N tokens.
 
     Attributes:
         batch, length: B and T.
-        cu_seqlens: [S + 1] int32: where each sequence begins in the line, and N.
-        positions: [N] of each token in its sequence.
-        where: [N] index of each token in the flattened [B * T]; None where nothing is padding.
+        cu_seqlens: [S + 1] int32: where each of the S sequences begins in the line, and then N.
+        positions: [N] position of each token in its sequence.
+        where: [N] index of each token in the flattened [B * T]; None if nothing is padding.
     """
 
     batch: int
@@ -48,7 +48,7 @@ class Line:
     def of(
         cls, batch: int, length: int, device: torch.device, mask: torch.Tensor | None, packed: torch.Tensor | None
     ) -> Line:
-        """From an attention mask [B, T] (0: padding), or the bounds of sequences packed into one row."""
+        """Make the layout from an attention mask [B, T] (0: padding), or the bounds of sequences in one row."""
         where = None
         bounds = torch.arange(batch + 1, device=device) * length if packed is None else packed.to(device)
         if mask is not None and packed is None and not bool(mask.all()):
@@ -60,12 +60,12 @@ class Line:
         return cls(batch, length, bounds.int(), torch.arange(tokens, device=device) - starts, where)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, ...] to [N, ...]."""
+        """Map x [B, T, ...] to [N, ...]."""
         flat = x.flatten(0, 1)
         return flat if self.where is None else flat[self.where]
 
     def unpack(self, x: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
-        """[N, ...] to [B, T, ...]."""
+        """Map x [N, ...] to [B, T, ...], with the value ``padding`` at padding."""
         if self.where is not None:
             full = x.new_full((self.batch * self.length, *x.shape[1:]), padding)
             full[self.where] = x
@@ -74,12 +74,12 @@ class Line:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight in float32, over groups of the last dimension.
+    """RMS norm, x / rms(x) * weight, computed in float32 over groups of the last dimension.
 
     Args:
-        shape: of the weight.
+        shape: size of the weight.
         eps: added to the mean square.
-        group: elements that are normed together; all unless given.
+        group: number of elements that are normed together; all of the weight's unless given.
     """
 
     def __init__(self, shape: int, eps: float, group: int | None = None) -> None:
@@ -88,13 +88,13 @@ class RMSNorm(nn.Module):
         self.eps, self.group = eps, group or shape
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., n] to float32 (or wider) [..., n / group, group]."""
+        """Map x [..., n] to float32 (or wider) [..., n / group, group]."""
         x = x.unflatten(-1, (-1, self.group)).to(torch.promote_types(x.dtype, torch.float32))
         weight = self.weight.to(x.dtype).view(-1, self.group)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., n] to the same."""
+        """Map x [..., n] to the normed x [..., n]."""
         return self.wide(x).flatten(-2).to(x.dtype)
 
 
@@ -151,7 +151,7 @@ class ForgettingSelfAttention(nn.Module):
         return nn.Linear(arch.hidden_size, arch.num_kv_heads * arch.head_dim, bias=arch.qkv_bias)
 
     def forward(self, x: torch.Tensor, line: Line, cache: ForgettingCache | None) -> torch.Tensor:
-        """[N, hidden], normed, to [N, hidden]."""
+        """Map normed x [N, hidden] to the attention output [N, hidden]."""
         arch, dim = self.arch, self.arch.head_dim
         layer = None if cache is None else cache.layer(self.layer)
         past = layer if layer is not None and layer.is_initialized else None
@@ -181,10 +181,13 @@ class ForgettingSelfAttention(nn.Module):
     def _shifted(
         self, projection: nn.Module, x: torch.Tensor, line: Line, last: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[N, hidden] to [N, KV heads, d], and to what the next token's shift needs: [B, KV heads, d].
+        """Project x [N, hidden] to [N, KV heads, d], with the token shift if the projection has one.
 
         Args:
-            last: the latter, as the tokens before left it; None at the beginning of sequences.
+            last: [B, KV heads, d] projection of the tokens before, not shifted; None at the beginning of sequences.
+
+        Returns:
+            The projection, and what the next token's shift needs as ``last``.
         """
         shifted = isinstance(projection, ShiftedLinear)
         y = (projection.linear if isinstance(projection, ShiftedLinear) else projection)(x)
@@ -204,7 +207,7 @@ class ForgettingSelfAttention(nn.Module):
         return (a * before + (1 - a) * y).to(y.dtype), y[ends]
 
     def log_forget(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, hidden], normed, to [N, H] float32 (or wider) log f."""
+        """Map normed x [N, hidden] to log f [N, H] in float32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.arch.gate == "none":
             return torch.zeros(len(x), self.arch.num_heads, dtype=wide, device=x.device)
@@ -213,7 +216,7 @@ class ForgettingSelfAttention(nn.Module):
         return F.logsigmoid(self.fgate_bias.to(wide)).expand(len(x), -1)
 
     def _gated(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Output norm and gate in float32, rounded once: [N, H, d] to [N, hidden]."""
+        """Apply the output norm and the gate to ``out`` [N, H, d] in float32, and round once to [N, hidden]."""
         out = out.flatten(-2)
         if not self.arch.output_norm and self.arch.output_gate is None:
             return out
@@ -226,13 +229,13 @@ class ForgettingSelfAttention(nn.Module):
         return wide.to(out.dtype)
 
     def threshold(self, input_norm: torch.Tensor) -> torch.Tensor:
-        """[H] ACP's threshold for queries to come, from the weights alone; -inf where nothing is pruned.
+        """Return ACP's threshold [H] for all later queries, from the weights alone; -inf if nothing is pruned.
 
         Args:
             input_norm: [hidden] weight of the norm that made ``x``.
         """
         arch, dim, device = self.arch, self.arch.head_dim, self.o_proj.weight.device
-        # Under autocast projections round their weights, and what they return, to its dtype.
+        # Under autocast, projections round their weights and their results to the dtype of autocast.
         dtype = self.o_proj.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -253,7 +256,7 @@ class ForgettingSelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``; gate and up are one tensor in the official dialect."""
+    """The gated MLP ``down(act(gate(x)) * up(x))``. In the official dialect gate and up are one tensor."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -265,7 +268,7 @@ class GatedMLP(nn.Module):
         self.joint, self.act = joint, F.silu if arch.mlp_act == "silu" else torch.sigmoid
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, hidden] to the same."""
+        """Map x [N, hidden] to the output [N, hidden]."""
         gate, up = self.gate_proj(x).chunk(2, -1) if self.joint else (self.gate_proj(x), self.up_proj(x))
         wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
         return self.down_proj((self.act(wide) * up).to(up.dtype))  # rounded once
@@ -282,18 +285,18 @@ class ForgettingTransformerBlock(GradientCheckpointingLayer):
         self.mlp = GatedMLP(arch)
 
     def forward(self, x: torch.Tensor, line: Line, cache: ForgettingCache | None = None) -> torch.Tensor:
-        """[N, hidden] to the same."""
+        """Map x [N, hidden] to the output [N, hidden]."""
         x = x + self.attn(self.attn_norm(x), line, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class ForgettingPreTrainedModel(PreTrainedModel):
-    """What all have in common."""
+    """The base class of the FoX models for transformers."""
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ForgettingTransformerBlock"]  # noqa: RUF012 (as transformers declares them)
-    # Constant gates: in half precision every token's log f would be off by the same up to 3 %.
+    # Gates that are constants: in half precision log f of every token would have the same error of up to 3 %.
     _keep_in_fp32_modules_strict = ["fgate_bias"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary\.inv_freq$"]  # noqa: RUF012
 
@@ -309,7 +312,7 @@ class ForgettingPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ForgettingSelfAttention) and module.arch.gate in ("bias_only", "fixed"):
             bias = torch.zeros(module.arch.num_heads)
             if self.config.fgate_bias_init:
-                # Heads that decay by 1 / e in times spread evenly on a logarithmic scale.
+                # The times in which heads decay by 1 / e are spread evenly on a logarithmic scale.
                 times = torch.logspace(
                     math.log10(self.config.decay_time_min), math.log10(self.config.decay_time_max), len(bias)
                 )
@@ -338,7 +341,7 @@ class ForgettingTransformerModel(ForgettingPreTrainedModel):
         self.embeddings = value
 
     def new_cache(self) -> ForgettingCache:
-        """An empty cache with this model's thresholds."""
+        """Make an empty cache with this model's thresholds."""
         blocks = [block for block in self.layers if isinstance(block, ForgettingTransformerBlock)]
         return ForgettingCache([block.attn.threshold(block.attn_norm.weight) for block in blocks])
 
@@ -352,13 +355,13 @@ class ForgettingTransformerModel(ForgettingPreTrainedModel):
         cu_seqlens: torch.Tensor | None = None,
         **unused: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of the last layer.
+        """Compute the hidden states of the last layer.
 
         Args:
-            input_ids: [B, T]; or ``inputs_embeds`` [B, T, hidden].
-            attention_mask: [B, T (and what is cached)], 0 at padding, which may stand on either side, but on the
-                left if there is a cache.
-            past_key_values: what an earlier call returned; ``use_cache`` makes one.
+            input_ids: [B, T]; give either these or ``inputs_embeds`` [B, T, hidden].
+            attention_mask: [B, T] (with a cache, T includes the cached tokens), 0 at padding. Padding may be on
+                either side, but must be on the left if there is a cache.
+            past_key_values: cache that an earlier call returned; ``use_cache`` makes one.
             cu_seqlens: [S + 1] bounds of sequences packed into one row (B = 1); no attention crosses them.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -417,9 +420,11 @@ class ForgettingTransformerForCausalLM(ForgettingPreTrainedModel, GenerationMixi
         cu_seqlens: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits [B, T, vocab], and the mean loss where ``labels`` [B, T] are given (-100: none; a
-        token's label is compared with the logits before it). The rest as
-        :meth:`ForgettingTransformerModel.forward`."""
+        """Compute next-token logits [B, T, vocab], and the mean loss if ``labels`` [B, T] are given.
+
+        Each label is compared with the logits of the token before it, and -100 stands for no label. The other
+        arguments are as in :meth:`ForgettingTransformerModel.forward`.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -437,10 +442,10 @@ class ForgettingTransformerForCausalLM(ForgettingPreTrainedModel, GenerationMixi
 
 
 class FlaForgettingTransformerForCausalLM(ForgettingTransformerForCausalLM):
-    """The same for flash-linear-attention's dialect."""
+    """A FoX language model of flash-linear-attention's dialect."""
 
     config_class = FlaForgettingTransformerConfig
 
 
-# What save_pretrained writes into config.json: both dialects name their architecture alike.
+# save_pretrained writes this name into config.json, and both dialects name their architecture alike.
 FlaForgettingTransformerForCausalLM.__name__ = ForgettingTransformerForCausalLM.__name__

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 STEPS = 40
-"""Halvings of the interval in which log p is looked for: beyond float32's precision."""
+"""Number of bisection steps in the search for log p: the result is more precise than float32."""
 LEAST = -80.0
-"""Log of the least p other than 0."""
+"""Logarithm of the least p other than 0."""
 WIDEST, CELLS = 40.0, 16384
-"""A table of p: scores up to so far from 0, and so many of them."""
+"""A table of p covers scores up to WIDEST away from 0, in CELLS cells."""
 
 
 class _AlphaSigmoid(torch.autograd.Function):
@@ -33,17 +33,17 @@ class _AlphaSigmoid(torch.autograd.Function):
 
 
 def alpha_sigmoid(s: torch.Tensor, alpha: float) -> torch.Tensor:
-    """p with ``p^(a) - (1 - p)^(a) = a s`` for ``a = alpha - 1``, 0 or 1 where ``|a s| >= 1`` (arXiv 2305.15805).
+    """Return p with ``p^a - (1 - p)^a = a s`` for ``a = alpha - 1``; 0 or 1 if ``|a s| >= 1`` (arXiv 2305.15805).
 
-    The logistic function for alpha 1, ``clamp((s + 1) / 2, 0, 1)`` for 2, and ever closer to a step as alpha grows;
-    alpha infinity is the step itself, ``s > 0``.
+    This is the logistic function for alpha 1 and ``clamp((s + 1) / 2, 0, 1)`` for alpha 2. It comes closer to a
+    step as alpha grows, and an infinite alpha gives the step itself, ``s > 0``.
 
     Args:
         s: any shape, float32 or float64.
         alpha: at least 1.
 
     Returns:
-        as s, differentiable in s (by the step: nowhere).
+        p, of the shape and dtype of s. It is differentiable in s unless alpha is infinite.
 
     Raises:
         ValueError: alpha is under 1.
@@ -59,11 +59,11 @@ def alpha_sigmoid(s: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 class SoftStep(NamedTuple):
-    """The alpha-sigmoid of one alpha as tensors only: code that is compiled for one serves every alpha.
+    """The alpha-sigmoid of one alpha as tensors only, so that code compiled for one alpha serves every alpha.
 
     Attributes:
         table: [CELLS + 1] float32, the smaller of p and 1 - p at scores from 0 on.
-        scale: [], cells for a score of 1.
+        scale: [], number of cells per unit of score.
         power: [], 2 - alpha.
     """
 
@@ -74,7 +74,9 @@ class SoftStep(NamedTuple):
 
 @lru_cache(maxsize=2)
 def soft_step(alpha: float, device: torch.device) -> SoftStep:
-    """For training, where alpha changes from step to step. Made on the device: a GPU need not wait for a busy CPU.
+    """Make the tensors of one alpha for training, where alpha changes from step to step.
+
+    They are made on the device, so that a GPU need not wait for a busy CPU.
 
     Raises:
         ValueError: alpha is under 1, or infinite.
@@ -84,17 +86,17 @@ def soft_step(alpha: float, device: torch.device) -> SoftStep:
     width = WIDEST if alpha == 1 else min(WIDEST, 1 / (alpha - 1))
     scores = torch.linspace(0, -width, CELLS + 1, dtype=torch.float64, device=device)
     table = torch.sigmoid(scores) if alpha == 1 else _solve(scores, alpha)
-    # Filled where they lie: a copy from the host would be waited for.
+    # These are filled on the device, because a copy from the host would cost a wait.
     scale, power = (torch.full((), x, dtype=torch.float32, device=device) for x in (CELLS / width, 2 - alpha))
     return SoftStep(table.float(), scale, power)
 
 
 @torch.no_grad()
 def log_alpha_sigmoid(s: torch.Tensor, alpha: float | SoftStep) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log of :func:`alpha_sigmoid` and its slope at s, without a graph; -inf and 0 where it is 0.
+    """Return the log of :func:`alpha_sigmoid` and the slope of that log at s; they are -inf and 0 where p is 0.
 
-    From a :class:`SoftStep`, p is interpolated, to about 1e-6: bisection takes a hundred passes over the scores,
-    and a training step has many more scores than tokens.
+    No autograd graph is recorded. With a :class:`SoftStep`, p is interpolated to about 1e-6, because bisection
+    takes a hundred passes over the scores, and a training step has many more scores than tokens.
     """
     power: float | torch.Tensor
     if isinstance(alpha, SoftStep):
@@ -109,13 +111,13 @@ def log_alpha_sigmoid(s: torch.Tensor, alpha: float | SoftStep) -> tuple[torch.T
     negative = s < 0
     p = torch.where(negative, small, 1 - small)
     logs = torch.where(negative, small.log(), torch.log1p(-small))
-    # As in _AlphaSigmoid's gradient, divided by p.
+    # This is _AlphaSigmoid's gradient, divided by p.
     u, w = small.clamp(min=math.exp(LEAST)).pow(power), (1 - small).pow(power)
     return logs, torch.where(small > 0, 1 / ((1 / u + 1 / w) * p), 0.0)
 
 
 def _interpolate(s: torch.Tensor, step: SoftStep) -> torch.Tensor:
-    """The smaller of p and 1 - p."""
+    """Return the smaller of p and 1 - p, interpolated in the table."""
     at = (s.abs() * step.scale).clamp(max=CELLS)
     cell = at.int().clamp(max=CELLS - 1)
     part = at - cell
@@ -130,7 +132,7 @@ def _solve(s: torch.Tensor, alpha: float) -> torch.Tensor:
         half = (s / 2).clamp(-1, 1)
         return ((half + (2 - half.square()).sqrt()) / 2).square()
     a = alpha - 1
-    # The smaller of p and 1 - p is looked for, by its logarithm: that of what is kept enters attention.
+    # The search is for the logarithm of the smaller of p and 1 - p, because attention uses the logarithm of p.
     target = -s.abs().clamp(max=1 / a)
     low, high = torch.full_like(s, LEAST), torch.full_like(s, math.log(0.5))
     for _ in range(STEPS):

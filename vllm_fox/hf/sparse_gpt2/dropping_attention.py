@@ -1,8 +1,9 @@
 """Attention that learns which tokens to drop, for training: a block of queries at a time, forward and backward.
 
-What is kept of key j at query k is I_kj, a product over the queries in between, so log I is a running sum over
-queries that blocks can hand on. Nothing of size [T, T] is kept for the backward pass but what layers hand to those
-above them, if they do: one float for each pair of tokens, whatever the number of heads.
+I_kj is the share of key j that is kept at query k. It is a product over the queries in between, so log I is a
+running sum over queries, which each block continues from the block before. The backward pass needs nothing of size
+[T, T] but the log I that layers pass to those above them, if they do: one float for each pair of tokens, whatever
+the number of heads.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from . import dropping_steps
 from .alpha_sigmoid import SoftStep
 
 ROWS = {"cpu": 64, "cuda": 1024}
-"""Queries whose weights are in memory at once: what fits a core's cache, or keeps a GPU busier than its host."""
+"""Queries whose weights are in memory at once: so many fit a core's cache, or keep a GPU busier than its host."""
 FUSED = {"cpu": False, "cuda": True}
-"""Whether torch.compile fuses what stands between matrix products, in training. It takes half a minute once."""
+"""Whether torch.compile fuses the steps between matrix products in training. That takes half a minute once."""
 
 
-# As one piece: torch.compile would follow every block of a long text, and take minutes.
+# torch.compile must not look inside: it would trace every block of a long text, which takes minutes.
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def dropping_attention(
     q: torch.Tensor,
@@ -36,22 +37,24 @@ def dropping_attention(
     hand_on: bool = True,
     rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """``softmax(q k^T / sqrt(d) + log I + before) v``, causal, in the types given, with DCP's I (arXiv 2305.15805),
+    """Compute causal attention ``softmax(q k^T / sqrt(d) + log I + before) v`` in the dtypes of the arguments.
+
+    I is that of DCP (arXiv 2305.15805):
 
         I_kj = product over j < n <= k of alpha_sigmoid(q_int_n . k_int_j / sqrt(r) + bias).
 
     Args:
         q, k, v: [B, H, T, d].
         q_int, k_int: [B, T, r] float32 or wider.
-        bias: [1].
-        before: [B, T, T] log I of layers below, summed, or None. Only what is under the diagonal is read.
-        alpha: of the alpha-sigmoid, or its table in float32; infinity drops tokens altogether.
-        hand_on: whether log I is wanted.
+        bias: [1] bias of the interaction scores.
+        before: [B, T, T] sum of log I of the layers below, or None. Only the values under the diagonal are read.
+        alpha: alpha of the alpha-sigmoid, or its table in float32; infinity drops tokens altogether.
+        hand_on: whether log I is returned.
         rows: queries of a block; :data:`ROWS` unless given.
 
     Returns:
-        out [B, H, T, d]; log I + before [B, T, T], of any value above the diagonal, or None; and the mean of I over
-        all queries but the last and all T keys, those that a query cannot see counting as 1. All are
+        out [B, H, T, d]; log I + before [B, T, T], with arbitrary values above the diagonal, or None; and the mean
+        of I over all queries but the last and all T keys, where keys that a query cannot see count as 1. All are
         differentiable.
     """
     with torch.autocast(q.device.type, enabled=False):
@@ -90,7 +93,7 @@ class _DroppingAttention(torch.autograd.Function):
             own, _ = _own_logs(steps, q_int, k_int, bias, carry, block, alpha, slope=False)
             carry = torch.cat((own[:, -1], carry[:, block.stop :]), dim=1)
             counted = min(block.stop, length - 1) - block.start
-            # Keys behind the block, which it cannot see, count as 1.
+            # Keys after the block, which it cannot see, count as 1.
             kept += steps.amount(own[:, :counted]) + batch * counted * (length - block.stop)
             total = own if before is None else own + before[:, block, keys]
             if logs is not None:
@@ -116,13 +119,13 @@ class _DroppingAttention(torch.autograd.Function):
         steps = _steps(q, ctx.alpha)
         grad_out = torch.zeros_like(q) if grad_out is None else grad_out
         grad_q = torch.zeros_like(q)
-        # Sums over blocks, in float32 or wider: in bfloat16, what a block adds to a sum of many is lost.
+        # Sums over blocks are in float32 or wider: in bfloat16, what one block adds to a sum of many is lost.
         summed = (k, v, q_int, k_int, bias)
         sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in summed]
         grad_k, grad_v, grad_q_int, grad_k_int, grad_bias = sums
         share = lse.new_zeros(()) if grad_kept is None else grad_kept / max(1, batch * (length - 1) * length)
         grad_before = None if before is None else torch.zeros_like(before)
-        # From queries behind the block: what they pass back to the running sum by key.
+        # Gradient that the queries after the block pass back to the running sum of each key.
         later = q_int.new_zeros(batch, length)
         for block, carry in zip(reversed(_blocks(length, ctx.rows)), reversed(carries), strict=True):
             keys = slice(0, block.stop)
@@ -143,7 +146,7 @@ class _DroppingAttention(torch.autograd.Function):
                 grad_before[:, block, keys] = down
             counted = min(block.stop, length - 1) - block.start
             grad_own = steps.own_gradients(down, own, share, counted)
-            # Of a sum over queries up to k: everything from k on.
+            # The gradient of a sum over queries up to k is the sum of the gradients from k on.
             grad_sums, behind = dropping_steps.sums(grad_own, later[:, keys], reverse=True)
             later[:, keys] = grad_sums[:, 0, 0] + behind[:, 0]
             grad_scores = steps.scores_gradients(grad_sums, behind, slope)
@@ -156,9 +159,9 @@ class _DroppingAttention(torch.autograd.Function):
 
 
 def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``x y^T`` of [B, H, n, d] and [B, H, m, d], in float32 or wider.
+    """Return ``x y^T`` of x [B, H, n, d] and y [B, H, m, d], in float32 or wider.
 
-    The sums are float32 anyway. Rounding them to bfloat16 would be all the error that log I's gradients have.
+    The sums are float32 anyway. Rounding them to bfloat16 would cause all the error that log I's gradients have.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.dtype == wide or x.device.type != "cuda":
@@ -186,8 +189,11 @@ def _own_logs(
     alpha: float | SoftStep,
     slope: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log I of a block of queries and the keys up to its end [B, rows, keys], given that of the query before [B, T]
-    (0 for keys behind it), and the slope of the pair's own factor in it, if it is wanted."""
+    """Return log I of a block of queries and the keys up to its end [B, rows, keys], and the slope of its terms.
+
+    ``carry`` [B, T] is log I of the query before the block, 0 for keys after that query. The slope, of the log that
+    each pair of tokens adds, is None unless ``slope`` is set.
+    """
     keys = slice(0, block.stop)
     products = q_int[:, block] @ k_int[:, keys].transpose(1, 2)
     logs, found = steps.decide(products, bias, q_int.shape[2], alpha, slope)

@@ -1,7 +1,7 @@
 """GPT-2 with Dynamic Context Pruning (DCP, adaptively sparse attention, arXiv 2305.15805) as a transformers model.
 
-Every layer scores each earlier token by two small projections; a token that a query scores at 0 or less is dropped,
-for that query and for good. For training the step is softened to an alpha-sigmoid.
+Every layer scores each earlier token by two small projections. A token that a query scores at 0 or less is dropped
+for that query and all later ones. For training this step is softened to an alpha-sigmoid.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .alpha_sigmoid import SoftStep, soft_step
 from .dropping_attention import dropping_attention
 
 INITIAL_BIAS = 5.0
-"""Interaction score of a fresh model: nothing is dropped."""
+"""Bias of a fresh model's interaction scores, at which nothing is dropped."""
 INITIAL_STD = 0.02
 """Standard deviation of fresh weights, as in GPT-2."""
 
 
 class _Projection(nn.Linear):
-    """A projection that knows how wide its fresh weights are.
+    """A projection that stores the standard deviation of its fresh weights.
 
-    transformers shows ``_init_weights`` no module of ours without tensors of its own, such as a layer, so a layer
-    cannot initialise its projections.
+    transformers does not call ``_init_weights`` for modules without tensors of their own, such as our layers, so a
+    layer cannot initialise its projections.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, std: float = INITIAL_STD) -> None:
@@ -53,22 +53,26 @@ class SparseSelfAttention(nn.Module):
         self.int_bias = nn.Parameter(torch.full((1,), INITIAL_BIAS))
 
     def kept(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, hidden], normed, to I [B, T, T], 0 or 1: whether this layer has left key j to query k."""
+        """Map normed x [B, T, hidden] to I [B, T, T]: 1 where this layer has kept key j for query k, else 0."""
         q, k = self.interaction(x)
         scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + self.int_bias.to(q.dtype)
         earlier = torch.ones_like(scores[0], dtype=torch.bool).tril(-1)
         return torch.where(earlier, scores > 0, True).to(q.dtype).cumprod(1)
 
     def interaction(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys [B, T, r] that decide on what is dropped, in float32 or wider."""
+        """Return the queries and keys [B, T, r] that decide what is dropped, in float32 or wider."""
         q, k = (y.to(torch.promote_types(y.dtype, torch.float32)) for y in (self.q_int(x), self.k_int(x)))
         return q, k
 
     def forward(
         self, x: torch.Tensor, alpha: float | SoftStep, before: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """[B, T, hidden], normed, to the same; the layer's log I plus ``before``, if layers above need it; and the
-        mean of I (see :func:`.dropping_attention.dropping_attention`)."""
+        """Compute attention of normed x [B, T, hidden].
+
+        Returns:
+            The output [B, T, hidden]; the layer's log I plus ``before``, or None if layers above do not need it;
+            and the mean of I (see :func:`.dropping_attention.dropping_attention`).
+        """
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.c_attn(x).chunk(3, -1))
         out, logs, kept = dropping_attention(
             q, k, v, *self.interaction(x), self.int_bias, before, alpha, hand_on=self.hands_on
@@ -77,7 +81,7 @@ class SparseSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GPT-2's, with the tanh form of GELU."""
+    """The MLP of GPT-2, with the tanh form of GELU."""
 
     def __init__(self, config: SparseGPT2Config) -> None:
         super().__init__()
@@ -86,12 +90,12 @@ class MLP(nn.Module):
         self.c_proj = _Projection(inner, size, config.bias, INITIAL_STD / math.sqrt(2 * config.n_layer))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] to the same."""
+        """Map x [..., hidden] to the output [..., hidden]."""
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """One layer."""
+    """One layer: normed attention and normed MLP, each added to the residual stream."""
 
     def __init__(self, config: SparseGPT2Config) -> None:
         super().__init__()
@@ -103,17 +107,17 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, alpha: float | SoftStep, before: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """The layer's output [B, T, hidden], and the rest as :meth:`SparseSelfAttention.forward`."""
+        """Return the output [B, T, hidden], and what else :meth:`SparseSelfAttention.forward` returns."""
         y, logs, kept = self.attn(self.ln_1(x), alpha, before)
         x = x + y
         return x + self.mlp(self.ln_2(x)), logs, kept
 
 
 class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
-    """A GPT-2 that learns which tokens to drop: trains, and computes logits as it will be served.
+    """A GPT-2 that learns which tokens to drop. It can be trained, and computes the logits that a server will.
 
     Attributes:
-        alpha: of the alpha-sigmoid while in training mode; in evaluation mode a token is kept or not.
+        alpha: alpha of the alpha-sigmoid in training mode. In evaluation mode a token is either kept or dropped.
     """
 
     config_class = SparseGPT2Config
@@ -138,13 +142,14 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
     def from_gpt2(
         cls, source: str | Path | GPT2LMHeadModel, int_bias: float = INITIAL_BIAS, **config: Any
     ) -> SparseGPT2LMHeadModel:
-        """A GPT-2 of transformers with fresh interaction weights, which drop nothing yet.
+        """Make a model from a GPT-2 of transformers, with fresh interaction weights, which drop nothing yet.
 
         Args:
-            source: a checkpoint, or the model.
-            int_bias: score that they give. In training a query leaves about ``1 - exp(-int_bias)`` of a token at
-                first, in each layer: the paper's 5 leaves 3 % of one that is 500 tokens back.
-            config: ``int_n_embd`` and ``propagate_in_depth``, if not the default's.
+            source: a GPT-2 checkpoint, or the model.
+            int_bias: bias of the interaction scores. At first, a query in training keeps about
+                ``1 - exp(-int_bias)`` of a token in each layer: the paper's 5 leaves 3 % of a token that is 500
+                tokens back.
+            config: ``int_n_embd`` and ``propagate_in_depth``, if they differ from the defaults.
         """
         dense = source if isinstance(source, GPT2LMHeadModel) else GPT2LMHeadModel.from_pretrained(source)
         given = dense.config
@@ -196,19 +201,19 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
         self.transformer["wte"] = value
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """``generate`` computes all tokens anew for each: a server has a cache."""
+        """Return all tokens: ``generate`` computes them anew for each new token, as only a server has a cache."""
         return {"input_ids": input_ids}
 
     @torch.no_grad()
     def visible_shares(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Share of the (query, earlier token) pairs of texts [B, T] that each layer keeps: [layers], 0 to 1."""
+        """Return the share [layers], 0 to 1, of (query, earlier token) pairs of texts [B, T] that a layer keeps."""
         seen = self.visible(input_ids)
         earlier = torch.ones_like(seen[0, 0]).tril(-1)
         return seen[..., earlier].float().mean((1, 2))
 
     @torch.no_grad()
     def visible(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Which earlier tokens of texts [B, T] each layer has kept for a query: [layers, B, T, T] bool."""
+        """Return which earlier tokens of texts [B, T] each layer has kept for a query: [layers, B, T, T] bool."""
         training, inputs = self.training, []
         blocks: Any = self.transformer["h"]
         watching = [
@@ -223,7 +228,7 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
         return (kept.cumprod(0) if self.config.propagate_in_depth else kept).bool().tril()
 
     def _run(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final hidden states, and the mean of I over layers."""
+        """Return the final hidden states, and the mean of I over layers."""
         length = input_ids.shape[1]
         if length > self.config.block_size:
             raise ValueError(f"input_ids has {length} tokens: the model's block_size is {self.config.block_size}.")
@@ -247,15 +252,18 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Next-token logits, and the loss where labels are given. Where layers hand up what they drop, memory in
-        training grows with B * layers * T^2 floats: 50 MB a text of 1,024 tokens in 12 layers, 800 MB of 4,096.
+        """Compute next-token logits, and the loss if labels are given.
+
+        If the config's ``propagate_in_depth`` is set, memory in training grows with B * layers * T^2 floats: in 12
+        layers a text of 1,024 tokens takes 50 MB, and one of 4,096 tokens 800 MB.
 
         Args:
             input_ids: [B, T], T up to ``block_size``; no padding.
-            labels: [B, T], compared with the logits before them; -100: none.
-            gamma: weight of what is kept in the loss: gamma times the mean over layers, queries but the last and
-                all T keys of I, in which those that a query cannot see count as 1, as in the paper's code.
-            logits_to_keep: logits of the last so many tokens only; 0: all.
+            labels: [B, T]; each is compared with the logits of the token before it. -100 stands for no label.
+            gamma: weight in the loss of what is kept. The loss grows by gamma times the mean of I over layers, all
+                queries but the last, and all T keys. Keys that a query cannot see count as 1, as in the paper's
+                code.
+            logits_to_keep: number of tokens at the end whose logits are computed; 0 stands for all.
         """
         hidden, kept = self._run(input_ids)
         logits: Any = self.lm_head(hidden[:, -logits_to_keep:])
