@@ -113,11 +113,12 @@ def trained_inputs(fox_tiny: Path) -> list[list[torch.Tensor]]:
     def record(*leaves: torch.Tensor, **options: Any) -> torch.Tensor:
         out = forgetting_attention(*leaves, **options)
         mine = [x.detach() for x in leaves]
+        # Scaled as losses are in float16, in which small gradients would underflow.
         out.register_hook(lambda grad: found.append([*mine, grad * 1024]))
         return out
 
     model = ForgettingTransformerForCausalLM.from_pretrained(fox_tiny, dtype=torch.float32).train()
-    ids = real_tokens(fox_tiny, 700)[None]
+    ids = real_tokens(fox_tiny, 260 if INTERPRETED else 700)[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling, "forgetting_attention", record)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -134,7 +135,7 @@ def test_gradients_of_a_real_loss(
         pytest.skip("Triton's interpreter has no bfloat16 dot product")
     for *inputs, grad_out in trained_inputs[:1] if INTERPRETED else trained_inputs:
         compare(inputs, dtype, threshold=threshold, grad_out=grad_out)
-        compare(inputs, dtype, bounds=[0, 1, 400, 700], threshold=threshold, grad_out=grad_out)
+        compare(inputs, dtype, bounds=[0, 1, 150, grad_out.shape[1]], threshold=threshold, grad_out=grad_out)
 
 
 def test_everything_forgotten_at_once() -> None:
