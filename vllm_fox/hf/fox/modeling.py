@@ -124,6 +124,7 @@ class ForgettingSelfAttention(nn.Module):
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
         if arch.gate == "full":
             setattr(self, self._names["gate"], nn.Linear(hidden, heads))
+        # Constant gates stay float32: in half precision all tokens would have the same error in log f, up to 3 %.
         elif arch.gate == "bias_only":
             self.fgate_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
         elif arch.gate == "fixed":
@@ -296,8 +297,6 @@ class ForgettingPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ForgettingTransformerBlock"]  # noqa: RUF012 (as transformers declares them)
-    # Gates that are constants: in half precision log f of every token would have the same error of up to 3 %.
-    _keep_in_fp32_modules_strict = ["fgate_bias"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary\.inv_freq$"]  # noqa: RUF012
 
     @torch.no_grad()
