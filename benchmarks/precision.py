@@ -193,7 +193,8 @@ def run_all(jobs: Sequence[list[str]], before: Path | None) -> None:
         code = before if job[1].startswith("before") else ROOT
         path = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
         mine = {"CUDA_VISIBLE_DEVICES": visible[gpu] if gpu < len(visible) and visible[gpu] else str(gpu)}
-        done = subprocess.run([sys.executable, __file__, *job], env=os.environ | {"PYTHONPATH": path} | mine)
+        # -P: this folder's modules are not to be found by their bare names.
+        done = subprocess.run([sys.executable, "-P", __file__, *job], env=os.environ | {"PYTHONPATH": path} | mine)
         free.put(gpu)
         if done.returncode:
             print(f"{job[1]}: ended with {done.returncode}", flush=True)
