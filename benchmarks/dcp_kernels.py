@@ -45,7 +45,7 @@ def decode(rows: int, context: int, live: float, bandwidth: float) -> dict[str, 
     pages = form.view(torch.zeros((rows * pages_each + 1) * form.page_bytes, dtype=torch.uint8, device="cuda"))
     pool, table = pool_and_table(1, rows, rows * pages_each + 1, pages_each + 16)
     bias = torch.tensor([bias_of(live, context)], device="cuda")
-    workspace = make_workspace(rows, context, pages.end.device)
+    workspace = make_workspace(rows, 1, context, pages.end.device)
     assert workspace is not None
     slots = [pool.open() for _ in range(rows)]
     for slot in slots:
@@ -55,7 +55,8 @@ def decode(rows: int, context: int, live: float, bandwidth: float) -> dict[str, 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-        return *(draw(tokens, HEADS, DIM) for _ in range(3)), *(draw(tokens, INTS) for _ in range(2))
+        keys = (draw(tokens, 1, HEADS, DIM) for _ in range(2))
+        return draw(tokens, 1, HEADS, 1, DIM), *keys, *(draw(tokens, 1, INTS) for _ in range(2))
 
     for start in range(0, rows, TOGETHER):
         mine = slots[start : start + TOGETHER]

@@ -1,7 +1,12 @@
-"""Pages of a stream of which a subset of tokens is live: a layer with Dynamic Context Pruning (DCP).
+"""Pages of a stream of which a subset of tokens is live, as in Dynamic Context Pruning (DCP).
 
-Such a page keeps, for every token, when it was written and which query dropped it. Tokens stand where they were
-written, position by position, until :mod:`.compaction` moves old ones into the places of dropped ones.
+Such a page keeps, for every token, its position and the position of the first query that does not see it any more.
+Tokens stand where they were written, position by position, until :mod:`.compaction` moves old ones into the places
+of dropped ones.
+
+A layer has S streams, and its layer's index i on the worker gives them the numbers ``[i * S, (i + 1) * S)``. A
+stream is H KV heads that share what they drop, each with G query heads: all heads of a layer (S = 1), one KV head
+with its group (H = 1), or anything between.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import torch
 from ..paged import QUERY_BLOCK, Batch, PageTable
 
 NEVER = 2**31 - 1
-"""This is the end of a token that no query has dropped."""
+"""This is the end of a token that nothing has been decided about: no query drops it yet."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +28,9 @@ class SubsetPageFormat:
 
     Args:
         page_size: tokens per page.
-        heads: of one layer on this rank; they share what is dropped, and the page.
+        heads: H, KV heads of a stream.
         head_dim: d.
-        int_dim: size of an interaction key.
+        int_dim: r, size of an interaction key; 0 where streams have none.
         dtype: the model's.
     """
 
@@ -69,16 +74,17 @@ class SubsetPageFormat:
 
 @dataclass(frozen=True, eq=False)
 class SubsetPages:
-    """The page pool as typed views (P pages, N tokens a page, H heads, d head size, r interaction size).
+    """The page pool as typed views: P pages of N tokens, H KV heads of size d a stream, interaction keys of size r.
 
-    A token is visible to the queries at positions ``begin`` to ``end - 1``. Places of the newest page that no token
-    has been written to yet hold anything; in all other pages every place has been written.
+    A token is visible to the queries at positions ``begin`` to ``end - 1``. Once the next query stands at ``end``
+    or behind it, the token is dropped: nothing reads it again, and its place is free. Places of the newest page
+    hold anything until a token has been written to them; in all other pages every place has been written.
 
     Attributes:
         k, v: [P, N, H, d].
         int_k: [P, N, r].
         begin: [P, N] int32, the token's position.
-        end: [P, N] int32, position of the first query that dropped it; :data:`NEVER` while it lives.
+        end: [P, N] int32, position of the first query that does not see it; :data:`NEVER` while none is known.
     """
 
     k: torch.Tensor
@@ -114,14 +120,14 @@ def query_blocks(tokens: slice, length: int) -> Iterator[tuple[slice, torch.Tens
         yield block, torch.arange(block.start + behind, block.stop + behind)
 
 
-def places(pages: SubsetPages, table: PageTable, slot: torch.Tensor, length: int, layer: int) -> torch.Tensor:
-    """[n, N] flat indices (page * N + offset) of the places of a request's pages in one layer, oldest page first,
+def places(pages: SubsetPages, table: PageTable, slot: torch.Tensor, length: int, stream: int) -> torch.Tensor:
+    """[n, N] flat indices (page * N + offset) of the places of a request's pages in one stream, oldest page first,
     -1 where no token has been written yet."""
     size, device = pages.page_size, pages.k.device
     newest = (length - 1) // size
-    first = min(int(table.first_live[slot, layer]), newest)
+    first = min(int(table.first_live[slot, stream]), newest)
     page = torch.arange(first, newest + 1, device=device)
-    ids = table.page_ids(slot, page, torch.tensor(layer, device=device))
+    ids = table.page_ids(slot, page, torch.tensor(stream, device=device))
     flat = ids[:, None] * size + torch.arange(size, device=device)
     flat[-1, (length - 1) % size + 1 :] = -1
     return flat

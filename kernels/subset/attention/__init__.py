@@ -16,18 +16,19 @@ else:
     _kernel = LazyKernel(__name__)
 
 
-def make_workspace(max_rows: int, max_model_len: int, device: torch.device) -> SeenTokens | None:
+def make_workspace(max_rows: int, streams: int, max_model_len: int, device: torch.device) -> SeenTokens | None:
     """What :func:`subset_attention` needs from step to step.
 
     Args:
         max_rows: most rows that a step can have.
+        streams: S, of a layer.
         max_model_len: longest request.
         device: of the pages.
 
     Returns:
         Room for lists of tokens where the implementation for the device needs it, else None.
     """
-    return SeenTokens(max_rows, max_model_len, device) if use_triton(device) else None
+    return SeenTokens(max_rows, streams, max_model_len, device) if use_triton(device) else None
 
 
 subset_attention = leaf(reference.subset_attention, lambda: _kernel.subset_attention)

@@ -1,7 +1,8 @@
 """Attention over live tokens in Triton: first a list of those that a tile of queries sees, then attention over it.
 
-All heads share the list, and with it the work of leaving out what is dropped: a tile's attention costs what it
-sees, wherever in the pages that is. A tile is a row with one query, or a block of queries of a row with several.
+All heads of a stream share the list, and with it the work of leaving out what is dropped: a tile's attention costs
+what it sees, wherever in the pages that is. A tile is a row with one query, or a block of queries of a row with
+several. Where it is one query, a program takes all query heads of a KV head together.
 """
 
 from __future__ import annotations
@@ -39,35 +40,36 @@ def _tile(rows, tiles, query_start, seq_lens, BLOCK: tl.constexpr):
     return row, start + block * BLOCK, count, first
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "query_start", "seq_lens", "slots", "slot_stride", "layer",
+@triton.jit(do_not_specialize=["rows", "tiles", "query_start", "seq_lens", "slots", "slot_stride", "first_stream",
                                "max_chunks", "streams"])  # fmt: skip
 def _list(
     end_pages, chunk_of, entries, first_live, seen, counts,
-    rows, tiles, query_start, seq_lens, slots, slot_stride, layer, max_chunks, streams,
+    rows, tiles, query_start, seq_lens, slots, slot_stride, first_stream, max_chunks, streams,
     seen_stride,
     PAGE_INTS: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    tile, n = tl.program_id(0), tl.arange(0, N)
+    tile, stream, n = tl.program_id(0), first_stream + tl.program_id(1), tl.arange(0, N)
+    nth_list = (tile * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     row, _, count, first_query = _tile(rows, tiles, query_start, seq_lens, BLOCK)
     found = 0
     if count > 0:
         slot = tl.load(slots + row * slot_stride)
         last_query = first_query + count - 1
         newest = last_query // P
-        first = tl.minimum(tl.load(first_live + slot.to(tl.int64) * streams + layer), newest)
+        first = tl.minimum(tl.load(first_live + slot.to(tl.int64) * streams + stream), newest)
         # Places behind the last query are of later tokens.
         for at in range(first * P, last_query + 1, N):
             place = at + n
             valid = place <= last_query
-            ids = masked_page_id(chunk_of, entries, slot, layer, place // P, valid, max_chunks, streams, CHUNK)
+            ids = masked_page_id(chunk_of, entries, slot, stream, place // P, valid, max_chunks, streams, CHUNK)
             ints = ids * PAGE_INTS + place % P
             end = tl.load(end_pages + ints, mask=valid, other=0)
             sees = (valid & (end > first_query)).to(tl.int32)
             rank = found + tl.cumsum(sees, 0) - sees
-            where = seen + tile.to(tl.int64) * seen_stride + rank
+            where = seen + nth_list * seen_stride + rank
             tl.store(where, (ids * P + place % P).to(tl.int32), mask=sees > 0)
             found += tl.sum(sees, 0)
-    tl.store(counts + tile, found)
+    tl.store(counts + nth_list, found)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "query_start", "seq_lens", "scale"])
@@ -75,20 +77,25 @@ def _attend(
     k_pages, v_pages, begin_pages, end_pages, seen, counts, q, out,
     rows, tiles, query_start, seq_lens, scale,
     seen_stride, q_stride,
-    PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, P: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, P: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+    G: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     NEVER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head = tl.program_id(0), tl.program_id(1)
+    # Rows of a block are (query, query head), of TOGETHER query heads of one KV head.
+    tile, first_head = tl.program_id(0), tl.program_id(1) * TOGETHER
+    stream, head = first_head // (H * G), first_head // G % H
     row, token, num_q, first_query = _tile(rows, tiles, query_start, seq_lens, BLOCK)
     if num_q <= 0:
         return
     m, n, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    tokens, asked = (token + m).to(tl.int64), (m < num_q)[:, None] & (dim < D)[None, :]
-    query = tl.load(q + tokens[:, None] * q_stride + head * D + dim[None, :], mask=asked, other=0.0)
-    position = first_query + m
-    total = tl.load(counts + tile)
-    places = seen + tile.to(tl.int64) * seen_stride
+    tokens, heads = (token + m // TOGETHER).to(tl.int64), first_head + m % TOGETHER
+    asked = (m < num_q * TOGETHER)[:, None] & (dim < D)[None, :]
+    query = tl.load(q + (tokens * q_stride + heads * D)[:, None] + dim[None, :], mask=asked, other=0.0)
+    position = first_query + m // TOGETHER
+    nth_list = tile.to(tl.int64) * S + stream
+    total = tl.load(counts + nth_list)
+    places = seen + nth_list * seen_stride
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     value = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -114,7 +121,8 @@ def _attend(
         value = tl.dot(weights.to(v.dtype), v, value * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
     result = value / mass[:, None]
-    tl.store(out + tokens[:, None] * (H * D) + head * D + dim[None, :], result.to(out.dtype.element_ty), mask=asked)
+    there = out + (tokens * (S * H * G * D) + heads * D)[:, None] + dim[None, :]
+    tl.store(there, result.to(out.dtype.element_ty), mask=asked)
 
 
 _launch_list, _launch_attend = Launcher(_list), Launcher(_attend)
@@ -137,10 +145,10 @@ def subset_attention(
         places, counts = workspace.places, workspace.counts
         _tiles(pages, table, batch, layer, q, scale, out, places, counts, none, none, 1, batch.num_rows)
     if batch.work is not None:
-        work, longest = batch.work, workspace.places.shape[1]
+        work, (_, streams, longest) = batch.work, workspace.places.shape
         tiles = len(work.tiles)
-        places = torch.empty(tiles, longest, dtype=torch.int32, device=q.device)
-        counts = torch.empty(tiles, dtype=torch.int32, device=q.device)
+        places = torch.empty(tiles, streams, longest, dtype=torch.int32, device=q.device)
+        counts = torch.empty(tiles, streams, dtype=torch.int32, device=q.device)
         _tiles(pages, table, batch, layer, q, scale, out, places, counts, work.rows, work.tiles, QUERY_BLOCK, tiles)
 
 
@@ -159,30 +167,32 @@ def _tiles(
     block: int,
     num_tiles: int,
 ) -> None:
-    _, heads, dim = q.shape
+    _, streams, heads, group, dim = q.shape
+    together = group if block == 1 else 1
     size, ints = pages.page_size, pages.begin.stride(0)
     # float32 without tensor cores: larger blocks would not fit into registers.
     exact = q.dtype == torch.float32
-    block_n = BLOCK_N // 4 if exact and block > 1 else BLOCK_N
+    block_n = BLOCK_N // 4 if exact and block > 1 else BLOCK_N if dim <= 128 else BLOCK_N // 2
     _launch_list(
-        (num_tiles, 1, 1),
+        (num_tiles, streams, 1),
         (pages.end, table.chunk_of, table.entries, table.first_live, places, counts),
         (
-            rows, tiles, batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), layer,
+            rows, tiles, batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), layer * streams,
             table.chunk_of.shape[1], table.entries.shape[1],
         ),
-        (places.stride(0),),
+        (places.stride(1),),
         (ints, size, TABLE_CHUNK, block, TOKENS_PER_BLOCK),
         num_warps=4,
     )  # fmt: skip
     _launch_attend(
-        (num_tiles, heads, 1),
+        (num_tiles, streams * heads * group // together, 1),
         (pages.k, pages.v, pages.begin, pages.end, places, counts, q, out),
         (rows, tiles, batch.query_start, batch.seq_lens, scale),
-        (places.stride(0), q.stride(0)),
+        (places.stride(1), q.stride(0)),
         (
-            pages.k.stride(0), ints, size, heads, dim, block, max(16, block),
-            max(16, triton.next_power_of_2(dim)), block_n, NEVER, "ieee" if exact else "tf32",
+            pages.k.stride(0), ints, size, streams, heads, group, together, dim, block,
+            max(16, triton.next_power_of_2(block * together)), max(16, triton.next_power_of_2(dim)), block_n, NEVER,
+            "ieee" if exact else "tf32",
         ),
         num_warps=8 if block > 1 else 4,
     )  # fmt: skip

@@ -1,6 +1,8 @@
-"""Attention over the tokens that a layer has not dropped, in plain PyTorch."""
+"""Attention over the tokens that a stream has not dropped, in plain PyTorch."""
 
 from __future__ import annotations
+
+from itertools import product
 
 import torch
 
@@ -26,15 +28,15 @@ def subset_attention(
         table: the page table.
         batch: the step's requests.
         layer: index of the layer on this worker.
-        q: [T, H, d] in the model's dtype.
+        q: [T, S, H, G, d] in the model's dtype.
         scale: of the logits.
-        out: [T, H, d] in the model's dtype, written.
+        out: [T, S, H, G, d] in the model's dtype, written.
         workspace: what the implementation for the device needs from step to step, made by ``make_workspace``; not
             used here.
     """
-    size = pages.page_size
-    for row, tokens, length in rows_of(batch):
-        at = places(pages, table, batch.slots[row], length, layer).flatten()
+    size, streams = pages.page_size, q.shape[1]
+    for (row, tokens, length), nth in product(rows_of(batch), range(streams)):
+        at = places(pages, table, batch.slots[row], length, layer * streams + nth).flatten()
         at = at[at >= 0]
         page, offset = at // size, at % size
         begin, end = pages.begin[page, offset], pages.end[page, offset]
@@ -43,6 +45,6 @@ def subset_attention(
             visible = (begin <= query) & (query < end)
             seen = visible.any(0).nonzero().squeeze(1)
             k, v = (x[page[seen], offset[seen]].float() for x in (pages.k, pages.v))
-            logits = torch.einsum("ihd,jhd->hij", q[block].float(), k) * scale
+            logits = torch.einsum("ihgd,jhd->hgij", q[block, nth].float(), k) * scale
             weights = logits.masked_fill(~visible[:, seen], float("-inf")).softmax(-1)
-            out[block] = torch.einsum("hij,jhd->ihd", weights, v).to(out.dtype)
+            out[block, nth] = torch.einsum("hgij,jhd->ihgd", weights, v).to(out.dtype)

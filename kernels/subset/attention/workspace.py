@@ -10,14 +10,15 @@ class SeenTokens:
 
     Args:
         max_rows: most rows that a step can have.
+        streams: S, of a layer.
         max_model_len: longest request.
         device: of the pages.
 
     Attributes:
-        places: [max_rows, max_model_len] int32: places of the tokens, as page * page size + offset.
-        counts: [max_rows] int32: how many they are.
+        places: [max_rows, S, max_model_len] int32: places of the tokens, as page * page size + offset.
+        counts: [max_rows, S] int32: how many they are.
     """
 
-    def __init__(self, max_rows: int, max_model_len: int, device: torch.device) -> None:
-        self.places = torch.empty(max_rows, max_model_len, dtype=torch.int32, device=device)
-        self.counts = torch.empty(max_rows, dtype=torch.int32, device=device)
+    def __init__(self, max_rows: int, streams: int, max_model_len: int, device: torch.device) -> None:
+        self.places = torch.empty(max_rows, streams, max_model_len, dtype=torch.int32, device=device)
+        self.counts = torch.empty(max_rows, streams, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Compaction as a Triton kernel: a program for every (row, layer)."""
+"""Compaction as a Triton kernel: a program for every (row, stream)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from ...common import masked_page_id, page_id
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
-from ..pages import NEVER, SubsetPages
+from ..pages import SubsetPages
 
 TOKENS_PER_BLOCK = 256
 """So many tokens are counted together."""
@@ -40,14 +40,14 @@ def _copy(
 
 @triton.jit
 def _free_places(
-    end_pages, chunk_of, entries, slot, layer, place, length, max_chunks, streams,
-    PAGE_INTS: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, NEVER: tl.constexpr,
+    end_pages, chunk_of, entries, slot, stream, place, length, max_chunks, streams,
+    PAGE_INTS: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Pages of a block of places, and 1 for those of dropped tokens; not for those that are not written yet."""
     written = place < length
-    ids = masked_page_id(chunk_of, entries, slot, layer, place // P, written, max_chunks, streams, CHUNK)
-    ends = tl.load(end_pages + ids * PAGE_INTS + place % P, mask=written, other=NEVER)
-    return ids, (ends != NEVER).to(tl.int32)
+    ids = masked_page_id(chunk_of, entries, slot, stream, place // P, written, max_chunks, streams, CHUNK)
+    ends = tl.load(end_pages + ids * PAGE_INTS + place % P, mask=written, other=0)
+    return ids, (written & (ends <= length)).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "max_chunks", "streams"])
@@ -55,31 +55,30 @@ def _compact(
     k_pages, v_pages, int_pages, begin_pages, end_pages, chunk_of, entries, first_live,
     query_start, seq_lens, slots, slot_stride, max_chunks, streams,
     PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, NEVER: tl.constexpr, N: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, N: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    layer, row = tl.program_id(0), tl.program_id(1)
+    stream, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row * slot_stride)
     if (slot == 0) | (tl.load(query_start + row + 1) == tl.load(query_start + row)):
         return
     length = tl.load(seq_lens + row)
     newest = (length - 1) // P
-    remembered = first_live + slot.to(tl.int64) * streams + layer
+    remembered = first_live + slot.to(tl.int64) * streams + stream
     first = tl.minimum(tl.load(remembered), newest)
     room = 0
     n = tl.arange(0, N)
     for at in range(first * P, length, N):
         _, free = _free_places(
-            end_pages, chunk_of, entries, slot, layer, at + n, length, max_chunks, streams, PAGE_INTS, P, CHUNK,
-            NEVER,
+            end_pages, chunk_of, entries, slot, stream, at + n, length, max_chunks, streams, PAGE_INTS, P, CHUNK,
         )  # fmt: skip
         room += tl.sum(free, 0)
     # How many of the oldest pages can be emptied. `room` becomes that of all pages behind the one looked at.
     offset = tl.arange(0, P)
     live, behind, searching = 0, first, 1
     while searching > 0:
-        page = page_id(chunk_of, entries, slot, layer, behind, max_chunks, streams, CHUNK)
-        alive = (tl.load(end_pages + page * PAGE_INTS + offset) == NEVER).to(tl.int32)
+        page = page_id(chunk_of, entries, slot, stream, behind, max_chunks, streams, CHUNK)
+        alive = (tl.load(end_pages + page * PAGE_INTS + offset) > length).to(tl.int32)
         here = tl.sum(alive, 0)
         fits = (behind < newest) & (live + here <= room - (P - here))
         live += tl.where(fits, here, 0)
@@ -91,12 +90,12 @@ def _compact(
     # The next live tokens of the emptied pages go to the next free places behind them. Places are free one here
     # and one there, so many are looked at together. What is left of a page and of the places is kept in registers:
     # nothing is read that was written before.
-    source, at, t, r = first, behind * P, tl.arange(0, TARGETS), tl.arange(0, BLOCK_R)
-    source_page = page_id(chunk_of, entries, slot, layer, source, max_chunks, streams, CHUNK)
-    alive = (tl.load(end_pages + source_page * PAGE_INTS + offset) == NEVER).to(tl.int32)
+    source, at, t = first, behind * P, tl.arange(0, TARGETS)
+    source_page = page_id(chunk_of, entries, slot, stream, source, max_chunks, streams, CHUNK)
+    alive = (tl.load(end_pages + source_page * PAGE_INTS + offset) > length).to(tl.int32)
     place = at + t
     ids, vacant = _free_places(
-        end_pages, chunk_of, entries, slot, layer, place, length, max_chunks, streams, PAGE_INTS, P, CHUNK, NEVER,
+        end_pages, chunk_of, entries, slot, stream, place, length, max_chunks, streams, PAGE_INTS, P, CHUNK,
     )  # fmt: skip
     while source < behind:
         # n-th to n-th: [token of the page, place].
@@ -108,24 +107,26 @@ def _compact(
         _copy(
             k_pages, v_pages, source_page * PAGE + offset * WIDTH, page * PAGE + to * WIDTH, moved, WIDTH, BLOCK,
         )  # fmt: skip
-        keys = moved[:, None] & (r < R)[None, :]
-        key = tl.load(int_pages + source_page * PAGE + (offset * R)[:, None] + r[None, :], mask=keys)
-        tl.store(int_pages + (page * PAGE + to * R)[:, None] + r[None, :], key, mask=keys)
+        if R > 0:
+            r = tl.arange(0, BLOCK_R)
+            keys = moved[:, None] & (r < R)[None, :]
+            key = tl.load(int_pages + source_page * PAGE + (offset * R)[:, None] + r[None, :], mask=keys)
+            tl.store(int_pages + (page * PAGE + to * R)[:, None] + r[None, :], key, mask=keys)
         begin = tl.load(begin_pages + source_page * PAGE_INTS + offset, mask=moved, other=0)
         tl.store(begin_pages + page * PAGE_INTS + to, begin, mask=moved)
-        tl.store(end_pages + page * PAGE_INTS + to, NEVER, mask=moved)
+        end = tl.load(end_pages + source_page * PAGE_INTS + offset, mask=moved, other=0)
+        tl.store(end_pages + page * PAGE_INTS + to, end, mask=moved)
         alive = tl.where(moved, 0, alive)
         vacant = tl.where(tl.max(pairs.to(tl.int32), 0) > 0, 0, vacant)
         if tl.max(alive, 0) == 0:
             source += 1
-            source_page = page_id(chunk_of, entries, slot, layer, source, max_chunks, streams, CHUNK)
-            alive = (tl.load(end_pages + source_page * PAGE_INTS + offset) == NEVER).to(tl.int32)
+            source_page = page_id(chunk_of, entries, slot, stream, source, max_chunks, streams, CHUNK)
+            alive = (tl.load(end_pages + source_page * PAGE_INTS + offset) > length).to(tl.int32)
         if (tl.max(vacant, 0) == 0) & (at + TARGETS < length):
             at += TARGETS
             place = at + t
             ids, vacant = _free_places(
-                end_pages, chunk_of, entries, slot, layer, place, length, max_chunks, streams, PAGE_INTS, P, CHUNK,
-                NEVER,
+                end_pages, chunk_of, entries, slot, stream, place, length, max_chunks, streams, PAGE_INTS, P, CHUNK,
             )  # fmt: skip
     tl.store(remembered, behind)
 
@@ -147,10 +148,10 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
         ),
         (),
         (
-            pages.k.stride(0), pages.begin.stride(0), size, width, r, TABLE_CHUNK, NEVER, TOKENS_PER_BLOCK,
+            pages.k.stride(0), pages.begin.stride(0), size, width, r, TABLE_CHUNK, TOKENS_PER_BLOCK,
             max(16, PAIRS_PER_BLOCK // size),
             min(triton.next_power_of_2(width), max(16, BYTES_PER_COPY // (size * item))),
-            triton.next_power_of_2(r),
+            max(1, triton.next_power_of_2(r)),
         ),
         num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

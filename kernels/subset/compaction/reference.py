@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from ...paged import Batch, PageTable
-from ..pages import NEVER, SubsetPages, places, rows_of
+from ..pages import SubsetPages, places, rows_of
 
 
 def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
-    """Empty as many of the oldest pages of every layer as there are places for in newer ones.
+    """Empty as many of the oldest pages of every stream as there are places for in newer ones.
 
-    Places of dropped tokens are refilled; places that no token has been written to are left for those to come.
-    Afterwards there are fewer dropped tokens than fit into a page, so a request holds less than
-    ``live tokens / page size + 2`` pages a layer. A page is emptied by at most as many moves as tokens were dropped
-    for it, so a dropped token costs one move at most.
+    A token is dropped once the next query, which stands at the request's length, does not see it. Places of dropped
+    tokens are refilled by tokens that keep their positions and their ends; places that no token has been written to
+    are left for those to come. Afterwards there are fewer dropped tokens than fit into a page, so a request holds
+    less than ``live tokens / page size + 2`` pages a stream. A page is emptied by at most as many moves as tokens
+    were dropped for it, so a dropped token costs one move at most.
 
     Args:
         pages: the page pool after the step's last layer, written.
@@ -25,10 +26,10 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
         slot = batch.slots[row]
         if int(slot) == 0:
             continue
-        for layer in range(streams):
-            at = places(pages, table, slot, length, layer)
+        for stream in range(streams):
+            at = places(pages, table, slot, length, stream)
             page, offset = at.clamp(min=0) // size, at.clamp(min=0) % size
-            dropped = (at >= 0) & (pages.end[page, offset] != NEVER)
+            dropped = (at >= 0) & (pages.end[page, offset] <= length)
             live = (at >= 0) & ~dropped
             # Of the first n pages: their live tokens, and the places for them in all later pages.
             moving = live.sum(1).cumsum(0)
@@ -41,4 +42,4 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
             for field in fields:
                 field[target // size, target % size] = field[source // size, source % size]
             newest = (length - 1) // size
-            table.first_live[slot, layer] = newest + 1 - len(at) + emptied
+            table.first_live[slot, stream] = newest + 1 - len(at) + emptied

@@ -1,4 +1,4 @@
-"""The page write as a Triton kernel: a program for every token."""
+"""The page write as a Triton kernel: a program for every (token, stream of the layer)."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from ...paged import TABLE_CHUNK, Batch, PageTable
 from ..pages import NEVER, SubsetPages
 
 
-@triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "layer", "max_chunks", "streams",
+@triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "first", "max_chunks", "streams",
                                "rows"])  # fmt: skip
 def _write(
     k_pages, v_pages, int_pages, begin_pages, end_pages, chunk_of, entries, k, v, int_k,
-    query_start, seq_lens, slots, slot_stride, layer, max_chunks, streams, rows,
+    query_start, seq_lens, slots, slot_stride, first, max_chunks, streams, rows,
     k_stride, v_stride, int_stride,
     PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, NEVER: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0)
+    token, nth = tl.program_id(0), tl.program_id(1)
     row = row_of(query_start, rows, token)
     stop = tl.load(query_start + row + 1)
     if token >= stop:  # padding
         return
     position = tl.load(seq_lens + row) - stop + token
     slot = tl.load(slots + row * slot_stride)
-    page, offset = page_id(chunk_of, entries, slot, layer, position // P, max_chunks, streams, CHUNK), position % P
-    at, w, r = token.to(tl.int64), tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_R)
+    stream, offset = first + nth, position % P
+    page = page_id(chunk_of, entries, slot, stream, position // P, max_chunks, streams, CHUNK)
+    at, w = token.to(tl.int64), tl.arange(0, BLOCK_WIDTH)
     here = page * PAGE + offset * WIDTH + w
-    tl.store(k_pages + here, tl.load(k + at * k_stride + w, mask=w < WIDTH), mask=w < WIDTH)
-    tl.store(v_pages + here, tl.load(v + at * v_stride + w, mask=w < WIDTH), mask=w < WIDTH)
-    key = tl.load(int_k + at * int_stride + r, mask=r < R)
-    tl.store(int_pages + page * PAGE + offset * R + r, key, mask=r < R)
+    tl.store(k_pages + here, tl.load(k + at * k_stride + nth * WIDTH + w, mask=w < WIDTH), mask=w < WIDTH)
+    tl.store(v_pages + here, tl.load(v + at * v_stride + nth * WIDTH + w, mask=w < WIDTH), mask=w < WIDTH)
+    if R > 0:
+        r = tl.arange(0, BLOCK_R)
+        key = tl.load(int_k + at * int_stride + nth * R + r, mask=r < R)
+        tl.store(int_pages + page * PAGE + offset * R + r, key, mask=r < R)
     tl.store(begin_pages + page * PAGE_INTS + offset, position)
     tl.store(end_pages + page * PAGE_INTS + offset, NEVER)
 
@@ -50,23 +53,26 @@ def subset_write(
     *,
     k: torch.Tensor,
     v: torch.Tensor,
-    int_k: torch.Tensor,
+    int_k: torch.Tensor | None,
 ) -> None:
     """See :func:`.reference.subset_write`. Inputs are dense within a token."""
-    width, r = k.shape[1] * k.shape[2], int_k.shape[1]
+    (_, streams, heads, dim), r = k.shape, pages.int_k.shape[2]
+    width = heads * dim
+    if int_k is None:
+        int_k = k  # not read
     _launch(
-        (batch.num_tokens, 1, 1),
+        (batch.num_tokens, streams, 1),
         (
             pages.k, pages.v, pages.int_k, pages.begin, pages.end, table.chunk_of, table.entries, k, v, int_k,
         ),
         (
-            batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), layer,
+            batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), layer * streams,
             table.chunk_of.shape[1], table.entries.shape[1], batch.num_rows,
         ),
         (k.stride(0), v.stride(0), int_k.stride(0)),
         (
             pages.k.stride(0), pages.begin.stride(0), pages.page_size, width, r, TABLE_CHUNK,
-            triton.next_power_of_2(width), triton.next_power_of_2(r), NEVER,
+            triton.next_power_of_2(width), max(1, triton.next_power_of_2(r)), NEVER,
         ),
         num_warps=4,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""New tokens into the pages of their layer, in plain PyTorch."""
+"""New tokens into the pages of their streams, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ def subset_write(
     *,
     k: torch.Tensor,
     v: torch.Tensor,
-    int_k: torch.Tensor,
+    int_k: torch.Tensor | None,
 ) -> None:
-    """Write T new tokens, each to the place of its position; they live.
+    """Write T new tokens, each to the place of its position in every stream of the layer. No query drops them yet.
 
     Args:
         pages: the page pool, written.
         table: the page table, in which the new tokens' pages are already.
         batch: the step's requests.
-        layer: index of the layer on this worker, which is its stream.
-        k, v: [T, H, d] in the model's dtype.
-        int_k: [T, r] interaction keys in the model's dtype.
+        layer: index of the layer on this worker.
+        k, v: [T, S, H, d] in the model's dtype.
+        int_k: [T, S, r] interaction keys in the model's dtype; None where streams have none.
     """
     size, device = pages.page_size, k.device
     query_start, seq_lens = batch.query_start.long(), batch.seq_lens.long()
     lens = query_start.diff()
     row = torch.repeat_interleave(torch.arange(batch.num_rows, device=device), lens)
     position = (seq_lens - lens)[row] + torch.arange(batch.num_tokens, device=device) - query_start[row]
-    ids = table.page_ids(batch.slots[row], position // size, torch.tensor(layer, device=device))
-    at = ids, position % size
-    pages.k[at], pages.v[at], pages.int_k[at] = k, v, int_k
-    pages.begin[at] = position.int()
+    streams = layer * k.shape[1] + torch.arange(k.shape[1], device=device)
+    ids = table.page_ids(batch.slots[row][:, None], (position // size)[:, None], streams)
+    at = ids, (position % size)[:, None]  # [T, S]
+    pages.k[at], pages.v[at] = k, v
+    if int_k is not None:
+        pages.int_k[at] = int_k
+    pages.begin[at] = position.int()[:, None]
     pages.end[at] = NEVER

@@ -32,9 +32,10 @@ class SubsetState(WorkerState):
     ) -> None:
         super().__init__(table)
         self.pages = pages
-        shape, device = (max_rows, max_model_len), pages.end.device
+        device = pages.end.device
+        shape = (max_rows, 1, max_model_len)
         self.ends = torch.full(shape, NEVER, dtype=torch.int32, device=device) if propagate else None
-        self.workspace = attention.make_workspace(max_rows, max_model_len, device)
+        self.workspace = attention.make_workspace(max_rows, 1, max_model_len, device)
 
     def end_step(self, batch: Batch) -> None:
         """Move live tokens together, so that pages become free."""
@@ -43,7 +44,7 @@ class SubsetState(WorkerState):
 
 @dataclass
 class SubsetFormula(Formula[SubsetState]):
-    """Attention of a layer with H heads of size d and interaction keys of size r.
+    """Attention of a layer with H heads of size d and interaction keys of size r. The layer is one stream.
 
     Attributes:
         scale: factor of the logits.
@@ -62,8 +63,9 @@ class SubsetFormula(Formula[SubsetState]):
         """
         pages, table, layer = state.pages, state.table, self.layer
         *qkv, int_q, int_k = inputs
-        heads = pages.k.shape[2:]
-        q, k, v, out = (x.unflatten(1, heads) for x in (*qkv, out))
-        subset_write(pages, table, batch, layer, k=k, v=v, int_k=int_k)
-        drop_times(pages, table, batch, layer, int_q, self.bias, state.ends)
+        heads, dim = pages.k.shape[2:]
+        k, v = (x.unflatten(1, (1, heads, dim)) for x in qkv[1:])
+        q, out = (x.unflatten(1, (1, heads, 1, dim)) for x in (qkv[0], out))
+        subset_write(pages, table, batch, layer, k=k, v=v, int_k=int_k[:, None])
+        drop_times(pages, table, batch, layer, int_q[:, None], self.bias, state.ends)
         attention.subset_attention(pages, table, batch, layer, q, self.scale, out, state.workspace)
