@@ -8,11 +8,15 @@ python examples/offline.py --model PATH_OR_NAME --fox '{"page_size": 128}'
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from command_line import Parser, json_object, non_negative_float, positive_float, positive_int, utf8
+from whole_files import Unreadable, lines_of, read_text
+
+from vllm_fox.cpu import prepare_cpu_environment
 
 PROMPTS = [
     'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a file."""\n',
@@ -21,34 +25,33 @@ PROMPTS = [
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Batch generation with a Forgetting Transformer.")
+    parser = Parser(description="Batch generation with a Forgetting Transformer.")
     parser.add_argument("--model", default=str(Path(__file__).resolve().parent / "fox-tiny"))
-    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompt", type=utf8, action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts-file", type=Path, help="a text file with one prompt a line")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("--max-model-len", type=int, help="default: the checkpoint's")
-    parser.add_argument("--kv-cache-gib", type=float, help="default: 1 on a CPU, what is free on a GPU")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--max-tokens", type=positive_int, default=128)
+    parser.add_argument("--temperature", type=non_negative_float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--max-model-len", type=positive_int, help="default: the checkpoint's")
+    parser.add_argument("--kv-cache-gib", type=positive_float, help="default: 1 on a CPU, what is free on a GPU")
+    parser.add_argument("--tensor-parallel-size", type=positive_int, default=1)
     parser.add_argument("--enforce-eager", action="store_true", help="starts faster, runs slower")
-    parser.add_argument("--fox", type=json.loads, default={}, help="the plugin's settings, a JSON object")
+    parser.add_argument("--fox", type=json_object, default={}, help="the plugin's settings, a JSON object")
     options = parser.parse_args()
     if options.prompts_file:
         try:
-            lines = options.prompts_file.read_text().splitlines()
-        except OSError as error:
+            found = [line for line in lines_of(read_text(options.prompts_file)) if line.strip()]
+        except Unreadable as error:
             parser.error(f"--prompts-file: {error}")
-        options.prompt += [line for line in lines if line.strip()]
+        if not found:
+            parser.error(f"--prompts-file {options.prompts_file} has no prompts: it has nothing but empty lines.")
+        options.prompt += found
     return options
 
 
 def main() -> int:
     options = arguments()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # On CPUs: use all cores. On a small machine vLLM's own choice would keep some for itself, and
-    # threads that spin while they wait would take the rest from its other processes.
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_cpu_environment(kv_cache_space=False)  # --kv-cache-gib says that
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
@@ -69,7 +72,7 @@ def main() -> int:
         )
         sampling = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
         outputs = llm.generate(options.prompt or PROMPTS, sampling)
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"offline: {error}", file=sys.stderr)
         return 1
 

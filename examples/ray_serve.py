@@ -13,7 +13,6 @@ cluster run it on any node (RAY_ADDRESS); docs/distributed.md has the same as a 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -21,6 +20,10 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from command_line import Parser, check_engine_args, integer, json_object, positive_int
+
+from vllm_fox.cpu import prepare_cpu_environment
 
 
 def llm_config(args: argparse.Namespace, on_gpu: bool) -> Any:
@@ -34,9 +37,7 @@ def llm_config(args: argparse.Namespace, on_gpu: bool) -> Any:
     }
     machine: dict[str, Any] = {}
     if not on_gpu:
-        # What vLLM's CPU build would take of a machine that others use too.
-        for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
-            os.environ.setdefault(name, value)
+        prepare_cpu_environment()
         machine = {
             "accelerator_config": {"kind": "cpu"},
             "placement_group_config": {"bundle_per_worker": {"CPU": 0.8}},
@@ -83,6 +84,8 @@ def serve(args: argparse.Namespace) -> None:
         print(f"{args.name} at http://{args.host}:{args.port}/v1 (Ctrl-C stops it)", flush=True)
         while True:
             time.sleep(3600)
+    except RuntimeError as error:  # after the few attempts that Ray Serve makes
+        sys.exit(f"ray_serve: {error} With --verbose the logs of the engines say why.")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         print("stopping", flush=True)
@@ -91,23 +94,24 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", default=str(Path(__file__).resolve().parent / "fox-tiny"))
     parser.add_argument("--name", help="for clients (default: the last part of --model)")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--min-replicas", type=int, default=1)
-    parser.add_argument("--max-replicas", type=int, default=1)
-    parser.add_argument("--target-requests", type=int, default=64, help="requests at once on a replica")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine")
-    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
-    parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vLLM's engine arguments, JSON")
+    parser.add_argument("--port", type=integer(1, 65535), default=8000)
+    parser.add_argument("--min-replicas", type=positive_int, default=1)
+    parser.add_argument("--max-replicas", type=positive_int, default=1)
+    parser.add_argument("--target-requests", type=positive_int, default=64, help="requests at once on a replica")
+    parser.add_argument("--tensor-parallel-size", type=positive_int, default=1, help="GPUs of an engine")
+    parser.add_argument("--pipeline-parallel-size", type=positive_int, default=1)
+    parser.add_argument("--engine-args", type=json_object, default={}, help="more of vLLM's engine arguments, JSON")
     parser.add_argument("--verbose", action="store_true", help="show the logs of Ray and the engines")
     args = parser.parse_args()
-    if not 1 <= args.min_replicas <= args.max_replicas:
-        parser.error(f"--min-replicas {args.min_replicas} --max-replicas {args.max_replicas}: give 1 <= min <= max")
+    check_engine_args(parser, args)
+    if args.min_replicas > args.max_replicas:
+        parser.error(
+            f"--min-replicas is {args.min_replicas}: it must be at most --max-replicas {args.max_replicas}."
+        )
     if Path(args.model).exists():
         args.model = str(Path(args.model).resolve())
     args.name = args.name or Path(args.model).name

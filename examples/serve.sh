@@ -23,9 +23,8 @@ command -v vllm >/dev/null || {
     exit 1
 }
 if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
-    # A CPU build would take most of the machine's memory for the KV cache and keep some cores for itself, and
-    # threads that spin while they wait would take the rest from vLLM's other processes.
-    export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB
+    # vllm_fox/cpu.py says why. tests/test_cpu.py holds the two against each other.
+    export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
     export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi

@@ -8,19 +8,17 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# The engine runs in the test's own process: still the real engine, scheduler and worker, but open to inspection.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-# Many small operators: one thread beats several, and does not suffer from other work on the machine.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
 import pytest
 
 from tests.support import ROOT
+from vllm_fox.cpu import prepare_cpu_environment
+
+# The engine runs in the test's own process: still the real engine, scheduler and worker, but open to inspection.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+prepare_cpu_environment(threads=1)
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,8 @@ pytestmark = [
 def test_likelihood_and_page_size(fox_18m: Path) -> None:
     reference = load_file(fox_18m / "reference.safetensors")
     tokens, official = reference["input_ids"].tolist(), reference["nll"].double().mean().item()
-    options = dict(dtype="bfloat16", max_model_len=16384, kv_cache_dtype="fp8", **GPU_DEFAULTS)
-    with engine(fox_18m, **options) as llm:
+    options = GPU_DEFAULTS | {"kv_cache_dtype": "fp8"}
+    with engine(fox_18m, dtype="bfloat16", max_model_len=16384, **options) as llm:
         (out,) = generate(llm, [tokens], greedy(64, prompt_logprobs=1))
         form = manager(llm).kv_cache_spec.page_format
     found = [at[token].logprob for at, token in zip(out.prompt_logprobs[1:], tokens[1:], strict=True)]

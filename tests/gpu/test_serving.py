@@ -35,9 +35,10 @@ pytestmark = [
 def llm(request: pytest.FixtureRequest, fox_18m: Path) -> Iterator[LLM]:
     with engine(fox_18m, dtype=request.param, max_model_len=16384, **GPU_DEFAULTS) as started:
         before = compiled_kernels()
+        assert any("forgetting" in name for name in before)
         yield started
         # Everything was compiled before the first request.
-        assert before == compiled_kernels() and min(before.values()) > 0
+        assert before == compiled_kernels()
 
 
 def test_default_flags_give_the_v2_runner_and_graphs(llm: LLM) -> None:

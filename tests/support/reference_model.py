@@ -63,8 +63,8 @@ def attention(config: Any, w: Mapping[str, torch.Tensor], x: torch.Tensor) -> to
     dim = config.hidden_size // heads
 
     def project(name: str, count: int) -> torch.Tensor:
-        weight = w.get(f"attn.{name}_proj.linear.weight", w.get(f"attn.{name}_proj.weight"))
-        y = x @ weight.T
+        shifted = f"attn.{name}_proj.linear.weight"
+        y = x @ w[shifted if shifted in w else f"attn.{name}_proj.weight"].T
         if f"attn.{name}_proj.bias" in w:
             y = y + w[f"attn.{name}_proj.bias"]
         y = y.view(length, count, dim)
