@@ -257,6 +257,19 @@ def test_dtypes_and_sizes(heads: int, dim: int, int_dim: int, dtype: torch.dtype
     close(torch.cat(out, 1), formula(layers, inputs)[0], 3.2e-3 if dtype == torch.bfloat16 else 4e-4)
 
 
+def test_a_request_of_nan_stays_alone() -> None:
+    """Rows before and after it have the outputs that they have without it."""
+    layers = Layers()
+    data = [inputs_of(layers, 60, seed) for seed in range(3)]
+    data[1] = torch.full_like(data[1], torch.nan)
+    slots, outs = [layers.open() for _ in data], []
+    for part in [(0, 40), (40, 41), (41, 58), (58, 59)]:
+        outs.append(layers.step([(slot, x[:, slice(*part)]) for slot, x in zip(slots, data, strict=True)]))
+    assert torch.cat([out[1] for out in outs], 1).isnan().any()
+    for row in (0, 2):
+        close(torch.cat([out[row] for out in outs], 1), formula(layers, data[row])[0][:, :59])
+
+
 @settings(max_examples=5 if INTERPRETED else 40, deadline=None)
 @given(data=st.data())
 def test_ragged_batches(data: st.DataObject) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import logsigmoid, pad
+from torch.nn.functional import logsigmoid
 
 from ...paged import Batch, PageTable
 from ...rope import rotate
+from ...segments import sums_since
 from ..pages import FP8_MAX, GATE_FLOOR, ForgettingPages
 
 
@@ -68,9 +69,8 @@ def cache_write(
     carry = torch.where((first_pos % size != 0)[:, None, None], carry, 0.0)
     log_f = logsigmoid(gate.float())
     # Double precision: a difference of long running sums must not lose what one page adds.
-    running = pad(log_f.clamp(min=GATE_FLOOR).double().cumsum(0), (0, 0, 0, 0, 1, 0))
     page_start = torch.maximum(token - offset, row_start)
-    in_page = running[1:] - running[page_start]
+    in_page = sums_since(log_f.clamp(min=GATE_FLOOR).double(), page_start)[1:]
     in_page = in_page + torch.where((page_start == row_start)[:, None, None], carry[row], 0.0)
     pages.gates[ids, :, offset[:, None]] = in_page.float()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import pad
 
 from ...paged import Batch, PageTable
+from ...segments import sums_since
 from ..pages import ForgettingPages
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ def _rows(
     end = torch.where(back == 0, last[row] % size, size - 1)
     total = gates.gather(-1, end[:, None, None].expand(-1, groups, 1))
     # D_ij = (sum of log f over the pages after j's) + (j's page in total) - (running sum at j).
-    before = pad(total.cumsum(0), (0, 0, 0, 0, 1, 0))
-    after = before[:-1] - before[first]
-    bias = after + total - gates
+    bias = sums_since(total, first)[1:] - gates
     token = batch.query_start[rows].long()
     logits = torch.einsum("pgd,pnd->pgn", q[token][row, head].float(), pages.keys(ids)) * scale + bias.float()
     future = torch.arange(size, device=device) > end[:, None]

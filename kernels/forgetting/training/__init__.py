@@ -158,7 +158,8 @@ def _auto_threshold(
     q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor, scale: float, log_tolerance: float
 ) -> torch.Tensor:
     """[H] float32: ACP's threshold, with U from the largest norms of q [N, H, d] and k [N, KV heads, d]."""
-    q_max, k_max = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax(0) for x in (q, k))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_max, k_max = (torch.linalg.vector_norm(x, dim=-1, dtype=wide).amax(0).float() for x in (q, k))
     bound = q_max * k_max.repeat_interleave(q.shape[1] // k.shape[1]) * scale
     longest = cu_seqlens.diff().max().clamp(min=1).float()
     return pruning_threshold(bound, longest, log_tolerance)
