@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import torch
@@ -86,6 +86,13 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
     def dry_inputs(self, tokens: int, device: torch.device) -> list[torch.Tensor]:
         """Make tensors like those that :meth:`run` gets, of ``tokens`` tokens, to compile kernels in advance."""
 
+    def source_weights(self) -> list[torch.Tensor]:
+        """Return the weights that the layer derives something from, if any: thresholds, for example."""
+        return []
+
+    def follow_weights(self) -> None:
+        """Compute again what the layer derives from weights. It is called whenever they have changed."""
+
     def warm_up_variants(self, inputs: list[torch.Tensor], batch: Batch, state: State, out: torch.Tensor) -> None:
         """Compile kernels that the given batch of padding does not run, but other batches may need."""
 
@@ -125,6 +132,10 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
 
     # What vLLM calls.
 
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Follow the weights. vLLM calls this after all layers have been loaded or reloaded."""
+        self.follow_weights()
+
     def get_attn_backend(self) -> type[PagedAttentionBackend]:
         return PagedAttentionBackend
 
@@ -146,6 +157,25 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
         self.kv_cache = kv_cache
 
     # What the plugin's connector calls.
+
+    @staticmethod
+    def watch_weights(layers: list[Any]) -> Callable[[], None]:
+        """Return a function that has the layers follow weights which were written in place since its last call.
+
+        vLLM tells nobody about such writes ("kernel format"). A tensor's version counter does.
+        """
+        weights = [weight for layer in layers for weight in layer.source_weights()]
+        seen = sum(weight._version for weight in weights)
+
+        def follow() -> None:
+            nonlocal seen
+            now = sum(weight._version for weight in weights)
+            if now != seen:
+                seen = now
+                for layer in layers:
+                    layer.follow_weights()
+
+        return follow
 
     @classmethod
     def bind_page_table(cls, layers: list[Any], table: PageTable, max_rows: int) -> None:

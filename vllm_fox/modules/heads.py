@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -79,17 +80,26 @@ class HeadProjection(nn.Module):
         self.sizes = {name: share.count * width for name, (share, width, _) in parts.items()}
         rows = sum(self.sizes.values())
         self.padding = -rows % self.ALIGNMENT
-        self.weight = self._parameter(rows + self.padding, hidden_size)
-        biased = any(bias for _, _, bias in parts.values())
-        self.bias = self._parameter(rows + self.padding) if biased else None
+        self.weight = self._parameter(rows, hidden_size)
+        self.biased = [name for name, (_, _, bias) in parts.items() if bias]
+        biased = sum(self.sizes[name] for name in self.biased)
+        self.bias = self._parameter(biased) if biased else None
 
-    def _parameter(self, *shape: int) -> nn.Parameter:
-        value = nn.Parameter(torch.zeros(shape), requires_grad=False)
-        set_weight_attrs(value, {"weight_loader": self._load})
+    def _parameter(self, loaded: int, *shape: int) -> nn.Parameter:
+        """Make a parameter [rows with padding, \\*shape], of which a checkpoint fills ``loaded`` rows."""
+        rows = sum(self.sizes.values()) + self.padding
+        value = nn.Parameter(torch.zeros(rows, *shape), requires_grad=False)
+        # By the second, vLLM knows when all of it has been loaded again.
+        set_weight_attrs(value, {"weight_loader": self._load, "weight_loader_numel": loaded * math.prod(shape)})
         return value
 
     def _load(self, param: nn.Parameter, loaded: torch.Tensor, part: str) -> None:
         self.part(param.data, part).copy_(self.shares[part].take(loaded))
+        # Memory that is loaded into again, or was filled with dummy weights, has anything in the rows left out.
+        param.data[param.shape[0] - self.padding :].zero_()
+        if param.ndim == 1:
+            for name in self.sizes.keys() - self.biased:
+                self.part(param.data, name).zero_()
 
     def part(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Return the rows of ``weight`` or ``bias`` that belong to one projection."""

@@ -6,6 +6,7 @@ can ship data with every step in both directions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._manager: StreamPageManager | None = None
         self._tables: DeviceTables | None = None
+        self._follow_weights: Callable[[], None] = lambda: None
         self._last_stats = PageStats()
 
     @property
@@ -63,10 +65,12 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         # A CUDA graph's batch is padded to the next captured size.
         max_rows = max(scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
         attention[0].bind_page_table(attention, self._tables.table, max_rows)
+        self._follow_weights = attention[0].watch_weights(attention)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         assert self._tables is not None and isinstance(connector_metadata, TableUpdate)
+        self._follow_weights()
         self._tables.write(connector_metadata)
 
     def build_connector_worker_meta(self) -> PageReport:

@@ -17,7 +17,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm_fox.attention.layer import PagedAttention
 from vllm_fox.kernels.paged import PageTable
 from vllm_fox.modules.heads import HeadProjection, HeadShare
-from vllm_fox.modules.weights import Destination, fill_parameters
+from vllm_fox.modules.weights import CheckpointLoader, Destination
 from vllm_fox.settings import PageSettings
 
 from .attention import WindowedFormula, WindowedState
@@ -113,6 +113,7 @@ class WindowedForCausalLM(nn.Module):
         self.model = WindowedModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.loader = CheckpointLoader(vllm_config, weight_shapes(config), "windowed")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[T] to [T, hidden]."""
@@ -134,7 +135,7 @@ class WindowedForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint; raises ValueError that names tensors which do not fit."""
-        return fill_parameters(self, weight_shapes(self.config), weights, _destinations, "windowed")
+        return self.loader.fill(self, weights, _destinations)
 
 
 def weight_shapes(config: WindowedConfig) -> dict[str, tuple[int, ...]]:

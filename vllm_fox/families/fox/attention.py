@@ -25,7 +25,7 @@ class ForgettingState(WorkerState):
     Args:
         table: the worker's page table.
         thresholds: pruning thresholds of the worker's layers, each [H, G] float32, in order.
-        logit_bound: upper bound of ``|q . k| / sqrt(d)`` over these layers and their heads; inf if none is known.
+        logit_bounds: upper bound of ``|q . k| / sqrt(d)`` over each layer's heads; inf if none is known.
         pages: the page pool.
         max_rows: most rows that a step can have.
     """
@@ -34,13 +34,13 @@ class ForgettingState(WorkerState):
         self,
         table: PageTable,
         thresholds: list[torch.Tensor],
-        logit_bound: float,
+        logit_bounds: list[float],
         pages: ForgettingPages,
         max_rows: int,
     ) -> None:
         super().__init__(table)
         self.pages = pages
-        self.bounded = logit_bound <= PLAIN_EXP_BOUND
+        self._logit_bounds = list(logit_bounds)
         self.thresholds = torch.stack(thresholds)
         layers, heads, groups = self.thresholds.shape
         self.prefill_workspace: PrefillPlan | None = None
@@ -54,6 +54,21 @@ class ForgettingState(WorkerState):
             scaled=pages.scales is not None,
             max_rows=max_rows,
         )
+
+    @property
+    def bounded(self) -> bool:
+        """Whether exponentials of logits need no running maximum."""
+        return max(self._logit_bounds) <= PLAIN_EXP_BOUND
+
+    def set_bound(self, layer: int, threshold: torch.Tensor, logit_bound: float) -> None:
+        """Follow new weights of a layer, whose pages stay as they are.
+
+        Args:
+            threshold: [H, G] float32. CUDA graphs hold the address of the one in use, so it is written over.
+            logit_bound: upper bound of ``|q . k| / sqrt(d)``.
+        """
+        self.thresholds[layer].copy_(threshold)
+        self._logit_bounds[layer] = logit_bound
 
     def begin_step(self, batch: Batch) -> None:
         if batch.work is not None:

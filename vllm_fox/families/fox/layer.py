@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         k_shift, v_shift: whether the model shifts k or v.
         gate_dtype: dtype of the forget gate's logits; None stands for the model's.
         log_pruning_tolerance: the checkpoint's log eps, or None.
+        bounded_by: returns the weights that the bound of the logits follows from.
+        logit_bound: computes it from them: [num_heads] float32, U >= |q . k| / sqrt(d) for every query and key
+            that there can be.
     """
 
     impl: ForgettingFormula
@@ -53,6 +57,8 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         v_shift: bool,
         gate_dtype: torch.dtype | None,
         log_pruning_tolerance: float | None,
+        bounded_by: Callable[[], list[torch.Tensor]],
+        logit_bound: Callable[[], torch.Tensor],
     ) -> None:
         dtype = vllm_config.model_config.dtype
         assert isinstance(dtype, torch.dtype)
@@ -73,6 +79,7 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         self.gate_dtype = gate_dtype or dtype
         self.tolerance = settings.tolerance(log_pruning_tolerance)
         self.max_model_len = vllm_config.model_config.max_model_len
+        self._bounded_by, self._bound_of_weights = bounded_by, logit_bound
         # Upper bound of |q . k| / sqrt(d), which is known once weights are loaded.
         self.logit_bound = math.inf
         self.register_buffer("threshold", torch.full((num_kv_heads, groups), -math.inf), persistent=False)
@@ -80,22 +87,25 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
             self.index, head_dim**-0.5, k_norm, qk_norm_eps, rope_base, shift_k=k_shift, shift_v=v_shift
         )
 
-    def set_logit_bound(self, bound: torch.Tensor) -> None:
-        """Set the pruning threshold ``-2U - log L + log eps`` (ACP, eq. 5), once weights are known.
+    def source_weights(self) -> list[torch.Tensor]:
+        return self._bounded_by()
+
+    def follow_weights(self) -> None:
+        """Compute the pruning threshold ``-2U - log L + log eps`` (ACP, eq. 5) from the weights.
 
         L is the longest context that the engine admits, so that a page that is dead now is dead for all later
         queries.
-
-        Args:
-            bound: [num_heads] float32, U >= |q . k| / sqrt(d) for every possible query and key.
         """
-        bound = with_rounding(bound, self.page_format.dtype, self.page_format.kv_dtype)
+        if any(tensor.is_meta for tensor in (self.threshold, *self.source_weights())):
+            return  # vLLM is reloading weights, and calls this again at the end
+        bound = with_rounding(self._bound_of_weights(), self.page_format.dtype, self.page_format.kv_dtype)
         self.logit_bound = bound.max().item()
-        if self.tolerance is None:
-            return
-        limit = pruning_threshold(bound, self.max_model_len, self.tolerance)
-        # A threshold that is rounded up would prune pairs that the bound says nothing about.
-        self.threshold.copy_(rounded_down(limit).view(self.num_kv_heads, self.num_gates))
+        if self.tolerance is not None:
+            limit = pruning_threshold(bound, self.max_model_len, self.tolerance)
+            # A threshold that is rounded up would prune pairs that the bound says nothing about.
+            self.threshold.copy_(rounded_down(limit).view(self.num_kv_heads, self.num_gates))
+        if self._state is not None:
+            self._state.set_bound(self.index, self.threshold, self.logit_bound)
 
     def forward(
         self,
@@ -125,7 +135,7 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         return ForgettingState(
             table,
             [layer.threshold for layer in layers],
-            max(layer.logit_bound for layer in layers),
+            [layer.logit_bound for layer in layers],
             one.page_format.view(one.pool()),
             max_rows,
         )

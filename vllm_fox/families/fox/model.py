@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import ClassVar
 
@@ -33,8 +33,9 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_fox.kernels.rope import rotate
 from vllm_fox.modules.heads import HeadNorm, HeadProjection, HeadShare
+from vllm_fox.modules.weights import CHECKPOINT_FILES, CheckpointLoader
 
-from .architecture import Architecture
+from .architecture import Architecture, expected_weights
 from .bounds import projection_bound, qk_norm_bound
 from .head_order import deal, memory_score
 from .layer import ForgettingAttention
@@ -85,11 +86,15 @@ class ForgettingSelfAttention(nn.Module):
         vllm_config: the engine's configuration.
         arch: description of the model.
         prefix: the module's name.
+        input_norm: returns the [hidden] weight of the norm that makes the input.
     """
 
-    def __init__(self, vllm_config: VllmConfig, arch: Architecture, prefix: str) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, arch: Architecture, prefix: str, input_norm: Callable[[], torch.Tensor]
+    ) -> None:
         super().__init__()
         hidden, dim = arch.hidden_size, arch.head_dim
+        self._input_norm = input_norm
         heads, kv_heads = HeadShare.of_rank(arch.num_heads), HeadShare.of_rank(arch.num_kv_heads)
         self.arch, self.heads, self.kv_heads = arch, heads, kv_heads
         self.layer = extract_layer_index(prefix)
@@ -127,6 +132,8 @@ class ForgettingSelfAttention(nn.Module):
             v_shift=arch.v_shift,
             gate_dtype=torch.float32 if constant else None,
             log_pruning_tolerance=arch.log_pruning_tolerance,
+            bounded_by=self._bounding_weights,
+            logit_bound=self._logit_bound,
         )
 
     def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -192,15 +199,17 @@ class ForgettingSelfAttention(nn.Module):
             wide = wide * (gate.sigmoid() if self.arch.output_gate == "sigmoid" else nn.functional.silu(gate))
         return wide.to(out.dtype)
 
-    def set_logit_bound(self, input_norm: torch.Tensor) -> None:
-        """Tell the attention layer how large its logits can get. Call it once weights are loaded.
-
-        Args:
-            input_norm: [hidden] weight of the norm that made ``x``.
-        """
+    def _bounding_weights(self) -> list[torch.Tensor]:
+        """Return the weights that the bound of the logits follows from."""
         if self.q_norm is not None and self.k_norm is not None:
-            self.attn.set_logit_bound(qk_norm_bound(self.q_norm.weight, self.k_norm.weight))
-            return
+            return [self.q_norm.weight, self.k_norm.weight]
+        bias = [] if self.in_proj.bias is None else [self.in_proj.bias]
+        return [self._input_norm(), self.in_proj.weight, *bias]
+
+    def _logit_bound(self) -> torch.Tensor:
+        """Return how large the logits can get: U of each query head, [heads] float32."""
+        if self.q_norm is not None and self.k_norm is not None:
+            return qk_norm_bound(self.q_norm.weight, self.k_norm.weight)
         dim, weight, bias = self.arch.head_dim, self.in_proj.weight, self.in_proj.bias
         w_q, w_k = (self.in_proj.part(weight, name) for name in "qk")
         b_q = b_k = None
@@ -208,15 +217,13 @@ class ForgettingSelfAttention(nn.Module):
             assert bias is not None
             b_q, b_k = (self.in_proj.part(bias, name).view(-1, dim) for name in "qk")
         hidden = self.arch.hidden_size
-        self.attn.set_logit_bound(
-            projection_bound(
-                w_q.view(-1, dim, hidden),
-                w_k.view(-1, dim, hidden),
-                input_norm,
-                b_q,
-                b_k,
-                rotated=self.arch.rope_base is not None,
-            )
+        return projection_bound(
+            w_q.view(-1, dim, hidden),
+            w_k.view(-1, dim, hidden),
+            self._input_norm(),
+            b_q,
+            b_k,
+            rotated=self.arch.rope_base is not None,
         )
 
 
@@ -226,7 +233,10 @@ class ForgettingTransformerBlock(nn.Module):
     def __init__(self, vllm_config: VllmConfig, arch: Architecture, prefix: str) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
-        self.attn = ForgettingSelfAttention(vllm_config, arch, prefix=f"{prefix}.attn")
+        # Passed as a function, because the norm is a module of this block and not of its attention.
+        self.attn = ForgettingSelfAttention(
+            vllm_config, arch, prefix=f"{prefix}.attn", input_norm=lambda: self.attn_norm.weight
+        )
         self.mlp_norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
         self.mlp = GatedMLP(arch, prefix=f"{prefix}.mlp")
 
@@ -327,11 +337,7 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
 
     # Load only safetensors, which hold no code, and ignore other .safetensors files beside the model.
     fall_back_to_pt_during_load: ClassVar[bool] = False
-    allow_patterns_overrides: ClassVar[list[str]] = [
-        "model.safetensors",
-        "model-*-of-*.safetensors",
-        "*.safetensors",
-    ]
+    allow_patterns_overrides: ClassVar[list[str]] = CHECKPOINT_FILES
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -348,6 +354,8 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
             if isinstance(self.model.embeddings, VocabParallelEmbedding) and self.arch.tied_embeddings:
                 self.lm_head = head.tie_weights(self.model.embeddings)
         self.logits_processor = LogitsProcessor(self.arch.vocab_size)
+        kind = f"{self.arch.dialect} dialect"
+        self.loader = CheckpointLoader(vllm_config, expected_weights(self.arch), kind)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Map token ids [T] to embeddings [T, hidden]."""
@@ -368,13 +376,15 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint (see :func:`.weights.load_checkpoint`) and set the logit bounds that follow from it."""
-        blocks: dict[int, ForgettingTransformerBlock] = {}
+        """Load a checkpoint, or a part of one later (see :func:`.weights.load_checkpoint`)."""
+        attention: dict[int, ForgettingSelfAttention] = {}
         for index in range(self.model.first_layer, self.model.end_layer):
             block = self.model.layers[index]
             assert isinstance(block, ForgettingTransformerBlock)
-            blocks[index] = block
-        filled = load_checkpoint(self, self.arch, {index: block.attn for index, block in blocks.items()}, weights)
-        for block in blocks.values():
-            block.attn.set_logit_bound(block.attn_norm.weight)
+            attention[index] = block.attn
+        is_update = self.loader.has_weights
+        filled = load_checkpoint(self.loader, self, self.arch, attention, weights)
+        if is_update:  # after the first load vLLM has the layers follow
+            for one in attention.values():
+                one.attn.follow_weights()
         return filled

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from vllm_fox.modules.weights import Destination, fill_parameters
+from vllm_fox.modules.weights import TIED_HEAD, CheckpointLoader, Destination
 
-from .architecture import OFFICIAL, Architecture, expected_weights, is_derived_weight
+from .architecture import OFFICIAL, Architecture, is_derived_weight
 
 # Name in the checkpoint (of either dialect), name in the model, and the part of a fused parameter that it fills.
 _RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
@@ -39,6 +39,7 @@ class ArrangesHeads(Protocol):
 
 
 def load_checkpoint(
+    loader: CheckpointLoader,
     model: nn.Module,
     arch: Architecture,
     attention: Mapping[int, ArrangesHeads],
@@ -46,32 +47,40 @@ def load_checkpoint(
 ) -> set[str]:
     """Fill the parameters of a Forgetting Transformer.
 
+    The first load chooses the order of heads over ranks. Later ones keep it: any order is right, and the pages of
+    running requests are in it.
+
     Args:
+        loader: the model's loader.
         model: the vLLM model.
         arch: description that the model was built from.
         attention: the model's attention modules by layer.
         weights: names and tensors of the checkpoint, in any order.
 
     Returns:
-        Names of the parameters that were filled: all that this pipeline stage has.
+        Names of the parameters that were filled.
 
     Raises:
-        ValueError: the tensors do not fit the model (see :func:`fill_parameters`).
+        ValueError: the tensors do not fit the model (see :meth:`CheckpointLoader.fill`).
     """
-    arranger = _Arranger(arch, attention)
+    arranger = _Arranger(arch, attention, choose=not loader.has_weights)
 
     def destinations(name: str, tensor: torch.Tensor) -> Iterator[Destination]:
         for ready_name, ready in arranger.arranged(name, tensor):
             yield from _destinations(arch, ready_name, ready)
 
     given = (item for item in weights if not is_derived_weight(arch, item[0]))
-    return fill_parameters(model, expected_weights(arch), given, destinations, f"{arch.dialect} dialect")
+    return loader.fill(model, given, destinations)
 
 
 class _Arranger:
-    """Holds back a layer's attention tensors until those that decide the order of its heads have been read."""
+    """Holds back a layer's attention tensors until those that decide the order of its heads have been read.
 
-    def __init__(self, arch: Architecture, attention: Mapping[int, ArrangesHeads]) -> None:
+    Args:
+        choose: whether to choose an order; if not, the attention modules keep theirs.
+    """
+
+    def __init__(self, arch: Architecture, attention: Mapping[int, ArrangesHeads], choose: bool) -> None:
         gate = "fgate_proj" if arch.dialect == OFFICIAL else "f_proj"
         self._weight, self._bias, self._norm = f"attn.{gate}.weight", f"attn.{gate}.bias", "attn_norm.weight"
         self._deciding = {self._weight, self._bias, self._norm}
@@ -79,7 +88,8 @@ class _Arranger:
             self._bias = "attn.fgate_bias"
             self._deciding = {self._bias}
         # Without gates nothing is ever forgotten, so the order of heads does not matter.
-        self._waiting: dict[int, dict[str, torch.Tensor]] = {n: {} for n in attention if arch.gate != "none"}
+        choose = choose and arch.gate != "none"
+        self._waiting: dict[int, dict[str, torch.Tensor]] = {n: {} for n in attention} if choose else {}
         self._attention = attention
 
     def arranged(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -117,3 +127,5 @@ def _destinations(arch: Architecture, name: str, tensor: torch.Tensor) -> Iterat
         yield target, 1, up
     else:
         yield target, part, tensor
+        if arch.tied_embeddings and name == "model.embeddings.weight":
+            yield TIED_HEAD, None, tensor

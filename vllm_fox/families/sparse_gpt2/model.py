@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_fox.modules.heads import HeadProjection, HeadShare
-from vllm_fox.modules.weights import Destination, fill_parameters
+from vllm_fox.modules.weights import CHECKPOINT_FILES, TIED_HEAD, CheckpointLoader, Destination
 
 from .config import SparseGPT2Config
 from .layer import SubsetAttention
@@ -115,8 +115,9 @@ class SparseGPT2Model(nn.Module):
 class SparseGPT2LMHeadModel(nn.Module):
     """A GPT-2 that drops tokens for good, as vLLM loads and runs it."""
 
-    # Load only safetensors, which hold no code.
+    # Load only safetensors, which hold no code, and ignore other .safetensors files beside the model.
     fall_back_to_pt_during_load: ClassVar[bool] = False
+    allow_patterns_overrides: ClassVar[list[str]] = CHECKPOINT_FILES
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -127,6 +128,7 @@ class SparseGPT2LMHeadModel(nn.Module):
         head = ParallelLMHead(self.config.vocab_size, self.config.n_embd, prefix=maybe_prefix(prefix, "lm_head"))
         self.lm_head = head.tie_weights(self.transformer.wte)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.loader = CheckpointLoader(vllm_config, weight_shapes(config), config.model_type)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Map token ids [T] to embeddings [T, hidden]."""
@@ -147,13 +149,13 @@ class SparseGPT2LMHeadModel(nn.Module):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint.
+        """Load a checkpoint, or a part of one later.
 
         Raises:
             ValueError: tensors are missing, unexpected or of a wrong shape. The message names them.
         """
         given = (item for item in weights if item[0] != "lm_head.weight")  # tied to the embeddings
-        return fill_parameters(self, weight_shapes(self.config), given, _destinations, self.config.model_type)
+        return self.loader.fill(self, given, _destinations)
 
 
 def weight_shapes(config: SparseGPT2Config) -> dict[str, tuple[int, ...]]:
@@ -193,3 +195,5 @@ def _destinations(name: str, tensor: torch.Tensor) -> Iterator[Destination]:
         yield fused, "int_q" if ".q_int." in name else "int_k", tensor
     else:
         yield name, None, tensor
+        if name == "transformer.wte.weight":
+            yield TIED_HEAD, None, tensor
