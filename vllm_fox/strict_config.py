@@ -1,17 +1,29 @@
-"""Config classes that refuse unknown fields."""
+"""Config classes that refuse fields which they do not know and which could change a model's output."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PretrainedConfig
 
 
 class StrictConfig(PretrainedConfig):
-    """A config that refuses unknown fields, and suggests the known field of similar name if there is one."""
+    """A config that refuses unknown fields, and suggests the known field of similar name if there is one.
+
+    Accepted are fields that transformers or a training writes and that do not change the output; other names of a
+    field if they agree with it; and unknown fields that are null or false, since they ask for nothing.
+
+    Attributes:
+        aliases: other names of own fields, besides those of ``attribute_map``, and names of properties.
+        only: values that a field of other models must have, because the model computes just that.
+    """
+
+    aliases: ClassVar[Mapping[str, str]] = {}
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def __init__(
         self,
@@ -24,21 +36,51 @@ class StrictConfig(PretrainedConfig):
         **standard: Any,
     ) -> None:
         own = own or {}
-        known = [*own, "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"]
-        for name, value in standard.items():
-            if name not in _STANDARD and not name.startswith("_"):
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-                fix = f"did you mean {near[0]}?" if near else f"remove it; the fields are {', '.join(known)}."
-                raise ValueError(f"{self.model_type} config: unknown field {name} (value {value!r}): {fix}")
         for name, value in own.items():
             setattr(self, name, value)
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
-        super().__init__(**standard)
+        known = [*own, "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"]
+        kept = {name: value for name, value in standard.items() if not self._is_settled(name, value, known)}
         if own:
-            self._complete()
+            self._complete()  # first, so that a mistake is named here and not by a failure of transformers
+        for name, value in standard.items():
+            self._check_alias(name, value)
+        super().__init__(**kept)
+
+    def _is_settled(self, name: str, value: Any, known: list[str]) -> bool:
+        """Return whether a field that is not the class's own need not be kept; refuse it if it is a mistake."""
+        if name in _STANDARD or name in _TRAINING or name.startswith("_"):
+            return False
+        if self._real_name(name) is not None or value is None:
+            return True
+        only = _ONLY | dict(self.only)
+        if name in only:
+            if value in only[name]:
+                return True
+            allowed = " or ".join(map(repr, only[name]))
+            raise ValueError(f"{self.model_type} config: {name} is {value!r}: only {allowed} is supported.")
+        if value is False:
+            return True
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        fix = f"did you mean {near[0]}?" if near else f"remove it; the fields are {', '.join(known)}."
+        raise ValueError(f"{self.model_type} config: unknown field {name} (value {value!r}): {fix}")
+
+    def _real_name(self, name: str) -> str | None:
+        return (self.attribute_map | dict(self.aliases)).get(name)
+
+    def _check_alias(self, name: str, value: Any) -> None:
+        real = self._real_name(name)
+        if real is None or value is None or value == getattr(self, real):
+            return
+        found = f"{self.model_type} config: {name} is {value!r}"
+        if real == name:
+            raise ValueError(f"{found}, but it follows from others and is {getattr(self, real)!r}: leave it out.")
+        raise ValueError(
+            f"{found}, but {real}, another name for the same, is {getattr(self, real)!r}: give {real} alone."
+        )
 
     def _complete(self) -> None:
         """Check the fields and set those that follow from them. Subclasses override this; here it does nothing."""
@@ -69,4 +111,17 @@ def _standard_fields() -> frozenset[str]:
     return frozenset(now | generation | set(other.split()))
 
 
+def _names_of_training() -> list[str]:
+    names = """
+        attention_dropout attn_pdrop dropout embd_pdrop fuse_cross_entropy fuse_linear_cross_entropy fuse_norm
+        fuse_swiglu gradient_checkpointing hidden_dropout initializer_range resid_pdrop rescale_layer use_cache
+        use_l2warp
+    """
+    return names.split()
+
+
 _STANDARD = _standard_fields()
+_ONLY: dict[str, tuple[Any, ...]] = {"is_causal": (True,)}
+"""What all our models do."""
+_TRAINING = frozenset(_names_of_training())
+"""Fields of training and of kernels, which do not change what a model computes."""

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from tests.support.checkpoints import FIXED_GATE, PRO, VARIANTS, make_config
 from vllm_fox.families.fox.architecture import Architecture
 from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
+from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
 from vllm_fox.registration import register_configs
 
 
@@ -106,9 +107,27 @@ def test_fields_of_older_transformers_are_no_mistake(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path).num_heads == 32
 
 
+def test_fields_that_change_nothing_are_no_mistake() -> None:
+    """What a training writes, other names that agree, and unknown fields that ask for nothing."""
+    config = FoxConfig(dropout=0.1, num_attention_heads=32, head_dim=64, num_key_value_heads=32, of_tomorrow=False)
+    assert (config.num_heads, config.head_dim) == (32, 64)
+    sparse = SparseGPT2Config(n_positions=1024, max_position_embeddings=1024, attn_pdrop=0.1, n_inner=None)
+    assert sparse.block_size == 1024
+    others = {"n_positions": 2048, "activation_function": "relu", "scale_attn_weights": False, "n_inner": 5}
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=name):
+            SparseGPT2Config(**{name: value})
+
+
 OFFICIAL_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"hiden_size": 64}, "hiden_size", "did you mean hidden_size"),
     ({"sliding_window": 64}, "sliding_window", "unknown field"),
+    ({"head_dim": 128}, "head_dim is 128", "follows from others and is 64"),
+    ({"num_attention_heads": 16}, "num_attention_heads is 16", "give num_heads alone"),
+    ({"is_causal": False}, "is_causal is False", "only True"),
+    ({"num_heads": 0}, "num_heads is 0", "positive integer"),
+    ({"hidden_size": None}, "hidden_size is None", "positive integer"),
+    ({"vocab_size": "x"}, "vocab_size is 'x'", "positive integer"),
     ({"vocab_size": 0}, "vocab_size", "positive integer"),
     ({"num_hidden_layers": "12"}, "num_hidden_layers", "'12'"),
     ({"max_position_embeddings": None}, "max_position_embeddings", "positive integer"),

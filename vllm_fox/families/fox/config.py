@@ -14,6 +14,7 @@ class _ForgettingTransformerConfig(StrictConfig):
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
+    aliases: ClassVar[dict[str, str]] = {"num_key_value_heads": "num_key_value_heads", "head_dim": "head_dim"}
 
     if TYPE_CHECKING:  # set from ``own``; transformers makes dataclass fields of annotations that it sees
         hidden_size: int

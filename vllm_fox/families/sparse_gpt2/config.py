@@ -28,6 +28,13 @@ class SparseGPT2Config(StrictConfig):
         "max_position_embeddings": "block_size",
     }
 
+    aliases: ClassVar[dict[str, str]] = {"n_positions": "block_size", "n_ctx": "block_size"}
+    only: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+    }
+
     if TYPE_CHECKING:
         n_layer: int
         n_head: int
