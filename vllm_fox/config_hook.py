@@ -10,6 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from .family import Family
+from .refusals import check_overrides, unsupported_environment, unsupported_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,14 +41,16 @@ class PagedConfigHook(VerifyAndUpdateConfig):
         """Check the engine's configuration and complete it. vLLM calls this before it loads anything."""
         family = cls.family
         settings = family.settings.from_vllm_config(vllm_config)
+        check_overrides(vllm_config)
         refusals = [
-            *_unsupported(vllm_config),
+            *unsupported_options(vllm_config),
+            *unsupported_environment(vllm_config),
             _unsupported_dtype(vllm_config, family.float8_pages),
             *family.refusals(vllm_config),
         ]
         for found, what in refusals:
             if found:
-                raise ValueError(f"{family.name} do not support {what} in vllm-fox yet: leave it out.")
+                raise ValueError(f"In vllm-fox, {family.name} do not support {what}: leave it out.")
         _check_ranks(vllm_config)
         _set_page_size(vllm_config, settings.page_size or family.page_size, family.name)
         # The connector carries page-table changes to the workers, and reports of dead pages back.
@@ -63,19 +66,6 @@ class PagedConfigHook(VerifyAndUpdateConfig):
 def config_hook_of(family: Family) -> type[PagedConfigHook]:
     """Make the hook class that vLLM calls for a family's models."""
     return type("FamilyConfigHook", (PagedConfigHook,), {"family": family})
-
-
-def _unsupported(vllm_config: VllmConfig) -> list[tuple[object, str]]:
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    return [
-        (vllm_config.speculative_config, "speculative decoding (--speculative-config)"),
-        (vllm_config.lora_config, "LoRA (--enable-lora)"),
-        (vllm_config.kv_transfer_config, "a KV connector (--kv-transfer-config)"),
-        (vllm_config.quant_config, "quantised weights (--quantization)"),
-        (cache.kv_offloading_size, "KV offloading (--kv-offloading-size)"),
-        (parallel.decode_context_parallel_size > 1, "context parallelism (--decode-context-parallel-size)"),
-        (parallel.prefill_context_parallel_size > 1, "context parallelism (--prefill-context-parallel-size)"),
-    ]
 
 
 def _check_ranks(vllm_config: VllmConfig) -> None:
@@ -94,7 +84,9 @@ def _check_ranks(vllm_config: VllmConfig) -> None:
 
 
 def _unsupported_dtype(vllm_config: VllmConfig, float8_pages: bool) -> tuple[object, str]:
-    allowed = ["auto", str(vllm_config.model_config.dtype).removeprefix("torch.")]
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    # vLLM has no name for float32 here.
+    allowed = ["auto"] if dtype == "float32" else ["auto", dtype]
     if float8_pages and (not current_platform.is_cuda() or current_platform.has_device_capability(89)):
         allowed += ["fp8", "fp8_e4m3"]
     found = vllm_config.cache_config.cache_dtype

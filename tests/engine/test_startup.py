@@ -9,33 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import EngineArgs
-from vllm.config import KVTransferConfig, VllmConfig
-from vllm.plugins import load_general_plugins
 
-from benchmarks.engines import engine, manager
-from tests.support.checkpoints import make_checkpoint, save_sparse_gpt2
+from benchmarks.engines import engine, generate, greedy, manager, source_tokens
+from tests.support.checkpoints import PRO, make_checkpoint, save_sparse_gpt2
+from tests.support.startup import configure, refused
 from vllm_fox.compat import check_vllm_version
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("startup"), qk_norm=True)
-
-
-def configure(model: Path, fox: Any = None, **options: Any) -> VllmConfig:
-    """All that happens at start-up before a model is loaded."""
-    load_general_plugins()
-    additional = {} if fox is None else {"additional_config": {"fox": fox}}
-    options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, **additional, **options}
-    return EngineArgs(model=str(model), **options).create_engine_config()
-
-
-def refused(model: Path, fox: Any = None, **options: Any) -> str:
-    """The message of the ValueError that starting must end in."""
-    with pytest.raises(ValueError) as caught:
-        configure(model, fox, **options)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -56,25 +39,6 @@ def refused(model: Path, fox: Any = None, **options: Any) -> str:
 )
 def test_bad_settings(tiny: Path, fox: Any, message: str) -> None:
     assert message in refused(tiny, fox)
-
-
-@pytest.mark.parametrize(
-    "options, what",
-    [
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
-        ({"enable_lora": True}, "--enable-lora"),
-        (
-            {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
-            "--kv-transfer-config",
-        ),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2"),
-        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
-    ],
-)
-def test_unsupported_features(tiny: Path, options: dict[str, Any], what: str) -> None:
-    message = refused(tiny, **options)
-    assert "Forgetting Transformers do not support" in message
-    assert what in message and "leave it out" in message
 
 
 def test_block_size_is_ours(tiny: Path) -> None:
@@ -143,7 +107,7 @@ def test_sparse_gpt2_is_set_up_like_the_rest(sparse: Path) -> None:
 @pytest.mark.parametrize(
     "fox, options, what",
     [
-        (None, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 (but auto, float32)"),
+        (None, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 (but auto)"),
         (None, {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "--pipeline-parallel-size 2"),
     ],
 )
@@ -181,6 +145,22 @@ def test_pages_travel_through_our_connector(tiny: Path) -> None:
     assert config.kv_transfer_config is not None
     assert config.kv_transfer_config.kv_connector == "FoxPageConnector"
     assert "vllm_fox::paged_attention" in (config.compilation_config.splitting_ops or [])
+
+
+def test_float8_pages(tmp_path: Path) -> None:
+    """Also on a CPU. A number has 3 bits after its first, and what that costs averages out over a text."""
+    found = {}
+    for kind in ("auto", "fp8"):
+        with engine(
+            make_checkpoint(tmp_path, **PRO), dtype="bfloat16", max_model_len=512, kv_cache_dtype=kind
+        ) as llm:
+            tokens = source_tokens(llm, 400)
+            (out,) = generate(llm, [tokens], greedy(1, prompt_logprobs=0))
+            given = [at[token].logprob for at, token in zip(out.prompt_logprobs[1:], tokens[1:], strict=True)]
+            found[kind] = sum(given) / len(given), manager(llm).kv_cache_spec.page_format.page_bytes
+    (plain, whole), (rounded, half) = found["auto"], found["fp8"]
+    assert rounded == pytest.approx(plain, abs=0.02) and rounded != plain
+    assert half < 0.56 * whole
 
 
 @pytest.mark.parametrize(

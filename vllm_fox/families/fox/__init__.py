@@ -1,10 +1,30 @@
 """Forgetting Transformers (FoX, arXiv 2503.02130), of both checkpoint dialects."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 from vllm_fox.family import Family
 
+from .architecture import Architecture
 from .config import FlaForgettingTransformerConfig, FoxConfig
 from .settings import FoxSettings
 from .tokenizer import register_tokenizer
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def _refusals(vllm_config: VllmConfig) -> Iterable[tuple[object, str]]:
+    from vllm import envs
+
+    model, precision = vllm_config.model_config, envs.VLLM_FLOAT32_MATMUL_PRECISION
+    # A product of rounded factors can be larger than the bound that follows from the projections' weights.
+    bounded_by_weights = Architecture.from_config(model.hf_config).qk_norm == "none"
+    rounded = precision != "highest" and str(model.dtype) == "torch.float32" and bounded_by_weights
+    yield rounded, f"rounded float32 products without QK-norm (VLLM_FLOAT32_MATMUL_PRECISION={precision})"
+
 
 FOX = Family(
     name="Forgetting Transformers",
@@ -20,5 +40,6 @@ FOX = Family(
     page_size=64,
     settings=FoxSettings,
     float8_pages=True,
+    refusals=_refusals,
     prepare=register_tokenizer,
 )

@@ -17,6 +17,8 @@ def _refusals(vllm_config: VllmConfig) -> Iterable[tuple[object, str]]:
     stages = vllm_config.parallel_config.pipeline_parallel_size
     # A layer needs to know what the layers below it drop.
     yield stages > 1, f"pipeline stages (--pipeline-parallel-size {stages})"
+    length, table = vllm_config.model_config.max_model_len, vllm_config.model_config.hf_config.block_size
+    yield length > table, f"--max-model-len {length} (but up to {table}, the length of their table of positions)"
 
 
 SPARSE_GPT2 = Family(

@@ -1,0 +1,129 @@
+"""What vLLM offers and no family of the plugin's models does: it would be ignored, or give wrong answers.
+
+docs/vllm_features.md lists all of vLLM's switches, with those that work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vllm import envs
+from vllm.distributed.kv_transfer import has_kv_transfer_group
+from vllm.platforms import current_platform
+
+from .strict_config import StrictConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PAGE_LAYOUT = "BLHNC"
+"""vLLM's name of the only layout in which the whole KV cache is one array of pages."""
+
+Refusals = Iterator[tuple[object, str]]
+"""Pairs: whether the feature is asked for (any true value), and its name, for "NAME do not support WHAT"."""
+
+
+def unsupported_options(vllm_config: VllmConfig) -> Refusals:
+    """Yield what the engine's arguments ask for in vain."""
+    yield from _features(vllm_config)
+    yield from _kv_cache(vllm_config)
+    yield from _attention(vllm_config)
+    yield from _batches(vllm_config)
+
+
+def _features(vllm_config: VllmConfig) -> Refusals:
+    model, cache, offload = vllm_config.model_config, vllm_config.cache_config, vllm_config.offload_config
+    yield vllm_config.speculative_config, "speculative decoding (--speculative-config)"
+    yield vllm_config.diffusion_config, "generation by diffusion (--diffusion-config)"
+    yield vllm_config.lora_config, "LoRA (--enable-lora)"
+    yield (
+        model.convert_type == "classify",
+        "classification (--convert classify), as no weights are loaded for it",
+    )
+    # vLLM makes its quant_config only after this.
+    yield model.quantization, f"quantised weights (--quantization {model.quantization})"
+    yield model.quantization_config, "quantised weights (--quantization-config)"
+    yield vllm_config.aux_output_config.enabled, "routed experts (--enable-return-routed-experts)"
+    yield vllm_config.kv_transfer_config, "a KV connector (--kv-transfer-config)"
+    yield cache.kv_offloading_size, f"KV offloading (--kv-offloading-size {cache.kv_offloading_size})"
+    # vLLM offloads layers that its make_layers has made, and the kernels keep references to weights.
+    gib, group = offload.uva.cpu_offload_gb, offload.prefetch.offload_group_size
+    yield gib, f"weights in CPU memory (--cpu-offload-gb {gib:g})"
+    yield group, f"weights in CPU memory (--offload-group-size {group})"
+
+
+def _kv_cache(vllm_config: VllmConfig) -> Refusals:
+    cache, events, shown = vllm_config.cache_config, vllm_config.kv_events_config, vllm_config.observability_config
+    skipped = cache.cache_dtype.startswith("fp8") and cache.kv_cache_dtype_skip_layers
+    yield skipped, f"layers without float8 pages (--kv-cache-dtype-skip-layers {' '.join(skipped or [])})"
+    yield (
+        events is not None and events.enable_kv_cache_events,
+        "KV events (enable_kv_cache_events in --kv-events-config), since no block is cached",
+    )
+    yield shown.kv_cache_metrics, "residency of blocks (--kv-cache-metrics), since their pages are no blocks"
+    yield shown.enable_mfu_metrics, "estimates of work (--enable-mfu-metrics), since they count what is forgotten"
+    mode = cache.mamba_cache_mode
+    yield mode != "none", f"states of Mamba layers (--mamba-cache-mode {mode})"
+    for name in ("prefix_match_unit", "prefix_cache_retention_interval"):
+        tokens = getattr(cache, name)
+        yield tokens, f"cached prefixes (--{name.replace('_', '-')} {tokens})"
+
+
+def _attention(vllm_config: VllmConfig) -> Refusals:
+    attention, parallel = vllm_config.attention_config, vllm_config.parallel_config
+    backend = attention.backend.name if attention.backend else None
+    yield backend, f"an attention backend other than their own (--attention-backend {backend})"
+    kinds = ", ".join(f"{kind}: {chosen.name}" for kind, chosen in attention.backend_per_kind.items())
+    yield kinds, f"attention backends other than their own (backend_per_kind {{{kinds}}} in --attention-config)"
+    yield attention.use_non_causal, "attention to later tokens (use_non_causal in --attention-config)"
+    passes = vllm_config.compilation_config.pass_config
+    yield passes.fuse_attn_quant, "fusion of attention with quantisation (fuse_attn_quant in --compilation-config)"
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, name)
+        yield size > 1, f"context parallelism (--{name.replace('_', '-')} {size})"
+
+
+def _batches(vllm_config: VllmConfig) -> Refusals:
+    parallel = vllm_config.parallel_config
+    # The layers of a worker share the state of one step.
+    yield parallel.enable_dbo, "two half batches at once (--enable-dbo)"
+    yield parallel.ubatch_size > 1, f"parts of a batch at once (--ubatch-size {parallel.ubatch_size})"
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    # Every rank has a scheduler of its own there, which hears of no other rank's dead pages.
+    external = ranks > 1 and parallel.distributed_executor_backend == "external_launcher"
+    yield external, f"{ranks} ranks under --distributed-executor-backend external_launcher"
+
+
+def unsupported_environment(vllm_config: VllmConfig) -> Refusals:
+    """Yield what environment variables ask for in vain."""
+    # vLLM has one connector in a process: the second engine's layers would never get a page table.
+    yield has_kv_transfer_group(), "a second engine in one process (VLLM_ENABLE_V1_MULTIPROCESSING=0)"
+    yield envs.VLLM_BATCH_INVARIANT, "batch invariance (VLLM_BATCH_INVARIANT=1)"
+    # Such graphs are interrupted at vLLM's own attention only, and would hold what one prompt needed.
+    yield envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH=1)"
+    layout = envs.VLLM_KV_CACHE_LAYOUT
+    yield layout not in (None, PAGE_LAYOUT), f"another layout of the KV cache (VLLM_KV_CACHE_LAYOUT={layout})"
+    # Under vLLM's own allocator for sleeping these segments are off where the KV cache is.
+    if not vllm_config.model_config.enable_cumem_allocator:
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            value = os.environ.get(name, "")
+            # The first vLLM itself refuses on every platform, as it does for all models with a KV connector.
+            matters = name == "PYTORCH_CUDA_ALLOC_CONF" or current_platform.is_cuda()
+            expandable = "expandable_segments:true" in value.replace(" ", "").lower()
+            yield matters and expandable, f"expandable segments of GPU memory ({name}={value})"
+
+
+def check_overrides(vllm_config: VllmConfig) -> None:
+    """Check the model's config with ``--hf-overrides``, which vLLM writes into it past the config's own checks.
+
+    Raises:
+        ValueError: an override is no field of the config, or its value is not allowed.
+    """
+    model = vllm_config.model_config
+    if model.hf_overrides and isinstance(model.hf_config, StrictConfig):
+        try:
+            type(model.hf_config)(**model.hf_config.to_dict())
+        except ValueError as error:
+            raise ValueError(f"--hf-overrides: {error}") from None
