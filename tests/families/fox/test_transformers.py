@@ -105,12 +105,16 @@ def test_cache_lets_go_of_what_all_heads_forgot(tmp_path: Path) -> None:
     assert cache.get_seq_length() == 1540
 
 
-def test_padded_prompts_answer_as_alone(pro: Any) -> None:
-    """Left padding, as batched generation has it; beams move the cache's rows."""
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_answer_as_alone(pro: Any, side: str) -> None:
+    """From a cache that lets go of keys; beams move its rows."""
     prompts = [tokens(70, seed=1), tokens(200, seed=2), tokens(5, seed=3)]
     longest = max(map(len, prompts))
-    ids = torch.stack([torch.nn.functional.pad(one, (longest - len(one), 0)) for one in prompts])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones(len(one)), (longest - len(one), 0)) for one in prompts])
+    gaps = [(longest - len(one), 0) if side == "left" else (0, longest - len(one)) for one in prompts]
+    ids = torch.stack([torch.nn.functional.pad(one, gap) for one, gap in zip(prompts, gaps, strict=True)])
+    mask = torch.stack(
+        [torch.nn.functional.pad(torch.ones(len(p)), gap) for p, gap in zip(prompts, gaps, strict=True)]
+    )
     for options in ({"do_sample": False}, {"num_beams": 3}):
         options = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0, **options}
         together = pro.generate(ids, attention_mask=mask.long(), **options)

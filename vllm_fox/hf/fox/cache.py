@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 DROP = 64
@@ -17,7 +18,7 @@ DROP = 64
 
 
 class ForgettingLayer(CacheLayerMixin):
-    """One layer's cache of B sequences, padded on the left to the same length.
+    """One layer's cache of B sequences, with padding anywhere.
 
     Args:
         threshold: [H] value of D_ij below which key j is negligible for query i and all later ones; -inf keeps all
@@ -33,22 +34,26 @@ class ForgettingLayer(CacheLayerMixin):
         self.length = 0
 
     def fill(
-        self, k: torch.Tensor, v: torch.Tensor, log_forget: torch.Tensor, last: tuple[torch.Tensor, torch.Tensor]
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_forget: torch.Tensor,
+        real: torch.Tensor | None,
+        last: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
         """Store prompts.
 
         Args:
-            k, v: [B, T, KV heads, d] as attention reads them.
-            log_forget: [B, T, H]; -inf at padding, which is on the left.
+            k, v: [B, T, KV heads, d] as attention reads them, and any numbers at padding.
+            log_forget: [B, T, H], and any numbers at padding.
+            real: [B, T] bool, False at padding; None if there is none.
             last: k and v of the last tokens as they were projected, [B, KV heads, d].
         """
         self.keys, self.values = k.transpose(1, 2), v.transpose(1, 2)
-        # c_t is the sum of all log gates up to t. For padding it is +inf, so that D is -inf there.
-        padding = torch.isneginf(log_forget)
-        c = log_forget.double().masked_fill(padding, 0.0).cumsum(1).masked_fill(padding, torch.inf)
-        self.c, self.last = c.transpose(1, 2), last
+        now, c = self._sums(log_forget, real)
+        self.c, self.now, self.last = c, now[:, :, -1], last
         self.length, self.is_initialized = k.shape[1], True
-        self._drop()
+        self._drop(self.now)
 
     def attend(
         self,
@@ -56,39 +61,59 @@ class ForgettingLayer(CacheLayerMixin):
         k: torch.Tensor,
         v: torch.Tensor,
         log_forget: torch.Tensor,
+        real: torch.Tensor | None,
         last: tuple[torch.Tensor, torch.Tensor],
         scale: float,
     ) -> torch.Tensor:
         """Append new tokens, and map their q [B, T, H, d] to the attention output [B, T, H, d].
 
-        The other arguments are as in :meth:`fill`; ``scale`` is the factor of the logits.
+        The output at padding is arbitrary. The other arguments are as in :meth:`fill`; ``scale`` is the factor of
+        the logits.
         """
         assert self.keys is not None and self.values is not None
-        batch, new, heads, dim = q.shape
-        c = self.c[:, :, -1:] + log_forget.double().transpose(1, 2).cumsum(-1)
+        new = q.shape[1]
+        now, c = self._sums(log_forget, real)
+        now, c = now + self.now[:, :, None], c + self.now[:, :, None]
+        self._drop(now[:, :, 0])
         self.keys = torch.cat((self.keys, k.transpose(1, 2)), 2)
         self.values = torch.cat((self.values, v.transpose(1, 2)), 2)
-        self.c, self.last, self.length = torch.cat((self.c, c), 2), last, self.length + new
-        self._drop(new)
+        self.c, self.now, self.last, self.length = torch.cat((self.c, c), 2), now[:, :, -1], last, self.length + new
         held = self.keys.shape[2]
-        decay = c[:, :, :, None] - self.c[:, :, None, :]  # [B, H, new, held]
+        decay = now[:, :, :, None] - self.c[:, :, None, :]  # [B, H, new, held]
         position = torch.arange(held, device=q.device)
         unseen = (position[held - new :, None] < position) | (decay < self.threshold[:, None, None])
         by_group = q.transpose(1, 2).unflatten(1, (k.shape[2], -1))  # [B, KV heads, G, new, d]
-        logits = scale * (by_group @ self.keys.transpose(2, 3)[:, :, None]).flatten(1, 2).float() + decay.float()
+        products = (by_group @ self.keys.transpose(2, 3)[:, :, None]).flatten(1, 2)
+        wide = torch.promote_types(products.dtype, torch.float32)
+        logits = scale * products.to(wide) + decay.to(wide)
         weights = logits.masked_fill(unseen, -torch.inf).softmax(-1).to(v.dtype)
         out = weights.unflatten(1, (k.shape[2], -1)) @ self.values[:, :, None]
         return out.flatten(1, 2).transpose(1, 2)
 
-    def _drop(self, new: int = 1) -> None:
-        """Drop the tokens that the first of ``new`` queries, and so all later ones, have forgotten in all heads."""
+    @staticmethod
+    def _sums(log_forget: torch.Tensor, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return c_t, the sum of all log gates up to t, as queries and as keys have it: [B, H, T] float64.
+
+        As a key, padding has +inf, so that D is -inf there.
+        """
+        wide = log_forget.double().transpose(1, 2)
+        if real is None:
+            now = wide.cumsum(-1)
+            return now, now
+        now = wide.masked_fill(~real[:, None], 0.0).cumsum(-1)
+        return now, now.masked_fill(~real[:, None], torch.inf)
+
+    def _drop(self, now: torch.Tensor) -> None:
+        """Drop the tokens that a query whose sum of log gates is ``now`` [B, H], and so all later ones, forgot."""
         assert self.keys is not None and self.values is not None
-        query = self.c[:, :, self.c.shape[2] - new, None]
-        dead = (query - self.c < self.threshold[:, None]).all(1).all(0)
-        count = int(dead.int().argmin()) // DROP * DROP
+        dead = (now[:, :, None] - self.c < self.threshold[:, None]).all(1).all(0)
+        count = int(F.pad(dead, (0, 1)).int().argmin()) // DROP * DROP
         if count:
             # These are copies, because views would keep what was dropped in memory.
             self.keys, self.values, self.c = (x[:, :, count:].clone() for x in (self.keys, self.values, self.c))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("ForgettingLayer.crop: earlier queries would need keys that were dropped.")
 
     def get_seq_length(self) -> int:
         """Return the number of tokens so far, dropped ones included."""
@@ -102,13 +127,12 @@ class ForgettingLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these sequences, in this order."""
-        assert self.keys is not None and self.values is not None
-        self.keys, self.values, self.c = self.keys[indices], self.values[indices], self.c[indices]
+        if self.keys is None or self.values is None:
+            return
+        indices = indices.to(self.keys.device)
+        self.keys, self.values = self.keys[indices], self.values[indices]
+        self.c, self.now = self.c[indices], self.now[indices]
         self.last = (self.last[0][indices], self.last[1][indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        assert self.keys is not None
-        self.batch_select_indices(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -135,6 +159,8 @@ class ForgettingCache(Cache):
         super().__init__(layers=[ForgettingLayer(threshold) for threshold in thresholds])
         # [B] number of tokens of each sequence so far, without padding: the position for RoPE.
         self.positions: torch.Tensor | None = None
+        # [B, hidden] the model's output for the newest token of each sequence.
+        self.newest: torch.Tensor | None = None
 
     def layer(self, index: int) -> ForgettingLayer:
         """Return one layer's part of the cache."""
@@ -150,13 +176,14 @@ class ForgettingCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.positions is not None:
-            self.positions = self.positions[indices]
+        if self.positions is not None and self.newest is not None:
+            indices = indices.to(self.positions.device)
+            self.positions, self.newest = self.positions[indices], self.newest[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
         if self.positions is not None:
-            self.positions = self.positions.repeat_interleave(repeats)
+            rows = torch.arange(len(self.positions), device=self.positions.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -21,8 +21,13 @@ def live_shares(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         [layers, heads] float64 on the CPU, each 0 to 1.
 
     Raises:
-        ValueError: the model's config has no ``log_pruning_tolerance``, so nothing would be pruned.
+        ValueError: the model's config has no ``log_pruning_tolerance``, so nothing would be pruned; or there is not
+            just one text.
     """
+    if input_ids.dim() != 2 or len(input_ids) != 1:
+        raise ValueError(
+            f"live_shares: input_ids is {list(input_ids.shape)}: it must be [1, T], one text at a time."
+        )
     blocks = [module for module in model.modules() if isinstance(module, ForgettingTransformerBlock)]
     if blocks[0].attn.arch.log_pruning_tolerance is None:
         raise ValueError("live_shares: the config's log_pruning_tolerance is null: give one, such as -10.")

@@ -7,70 +7,29 @@ Between the embeddings and the head, all tokens of a batch form one line: sequen
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple, logging
 
 from vllm_fox.families.fox.architecture import OFFICIAL, Architecture
 from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, with_rounding
 from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
+from vllm_fox.hf.generation import PackingGenerationMixin
+from vllm_fox.hf.inputs import kept_positions, tokens_of, wants_hidden_states
+from vllm_fox.hf.line import Line
 from vllm_fox.kernels import forgetting_attention
 from vllm_fox.kernels.acp import pruning_threshold
 from vllm_fox.kernels.rope import rotate
 
 from .cache import ForgettingCache
 
-
-@dataclass
-class Line:
-    """Layout of B sequences of T tokens, of which some may be padding, as one line of N tokens.
-
-    Attributes:
-        batch, length: B and T.
-        cu_seqlens: [S + 1] int32: where each of the S sequences begins in the line, and then N.
-        positions: [N] position of each token in its sequence.
-        where: [N] index of each token in the flattened [B * T]; None if nothing is padding.
-    """
-
-    batch: int
-    length: int
-    cu_seqlens: torch.Tensor
-    positions: torch.Tensor
-    where: torch.Tensor | None
-
-    @classmethod
-    def of(
-        cls, batch: int, length: int, device: torch.device, mask: torch.Tensor | None, packed: torch.Tensor | None
-    ) -> Line:
-        """Make the layout from an attention mask [B, T] (0: padding), or the bounds of sequences in one row."""
-        where = None
-        bounds = torch.arange(batch + 1, device=device) * length if packed is None else packed.to(device)
-        if mask is not None and packed is None and not bool(mask.all()):
-            where = mask.flatten().nonzero().squeeze(1)
-            bounds = F.pad(mask.sum(1).cumsum(0), (1, 0))
-        tokens = batch * length if where is None else len(where)
-        counts = bounds.diff()
-        starts = bounds[:-1].repeat_interleave(counts, output_size=tokens)
-        return cls(batch, length, bounds.int(), torch.arange(tokens, device=device) - starts, where)
-
-    def pack(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [B, T, ...] to [N, ...]."""
-        flat = x.flatten(0, 1)
-        return flat if self.where is None else flat[self.where]
-
-    def unpack(self, x: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
-        """Map x [N, ...] to [B, T, ...], with the value ``padding`` at padding."""
-        if self.where is not None:
-            full = x.new_full((self.batch * self.length, *x.shape[1:]), padding)
-            full[self.where] = x
-            x = full
-        return x.unflatten(0, (self.batch, self.length))
+logger = logging.get_logger(__name__)
 
 
 class RMSNorm(nn.Module):
@@ -167,7 +126,7 @@ class ForgettingSelfAttention(nn.Module):
         log_forget = self.log_forget(x)
         if past is not None:
             q, k, v, log_forget = (line.unpack(y) for y in (q, k, v, log_forget))
-            out = line.pack(past.attend(q, k, v, log_forget, (last_k, last_v), dim**-0.5))
+            out = line.pack(past.attend(q, k, v, log_forget, line.real(), (last_k, last_v), dim**-0.5))
         else:
             tolerance = arch.log_pruning_tolerance
             out = forgetting_attention(
@@ -176,7 +135,8 @@ class ForgettingSelfAttention(nn.Module):
                 log_pruning_tolerance=tolerance or 0.0,
             )[0]  # fmt: skip
             if layer is not None:
-                layer.fill(line.unpack(k), line.unpack(v), line.unpack(log_forget, -torch.inf), (last_k, last_v))
+                k, v, log_forget = (line.unpack(y) for y in (k, v, log_forget))
+                layer.fill(k, v, log_forget, line.real(), (last_k, last_v))
         return self.o_proj(self._gated(out, x))
 
     def _shifted(
@@ -190,22 +150,17 @@ class ForgettingSelfAttention(nn.Module):
         Returns:
             The projection, and what the next token's shift needs as ``last``.
         """
-        shifted = isinstance(projection, ShiftedLinear)
         y = (projection.linear if isinstance(projection, ShiftedLinear) else projection)(x)
         y = y.unflatten(-1, (-1, self.arch.head_dim))
-        ends = line.cu_seqlens[1:].long() - 1
-        if not shifted:
-            return y, y[ends]
+        newest = line.newest(y, last)
+        if not isinstance(projection, ShiftedLinear):
+            return y, newest
+        first = (line.offsets == 0)[:, None, None]
         before = F.pad(y[:-1], (0, 0, 0, 0, 1, 0))
-        starts = line.cu_seqlens[:-1].long()
-        if last is None:
-            before = torch.where((line.positions == 0)[:, None, None], 0.0, before)
-        else:
-            before = before.index_copy(0, starts, last.to(before.dtype))
-        assert isinstance(projection, ShiftedLinear)
+        before = torch.where(first, 0.0 if last is None else last.to(y.dtype)[line.sequence], before)
         # Where a is close to 1, half precision would leave few digits of 1 - a.
         a = projection.shift_proj(x).to(torch.promote_types(y.dtype, torch.float32)).sigmoid()[..., None]
-        return (a * before + (1 - a) * y).to(y.dtype), y[ends]
+        return (a * before + (1 - a) * y).to(y.dtype), newest
 
     def log_forget(self, x: torch.Tensor) -> torch.Tensor:
         """Map normed x [N, hidden] to log f [N, H] in float32 or wider."""
@@ -294,9 +249,11 @@ class ForgettingTransformerBlock(GradientCheckpointingLayer):
 class ForgettingPreTrainedModel(PreTrainedModel):
     """The base class of the FoX models for transformers."""
 
+    config_class: type[PretrainedConfig] = FoxConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ForgettingTransformerBlock"]  # noqa: RUF012 (as transformers declares them)
+    _is_stateful = True  # generation cannot go back to an earlier token, which assistants need
     _keys_to_ignore_on_load_unexpected = [r"rotary\.inv_freq$"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -344,58 +301,124 @@ class ForgettingTransformerModel(ForgettingPreTrainedModel):
         blocks = [block for block in self.layers if isinstance(block, ForgettingTransformerBlock)]
         return ForgettingCache([block.attn.threshold(block.attn_norm.weight) for block in blocks])
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: ForgettingCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache_position: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-        **unused: Any,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Compute the hidden states of the last layer.
 
+        What is said of :meth:`.Line.of` holds for the layout's arguments. ``return_dict=False`` gives a tuple.
+
         Args:
             input_ids: [B, T]; give either these or ``inputs_embeds`` [B, T, hidden].
-            attention_mask: [B, T] (with a cache, T includes the cached tokens), 0 at padding. Padding may be on
-                either side, but must be on the left if there is a cache.
-            past_key_values: cache that an earlier call returned; ``use_cache`` makes one.
-            cu_seqlens: [S + 1] bounds of sequences packed into one row (B = 1); no attention crosses them.
+            attention_mask: [B, T] (with a cache, T includes the cached tokens), 0 at padding, which may be
+                anywhere. The hidden states of padding are those of the token before it, or 0 if there is none.
+            position_ids: [B, T] number of each token in its sequence. Where it is 0 a sequence begins, and no
+                attention crosses such a border.
+            past_key_values: cache that an earlier call returned.
+            use_cache: whether to make a cache. If this is None, the config says so, but there is none in training
+                and for packed sequences.
+            output_attentions: only False is supported.
+            output_hidden_states: whether to return the hidden states before each layer as well, and those returned.
+            cu_seqlens: [S + 1] bounds of sequences packed into one row (B = 1). FlashAttention's ``cu_seq_lens_q``
+                and ``cu_seq_lens_k`` with ``max_length_q`` and ``max_length_k``, and ``seq_idx`` [1, T], say the
+                same.
+
+        Raises:
+            ValueError: an argument is none of this, or contradicts another; the message names it.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("ForgettingTransformerModel: give either input_ids or inputs_embeds.")
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length = x.shape[:2]
-        cache = past_key_values
-        if cache is None and use_cache and not self.training:
-            cache = self.new_cache()
-        if cache is not None and not isinstance(cache, ForgettingCache):
-            raise ValueError(
-                f"ForgettingTransformerModel: past_key_values is a {type(cache).__name__}: it must be a "
-                "ForgettingCache (model.new_cache(), or leave it out), because gates are cached as well."
-            )
-        begun = cache is not None and cache.get_seq_length() > 0
-        line = Line.of(batch, length, x.device, None if begun else attention_mask, cu_seqlens)
+        tokens = tokens_of(input_ids, inputs_embeds)
+        keep_states = wants_hidden_states(self.config, output_hidden_states, output_attentions)
+        line = Line.of(
+            tokens,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache_position=cache_position,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+            seq_idx=seq_idx,
+            **self.past_of(past_key_values, len(tokens)),
+        )
+        cache = self._cache_for(line, use_cache) if past_key_values is None else past_key_values
         if cache is not None:
-            counts = line.cu_seqlens.diff()
-            if begun:
-                assert cache.positions is not None
-                line.positions = line.positions + cache.positions.repeat_interleave(length)
-                counts = counts + cache.positions
-            cache.positions = counts
-        x = line.pack(x)
+            counts = line.cu_seqlens.diff().long()
+            cache.positions = counts if cache.positions is None else counts + cache.positions
+        x = line.pack(self.embeddings(tokens) if inputs_embeds is None else inputs_embeds)
+        states: list[Any] = []
         for block in self.layers:
+            if keep_states:
+                # The layer computes with what is returned, so that gradients reach it.
+                states.append(line.unpack(x))
+                x = line.pack(states[-1])
             x = block(x, line, cache)
-        hidden: Any = line.unpack(self.norm(x))  # transformers' annotation asks for a FloatTensor
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        hidden: Any = line.unpack(self.norm(x), None if cache is None else cache.newest)
+        if cache is not None:
+            cache.newest = hidden[:, -1].clone()
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=(*states, hidden) if keep_states else None,
+        )
+
+    def past_of(self, cache: object, batch: int) -> dict[str, Any]:
+        """Return what :meth:`.Line.of` needs to know of earlier calls, given the cache that they filled, if any."""
+        if cache is None:
+            return {}
+        if not isinstance(cache, ForgettingCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}: it must be a ForgettingCache (model.new_cache(), or "
+                "leave it out), because gates are cached as well."
+            )
+        if len(cache.layers) != len(self.layers):
+            raise ValueError(f"past_key_values has {len(cache.layers)} layers: the model has {len(self.layers)}.")
+        if self.is_gradient_checkpointing and self.training:
+            raise ValueError("past_key_values is given: gradient checkpointing would add all tokens to it twice.")
+        if cache.positions is not None and len(cache.positions) != batch:
+            raise ValueError(f"past_key_values holds {len(cache.positions)} rows: the input has {batch}.")
+        return {"past": cache.positions, "past_length": cache.get_seq_length()}
+
+    def _cache_for(self, line: Line, use_cache: bool | None) -> ForgettingCache | None:
+        """Make a cache if there is to be one."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not line.packed
+        elif use_cache and line.packed:
+            raise ValueError("use_cache is true: packed sequences cannot be continued, so leave it out.")
+        if use_cache and self.is_gradient_checkpointing and self.training:
+            logger.warning_once("use_cache is true: there is no cache with gradient checkpointing.")
+            use_cache = False
+        return self.new_cache() if use_cache else None
 
 
-class ForgettingTransformerForCausalLM(ForgettingPreTrainedModel, GenerationMixin):
+class FlaForgettingTransformerModel(ForgettingTransformerModel):
+    """The same of flash-linear-attention's dialect."""
+
+    config_class = FlaForgettingTransformerConfig
+
+
+class ForgettingTransformerForCausalLM(ForgettingPreTrainedModel, PackingGenerationMixin):
     """A FoX language model of the official dialect: loads, trains, generates and saves its checkpoints."""
 
-    config_class: type[PretrainedConfig] = FoxConfig
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+    # Trainer looks for a catch-all keyword otherwise.
+    accepts_loss_kwargs = True
 
     def __init__(self, config: FoxConfig | FlaForgettingTransformerConfig) -> None:
         super().__init__(config)
@@ -403,41 +426,84 @@ class ForgettingTransformerForCausalLM(ForgettingPreTrainedModel, GenerationMixi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the model makes its own, which also holds gates
+    def new_cache(self) -> ForgettingCache:
+        """Make an empty cache with this model's thresholds."""
+        return self.model.new_cache()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: ForgettingCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache_position: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-        **kwargs: Any,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
-        """Compute next-token logits [B, T, vocab], and the mean loss if ``labels`` [B, T] are given.
+        """Compute next-token logits [B, T, vocab], and the loss if there are labels.
 
-        Each label is compared with the logits of the token before it, and -100 stands for no label. The other
-        arguments are as in :meth:`ForgettingTransformerModel.forward`.
+        The other arguments are as in :meth:`ForgettingTransformerModel.forward`.
+
+        Args:
+            labels: [B, T]; each is compared with the logits of the token before it in its sequence. -100 stands for
+                no label, and there is none at padding and at a sequence's first token.
+            logits_to_keep: number of positions at the end whose logits are computed (0: all), or an index of them.
+            num_items_in_batch: what the sum of the labels' losses is divided by, instead of their number.
+            shift_labels: [B, T] labels that are compared with the logits at their own place, instead of ``labels``.
         """
+        layout: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache_position": cache_position,
+            "cu_seqlens": cu_seqlens,
+            "cu_seq_lens_q": cu_seq_lens_q,
+            "cu_seq_lens_k": cu_seq_lens_k,
+            "max_length_q": max_length_q,
+            "max_length_k": max_length_k,
+            "seq_idx": seq_idx,
+        }
+        if labels is not None:
+            tokens = tokens_of(input_ids, inputs_embeds)
+            labels = Line.of(tokens, **layout, **self.model.past_of(past_key_values, len(tokens))).labels(labels)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cu_seqlens=cu_seqlens,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **layout,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits: Any = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
         loss = None
-        logits: Any = self.lm_head(outputs.last_hidden_state[:, keep])
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
 
 
 class FlaForgettingTransformerForCausalLM(ForgettingTransformerForCausalLM):
@@ -446,5 +512,6 @@ class FlaForgettingTransformerForCausalLM(ForgettingTransformerForCausalLM):
     config_class = FlaForgettingTransformerConfig
 
 
-# save_pretrained writes this name into config.json, and both dialects name their architecture alike.
+# save_pretrained writes these names into config.json, and both dialects name their architectures alike.
+FlaForgettingTransformerModel.__name__ = ForgettingTransformerModel.__name__
 FlaForgettingTransformerForCausalLM.__name__ = ForgettingTransformerForCausalLM.__name__

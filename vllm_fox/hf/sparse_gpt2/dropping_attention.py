@@ -64,6 +64,46 @@ def dropping_attention(
     return result
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def ragged_dropping_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_int: torch.Tensor,
+    k_int: torch.Tensor,
+    bias: torch.Tensor,
+    before: torch.Tensor | None,
+    alpha: float | SoftStep,
+    *,
+    lengths: list[int],
+    hand_on: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Compute :func:`dropping_attention` of sequences that stand one after the other in one row (B = 1).
+
+    Args:
+        before: [P], the sequences' matrices, flattened and one after the other; P is the sum of the squares of
+            ``lengths``.
+        lengths: number of tokens of each sequence, at least 1.
+
+    Returns:
+        out [1, H, T, d]; log I + before [P], or None; and the mean of I, in which each sequence counts by the pairs
+        of its queries but the last with its keys.
+    """
+    squares = [n * n for n in lengths]
+    below = [None] * len(lengths) if before is None else before.split(squares)
+    parts = zip(*(x.split(lengths, dim=-2) for x in (q, k, v, q_int, k_int)), below, lengths, strict=True)
+    outs, logs, kept = [], [], []
+    for *tensors, one, n in parts:
+        given = None if one is None else one.view(1, n, n)
+        out, own, share = dropping_attention(*tensors, bias, given, alpha, hand_on=hand_on)
+        outs.append(out)
+        kept.append(share * (n * (n - 1)))
+        if own is not None:
+            logs.append(own.flatten())
+    mean = torch.stack(kept).sum() / max(1, sum(n * (n - 1) for n in lengths))
+    return torch.cat(outs, dim=-2), torch.cat(logs) if logs else None, mean
+
+
 class _DroppingAttention(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -7,24 +7,36 @@ for that query and all later ones. For training this step is softened to an alph
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, GPT2LMHeadModel, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.utils import can_return_tuple
 
 from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
+from vllm_fox.hf.generation import PackingGenerationMixin
+from vllm_fox.hf.inputs import kept_positions, tokens_of, wants_hidden_states
+from vllm_fox.hf.line import NO_LABEL, Line
 
 from .alpha_sigmoid import SoftStep, soft_step
-from .dropping_attention import dropping_attention
+from .dropping_attention import dropping_attention, ragged_dropping_attention
 
 INITIAL_BIAS = 5.0
 """Bias of a fresh model's interaction scores, at which nothing is dropped."""
 INITIAL_STD = 0.02
 """Standard deviation of fresh weights, as in GPT-2."""
+
+_AS_GPT2 = {
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
+}  # fmt: skip
+"""What a GPT-2 must have in its config, because the models here compute so."""
 
 
 class _Projection(nn.Linear):
@@ -65,18 +77,24 @@ class SparseSelfAttention(nn.Module):
         return q, k
 
     def forward(
-        self, x: torch.Tensor, alpha: float | SoftStep, before: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        alpha: float | SoftStep,
+        before: torch.Tensor | None,
+        lengths: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Compute attention of normed x [B, T, hidden].
+        """Compute attention of normed x [B, T, hidden]; if ``lengths`` are given, of such sequences in one row.
 
         Returns:
             The output [B, T, hidden]; the layer's log I plus ``before``, or None if layers above do not need it;
-            and the mean of I (see :func:`.dropping_attention.dropping_attention`).
+            and the mean of I (see :mod:`.dropping_attention`).
         """
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.c_attn(x).chunk(3, -1))
-        out, logs, kept = dropping_attention(
-            q, k, v, *self.interaction(x), self.int_bias, before, alpha, hand_on=self.hands_on
-        )
+        inputs = (q, k, v, *self.interaction(x), self.int_bias, before, alpha)
+        if lengths is None:
+            out, logs, kept = dropping_attention(*inputs, hand_on=self.hands_on)
+        else:
+            out, logs, kept = ragged_dropping_attention(*inputs, lengths=lengths, hand_on=self.hands_on)
         return self.c_proj(out.transpose(1, 2).flatten(2)), logs, kept
 
 
@@ -94,7 +112,7 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """One layer: normed attention and normed MLP, each added to the residual stream."""
 
     def __init__(self, config: SparseGPT2Config) -> None:
@@ -105,38 +123,196 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, alpha: float | SoftStep, before: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        alpha: float | SoftStep,
+        before: torch.Tensor | None,
+        lengths: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Return the output [B, T, hidden], and what else :meth:`SparseSelfAttention.forward` returns."""
-        y, logs, kept = self.attn(self.ln_1(x), alpha, before)
+        y, logs, kept = self.attn(self.ln_1(x), alpha, before, lengths)
         x = x + y
         return x + self.mlp(self.ln_2(x)), logs, kept
 
 
-class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
-    """A GPT-2 that learns which tokens to drop. It can be trained, and computes the logits that a server will.
+@dataclass
+class SparseGPT2ModelOutput(BaseModelOutput):
+    """Hidden states, and the mean of I over layers, all queries but the last, and all keys (a scalar)."""
+
+    kept: torch.Tensor | None = None
+
+
+class SparseGPT2PreTrainedModel(PreTrainedModel):
+    """The base class of the sparse GPT-2 models for transformers."""
+
+    config_class = SparseGPT2Config
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 (as transformers declares them)
+    _is_stateful = True  # generation cannot go back to an earlier token, which assistants need
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=getattr(module, "init_std", INITIAL_STD))
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, SparseSelfAttention):
+            nn.init.constant_(module.int_bias, INITIAL_BIAS)
+
+
+class SparseGPT2Model(SparseGPT2PreTrainedModel):
+    """Embeddings, layers and final norm.
+
+    Args:
+        draw: whether to draw fresh weights now; if not, ``post_init`` has to be called later.
 
     Attributes:
         alpha: alpha of the alpha-sigmoid in training mode. In evaluation mode a token is either kept or dropped.
     """
 
-    config_class = SparseGPT2Config
-    base_model_prefix = "transformer"
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (as transformers declares them)
+    def __init__(self, config: SparseGPT2Config, draw: bool = True) -> None:
+        super().__init__(config)
+        self.alpha = 1.0
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        if draw:
+            self.post_init()
+
+    def __getitem__(self, name: str) -> nn.Module:
+        """Return a part by its name in checkpoints."""
+        return self.get_submodule(name)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
+        self.wte = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> SparseGPT2ModelOutput:
+        """Compute the hidden states of the last layer.
+
+        If the config's ``propagate_in_depth`` is set, memory in training grows with B * layers * T^2 floats: in 12
+        layers a text of 1,024 tokens takes 50 MB, and one of 4,096 tokens 800 MB. What is said of :meth:`.Line.of`
+        holds for the layout's arguments. ``return_dict=False`` gives a tuple.
+
+        Args:
+            input_ids: [B, T]; give either these or ``inputs_embeds`` [B, T, hidden]. No sequence may have more than
+                ``block_size`` tokens.
+            attention_mask: [B, T], 0 at padding, which may be anywhere. The hidden states of padding are those of
+                the token before it, or 0 if there is none.
+            position_ids: [B, T] number of each token in its sequence. Where it is 0 a sequence begins, and no
+                attention crosses such a border.
+            past_key_values, use_cache: only None and False are supported, because only a server has a cache.
+            output_attentions: only False is supported.
+            output_hidden_states: whether to return the hidden states before each layer as well, and those returned.
+            cu_seqlens: [S + 1] bounds of sequences packed into one row (B = 1). FlashAttention's ``cu_seq_lens_q``
+                and ``cu_seq_lens_k`` with ``max_length_q`` and ``max_length_k``, and ``seq_idx`` [1, T], say the
+                same.
+
+        Raises:
+            ValueError: an argument is none of this, or contradicts another; the message names it.
+        """
+        tokens = tokens_of(input_ids, inputs_embeds)
+        keep_states = wants_hidden_states(self.config, output_hidden_states, output_attentions)
+        if past_key_values is not None:
+            kind = type(past_key_values).__name__
+            raise ValueError(f"past_key_values is a {kind}: leave it out, because only a server has a cache.")
+        if use_cache:
+            raise ValueError("use_cache is true: leave it out, because only a server has a cache.")
+        line = Line.of(
+            tokens,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache_position=cache_position,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+            seq_idx=seq_idx,
+        )
+        # Sequences of different lengths stand in one row.
+        lengths = [n for n in line.cu_seqlens.diff().tolist() if n] if line.ragged else None
+        longest = tokens.shape[1] if lengths is None else max(lengths)
+        if longest > self.config.block_size:
+            raise ValueError(f"input_ids has {longest} tokens: the model's block_size is {self.config.block_size}.")
+        x = self.wte(tokens) if inputs_embeds is None else inputs_embeds
+        if lengths is not None:
+            x = line.pack(x)[None]
+        x = x + self.wpe(line.positions[:longest] if lengths is None else line.positions)
+        alpha: float | SoftStep = self.alpha if self.training else math.inf
+        if alpha != math.inf and self.dtype != torch.float64:
+            alpha = soft_step(self.alpha, x.device)
+
+        def whole(x: torch.Tensor) -> torch.Tensor:
+            return x if lengths is None else line.unpack(x[0])
+
+        states: list[Any] = []
+        kept, before = [], None
+        for block in self.h:
+            if keep_states:
+                # The layer computes with what is returned, so that gradients reach it.
+                states.append(whole(x))
+                x = states[-1] if lengths is None else line.pack(states[-1])[None]
+            x, before, mine = block(x, alpha, before, lengths)
+            kept.append(mine)
+        hidden: Any = whole(self.ln_f(x))  # transformers' annotation asks for a FloatTensor
+        return SparseGPT2ModelOutput(
+            last_hidden_state=hidden,
+            hidden_states=(*states, hidden) if keep_states else None,
+            kept=torch.stack(kept).mean(),
+        )
+
+
+class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, PackingGenerationMixin):
+    """A GPT-2 that learns which tokens to drop. It can be trained, and computes the logits that a server will."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    # Trainer looks for a catch-all keyword otherwise.
+    accepts_loss_kwargs = True
 
     def __init__(self, config: SparseGPT2Config) -> None:
         super().__init__(config)
-        self.alpha = 1.0
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
+        # In this order a seed draws the weights that it has always drawn.
+        self.transformer = SparseGPT2Model(config, draw=False)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.post_init()
         self.post_init()
+
+    @property
+    def alpha(self) -> float:
+        """Alpha of the alpha-sigmoid in training mode. In evaluation mode a token is either kept or dropped."""
+        return self.transformer.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.transformer.alpha = value
 
     @classmethod
     def from_gpt2(
@@ -153,10 +329,13 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
         """
         dense = source if isinstance(source, GPT2LMHeadModel) else GPT2LMHeadModel.from_pretrained(source)
         given = dense.config
-        if given.n_inner not in (None, 4 * given.n_embd) or given.activation_function != "gelu_new":
+        for field, value in _AS_GPT2.items():
+            if getattr(given, field) != value:
+                raise ValueError(f"from_gpt2: {field} is {getattr(given, field)!r}: it must be {value!r}.")
+        if given.n_inner not in (None, 4 * given.n_embd):
             raise ValueError(
-                f"from_gpt2: n_inner is {given.n_inner} and activation_function {given.activation_function}: they "
-                f"must be {4 * given.n_embd} (or null) and gelu_new."
+                f"from_gpt2: n_inner is {given.n_inner} and n_embd {given.n_embd}: n_inner must be "
+                f"{4 * given.n_embd}, or null."
             )
         model = cls(
             SparseGPT2Config(
@@ -167,6 +346,7 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
                 vocab_size=given.vocab_size,
                 bos_token_id=given.bos_token_id,
                 eos_token_id=given.eos_token_id,
+                pad_token_id=given.pad_token_id,
                 **config,
             )
         )
@@ -176,33 +356,30 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
                 # transformers keeps GPT-2's matrices as [in, out].
                 matrix = tensor.dim() == 2 and ".h." in name
                 own[name].copy_(tensor.T if matrix else tensor)
-        blocks: Any = model.transformer["h"]
+        blocks: Any = model.transformer.h
         for block in blocks:
             nn.init.constant_(block.attn.int_bias, int_bias)
         return model
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=getattr(module, "init_std", INITIAL_STD))
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, SparseSelfAttention):
-            nn.init.constant_(module.int_bias, INITIAL_BIAS)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.transformer["wte"]
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer["wte"] = value
-
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Any,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Return all tokens: ``generate`` computes them anew for each new token, as only a server has a cache."""
-        return {"input_ids": input_ids}
+        if inputs_embeds is not None:
+            # The prompt may be given as input_ids as well.
+            new = kwargs["position_ids"].shape[1] - inputs_embeds.shape[1]
+            added = self.transformer.wte(input_ids[:, input_ids.shape[1] - new :])
+            inputs_embeds = torch.cat((inputs_embeds, added), 1)
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, None, past_key_values, attention_mask, inputs_embeds, inputs_embeds is not None, **kwargs
+        )
 
     @torch.no_grad()
     def visible_shares(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -215,61 +392,94 @@ class SparseGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
     def visible(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return which earlier tokens of texts [B, T] each layer has kept for a query: [layers, B, T, T] bool."""
         training, inputs = self.training, []
-        blocks: Any = self.transformer["h"]
+        blocks: Any = self.transformer.h
         watching = [
             block.attn.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in blocks
         ]
         self.eval()
-        self._run(input_ids)
+        self.transformer(input_ids)
         self.train(training)
         for watch in watching:
             watch.remove()
         kept = torch.stack([block.attn.kept(x) for block, x in zip(blocks, inputs, strict=True)])
         return (kept.cumprod(0) if self.config.propagate_in_depth else kept).bool().tril()
 
-    def _run(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the final hidden states, and the mean of I over layers."""
-        length = input_ids.shape[1]
-        if length > self.config.block_size:
-            raise ValueError(f"input_ids has {length} tokens: the model's block_size is {self.config.block_size}.")
-        alpha: float | SoftStep = self.alpha if self.training else math.inf
-        if alpha != math.inf and self.dtype != torch.float64:
-            alpha = soft_step(self.alpha, input_ids.device)
-        wte, wpe, blocks, ln_f = (self.transformer[name] for name in ("wte", "wpe", "h", "ln_f"))
-        x = wte(input_ids) + wpe(torch.arange(length, device=input_ids.device))
-        kept, before = [], None
-        assert isinstance(blocks, nn.ModuleList)
-        for block in blocks:
-            x, before, mine = block(x, alpha, before)
-            kept.append(mine)
-        return ln_f(x), torch.stack(kept).mean()
-
+    @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         gamma: float = 0.0,
-        logits_to_keep: int = 0,
-        **kwargs: Any,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cache_position: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
     ) -> CausalLMOutput:
-        """Compute next-token logits, and the loss if labels are given.
+        """Compute next-token logits [B, T, vocab], and the loss if there are labels.
 
-        If the config's ``propagate_in_depth`` is set, memory in training grows with B * layers * T^2 floats: in 12
-        layers a text of 1,024 tokens takes 50 MB, and one of 4,096 tokens 800 MB.
+        The other arguments are as in :meth:`SparseGPT2Model.forward`.
 
         Args:
-            input_ids: [B, T], T up to ``block_size``; no padding.
-            labels: [B, T]; each is compared with the logits of the token before it. -100 stands for no label.
+            labels: [B, T]; each is compared with the logits of the token before it in its sequence. -100 stands for
+                no label, and there is none at padding and at a sequence's first token.
             gamma: weight in the loss of what is kept. The loss grows by gamma times the mean of I over layers, all
                 queries but the last, and all T keys. Keys that a query cannot see count as 1, as in the paper's
                 code.
-            logits_to_keep: number of tokens at the end whose logits are computed; 0 stands for all.
+            logits_to_keep: number of positions at the end whose logits are computed (0: all), or an index of them.
+            num_items_in_batch: what the sum of the labels' losses is divided by, instead of their number. What is
+                kept then counts by the share of these labels, so that the losses of a batch's parts add up.
+            shift_labels: [B, T] labels that are compared with the logits at their own place, instead of ``labels``.
         """
-        hidden, kept = self._run(input_ids)
-        logits: Any = self.lm_head(hidden[:, -logits_to_keep:])
-        loss = None
+        layout: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache_position": cache_position,
+            "cu_seqlens": cu_seqlens,
+            "cu_seq_lens_q": cu_seq_lens_q,
+            "cu_seq_lens_k": cu_seq_lens_k,
+            "max_length_q": max_length_q,
+            "max_length_k": max_length_k,
+            "seq_idx": seq_idx,
+        }
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            labels = Line.of(tokens_of(input_ids, inputs_embeds), **layout).labels(labels)
+        outputs = self.transformer(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **layout,
+        )
+        logits: Any = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
             if gamma:
-                loss = loss + gamma * kept
-        return CausalLMOutput(loss=loss, logits=logits)
+                share: Any = 1.0
+                if num_items_in_batch is not None:
+                    counted: Any = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
+                    share = (counted != NO_LABEL).sum() / num_items_in_batch
+                loss = loss + gamma * share * outputs.kept
+        return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
