@@ -10,13 +10,13 @@ itself 16.0 % of the KV was measured live after a 16k prompt.
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.checkpoint import Geometry, Head, fox_parameters, read_statistics
+from benchmarks.options import Parser, fraction, non_negative_float, positive_float
 from vllm_fox.kernels.acp import DEFAULT_LOG_TOLERANCE
 from vllm_fox.kernels.forgetting.pages import ForgettingPageFormat
 
@@ -72,15 +72,20 @@ def requests_that_fit(model: Model, tokens: int, kv_bytes: float, share: float) 
     streams = model.geometry.layers * model.kv_heads / model.gpus
     page_index = streams * model.page_format.page_bytes  # a page in every stream
     pages = math.ceil(tokens / PAGE)
-    return int((kv_bytes / page_index - CHUNK / PAGE) // math.ceil(pages * share))
+    return max(0, int((kv_bytes / page_index - CHUNK / PAGE) // math.ceil(pages * share)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu-gib", type=float, default=141e9 / 2**30)
-    parser.add_argument("--utilization", type=float, default=0.9, help="--gpu-memory-utilization")
-    parser.add_argument("--reserve-gib", type=float, default=3.0, help="activations and CUDA graphs")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu-gib", type=positive_float, default=141e9 / 2**30)
+    parser.add_argument("--utilization", type=fraction, default=0.9, help="--gpu-memory-utilization")
+    parser.add_argument("--reserve-gib", type=non_negative_float, default=3.0, help="activations and CUDA graphs")
     args = parser.parse_args()
+    if args.reserve_gib >= args.gpu_gib * args.utilization:
+        parser.error(
+            f"--reserve-gib is {args.reserve_gib:g}: it must be less than --utilization {args.utilization:g} of "
+            f"--gpu-gib {args.gpu_gib:g}."
+        )
     print(f"{args.utilization:.0%} of {args.gpu_gib:.0f} GiB a GPU, {args.reserve_gib:g} GiB of it for activations")
     print(f"{'':36}{'tokens':>8}{'live':>8}{'KV a request':>14}{'fit':>6}{'all live':>10}")
     for model in MODELS:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.options import Parser, positive_int, read_record, refuse, settle_all, write_whole
 from vllm_fox.families.fox.architecture import Architecture, expected_weights, resolve_intermediate_size
 from vllm_fox.families.fox.config import FoxConfig
 
@@ -230,7 +232,8 @@ def write_sparse_gpt2(folder: Path, geometry: Geometry) -> None:
 
     torch.manual_seed(0)
     config = SparseGPT2Config(block_size=geometry.max_positions, **gpt2_sizes(geometry))
-    model: Any = SparseGPT2LMHeadModel(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = SparseGPT2LMHeadModel(config)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.init.normal_(model.transformer["wpe"].weight, std=4 * STD)
     ids = torch.randint(geometry.vocab, (1, geometry.max_positions), device=model.device)
     low, high = 0.0, 6.0
@@ -248,13 +251,16 @@ def write_sparse_gpt2(folder: Path, geometry: Geometry) -> None:
 def ready(folder: str | Path, write: Callable[[Path, Geometry], None], geometry: Geometry) -> Path:
     """The folder, written if it has no config.json yet; it appears complete or not at all."""
     folder = Path(folder)
-    if (folder / "config.json").is_file():
+    if read_record(folder / "config.json") is not None:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         new = Path(scratch) / "model"
         new.mkdir()
         write(new, geometry)
+        settle_all(new)
+        if (folder / "config.json").exists() and read_record(folder / "config.json") is None:
+            shutil.rmtree(folder)
         try:
             new.rename(folder)
         except OSError:  # another process was faster
@@ -290,25 +296,18 @@ def write_statistics(trace: Path, path: Path = STATISTICS) -> None:
     )
     rows = ",\n".join("  " + json.dumps(head) for head in heads)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{\n "about": {json.dumps(about)},\n "heads": [\n{rows}\n ]\n}}\n')
+    write_whole(path, f'{{\n "about": {json.dumps(about)},\n "heads": [\n{rows}\n ]\n}}\n')
 
 
 # Command line.
 
 
-def positive(text: str) -> int:
-    """A positive integer, for argparse."""
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
 def add_geometry_options(parser: argparse.ArgumentParser) -> None:
     """--layers, --hidden, --heads."""
     default = Geometry()
-    parser.add_argument("--layers", type=positive, default=default.layers)
-    parser.add_argument("--hidden", type=positive, default=default.hidden, help="hidden size")
-    parser.add_argument("--heads", type=positive, default=default.heads, help="query heads, and as many KV heads")
+    parser.add_argument("--layers", type=positive_int, default=default.layers)
+    parser.add_argument("--hidden", type=positive_int, default=default.hidden, help="hidden size")
+    parser.add_argument("--heads", type=positive_int, default=default.heads, help="query heads, and KV heads")
 
 
 def geometry_of(args: argparse.Namespace) -> Geometry:
@@ -317,12 +316,12 @@ def geometry_of(args: argparse.Namespace) -> Geometry:
     try:
         fox_config(geometry)
     except ValueError as error:
-        raise SystemExit(str(error)) from None
+        refuse(f"--hidden {args.hidden} and --heads {args.heads} do not go together: {error}")
     return geometry
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="what", required=True)
     for name, text in (("fox", "FoX (Pro) with random weights"), ("llama", "config.json of the Llama")):
         command = commands.add_parser(name, help=text)
@@ -339,8 +338,8 @@ def main() -> None:
         write_statistics(args.trace)
         print(f"saved {STATISTICS}")
         return
-    if args.folder.exists() and any(args.folder.iterdir()):
-        raise SystemExit(f"{args.folder} is not empty: choose a new folder.")
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        raise SystemExit(f"{args.folder} is not an empty folder: choose a new one.")
     if args.what in ("sparse-gpt2", "gpt2"):
         ready(args.folder, write_gpt2 if args.what == "gpt2" else write_sparse_gpt2, GPT2_SMALL)
         print(f"saved {args.folder}")

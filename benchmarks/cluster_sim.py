@@ -23,16 +23,17 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
-import json
 import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.capacity import PAGE, live_share
+from benchmarks.options import Parser, positive_float, positive_int
+from benchmarks.record import saved
 
 STRETCH = 16
 BURSTINESS = 4.0  # squared coefficient of variation of the gaps between arrivals
@@ -195,11 +196,19 @@ TRAFFIC = {
 # The measured engine.
 
 
+def saved_run(path: str) -> dict[str, Any]:
+    """What a serving run saved. Raises SystemExit if the file holds no run of many requests."""
+    figures = saved(path)
+    if not isinstance(figures, dict) or "throughput" not in figures.get("result", {}):
+        raise SystemExit(f"{path} holds no throughput of `python -m benchmarks.serving run`.")
+    return figures
+
+
 def read_run(path: str) -> tuple[Engine, dict]:
     """Fit an engine to a saved serving run; and the run."""
     from scipy.optimize import nnls
 
-    figures = json.loads(Path(path).read_text())["figures"]
+    figures = saved_run(path)
     run, options = figures["result"]["throughput"], figures["options"]
     steps = np.array(run["steps"], dtype=float)  # seconds, prompt tokens, answered, running, usage
     whole = len(steps) // STRETCH * STRETCH
@@ -235,7 +244,7 @@ def check(paths: list[str]) -> None:
         f" + {1e6 * c:.1f} us a row + {1e6 * d:.2f} us a KV block"
     )
     for path in paths:
-        figures = json.loads(Path(path).read_text())["figures"]
+        figures = saved_run(path)
         run, options = figures["result"]["throughput"], figures["options"]
         requests = offline(options["requests"], options["prompt"], options["output"])
         replicas = options["data_parallel_size"]
@@ -281,16 +290,16 @@ def capacity(engine: Engine, traffic: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("check")
     one.add_argument("runs", nargs="+", help="saved by `python -m benchmarks.serving run`")
     many = commands.add_parser("scale")
     many.add_argument("run")
-    many.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    many.add_argument("--replicas", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16])
     many.add_argument("--traffic", choices=["offline", *TRAFFIC], default="chat")
-    many.add_argument("--load", type=float, default=0.8, help="share of what the engines can do at most")
-    many.add_argument("--requests", type=int, default=2000, help="for each engine")
+    many.add_argument("--load", type=positive_float, default=0.8, help="share of what the engines can do at most")
+    many.add_argument("--requests", type=positive_int, default=2000, help="for each engine")
     args = parser.parse_args()
     if args.command == "check":
         check(args.runs)

@@ -8,7 +8,6 @@ python -m benchmarks.dcp layers DENSE_RUN            # which layers of a dense m
 from __future__ import annotations
 
 import argparse
-import json
 import keyword
 import string
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from benchmarks.options import Parser, positive_int, read_record, read_records, refuse, training_run
 from benchmarks.record import save
 
 KINDS = ("whitespace", "punctuation", "keyword", "number", "name")
@@ -35,8 +35,10 @@ def tradeoff(args: argparse.Namespace) -> None:
     """Validation loss against the share of pairs left out, after as many steps from the same checkpoint."""
     rows: list[dict[str, Any]] = []
     for run in args.runs:
-        given = json.loads((run / "arguments.json").read_text())
-        last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+        given, log = read_record(run / "arguments.json") or {}, list(read_records(run / "log.jsonl"))
+        if "gamma" not in given or not log or "validation_loss" not in log[-1]:
+            raise SystemExit(f"{run} is no whole run of finetune_dcp.py that was validated at its end.")
+        last = log[-1]
         row = {"run": run.name, "steps": last["step"], "loss": last["validation_loss"]}
         if given["dense"]:
             row |= {"kind": "dense", "pruned": 0.0}
@@ -75,7 +77,7 @@ def kinds(args: argparse.Namespace) -> None:
     import vllm_fox.hf  # noqa: F401 (makes AutoModelForCausalLM know the model)
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.run / "model", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.run / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(args.run / "model")
     length = model.config.block_size
     ids = held_out(args.run, length, args.windows)
     kind_of = [KINDS.index(classify(tokenizer.decode([i]))) for i in range(model.config.vocab_size)]
@@ -112,6 +114,8 @@ def layers(args: argparse.Namespace) -> None:
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.run / "model", dtype=torch.float32).eval()
     length = model.config.n_positions
+    if args.window > length:
+        refuse(f"--window is {args.window}: it must be at most {length}, the positions of the model of {args.run}.")
     ids = held_out(args.run, length, args.texts)
     seen = torch.ones(1, 1, length, length, dtype=torch.bool).tril().triu(1 - args.window)
 
@@ -141,6 +145,8 @@ def held_out(run: Path, length: int, count: int) -> torch.Tensor:
     """[count or fewer, length] of the run's held-out text."""
     data = np.load(run / "data" / "held_out.npy")
     count = min(count, len(data) // length)
+    if not count:
+        raise SystemExit(f"{run} has {len(data):,} tokens of held-out text: one window of {length:,} is needed.")
     return torch.from_numpy(data[: count * length].reshape(count, length).astype(np.int64))
 
 
@@ -167,23 +173,23 @@ def finish(figure: Any, out: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     sub = commands.add_parser("tradeoff")
-    sub.add_argument("runs", type=Path, nargs="+", help="OUTPUT folders of finetune_dcp.py")
+    sub.add_argument("runs", type=training_run, nargs="+", help="OUTPUT folders of finetune_dcp.py")
     sub.add_argument("--out", default="docs/dcp_tradeoff.png")
     sub.add_argument("--json", default="results/dcp_tradeoff.json")
     sub.set_defaults(run_command=tradeoff)
     sub = commands.add_parser("kinds")
-    sub.add_argument("run", type=Path)
-    sub.add_argument("--windows", type=int, default=32)
+    sub.add_argument("run", type=training_run)
+    sub.add_argument("--windows", type=positive_int, default=32)
     sub.add_argument("--out", default="docs/dcp_kinds.png")
     sub.add_argument("--json", default="results/dcp_kinds.json")
     sub.set_defaults(run_command=kinds)
     sub = commands.add_parser("layers")
-    sub.add_argument("run", type=Path)
-    sub.add_argument("--window", type=int, default=32)
-    sub.add_argument("--texts", type=int, default=24)
+    sub.add_argument("run", type=training_run)
+    sub.add_argument("--window", type=positive_int, default=32)
+    sub.add_argument("--texts", type=positive_int, default=24)
     sub.add_argument("--json", default="results/dcp_layers.json")
     sub.set_defaults(run_command=layers)
     args = parser.parse_args()

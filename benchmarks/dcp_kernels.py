@@ -7,7 +7,6 @@ A layer of 12 heads of 64 (GPT-2 small's) and random inputs, with a bias for eac
 
 from __future__ import annotations
 
-import argparse
 from statistics import NormalDist
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks.kernels import timed
 from benchmarks.one_layer import batch_of, extend, pool_and_table
+from benchmarks.options import Parser, inner_fraction, integer, positive_int
 from benchmarks.peers import copy_bandwidth
 from benchmarks.record import save
 from vllm_fox.kernels.subset.attention import make_workspace, subset_attention
@@ -93,12 +93,14 @@ def decode(rows: int, context: int, live: float, bandwidth: float) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[64, 512, 2048])
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--live", type=float, nargs="+", default=[0.1, 0.4], help="shares of the context")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=positive_int, nargs="+", default=[64, 512, 2048])
+    parser.add_argument("--context", type=integer(2), default=1024)
+    parser.add_argument("--live", type=inner_fraction, nargs="+", default=[0.1, 0.4], help="shares of the context")
     parser.add_argument("--out", default="results/dcp_kernels.json")
     args = parser.parse_args()
+    if min(args.live) * args.context <= 1:
+        parser.error(f"--live is {min(args.live)}: it must be more than one token of --context {args.context}.")
     bandwidth = copy_bandwidth()
     print(f"{args.context} tokens; {bandwidth / 1e12:.2f} TB/s; microseconds of a layer (of its bytes alone)")
     found = []

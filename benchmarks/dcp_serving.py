@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.checkpoint import GPT2_SMALL, KEPT, ready, write_gpt2, write_sparse_gpt2
 from benchmarks.engine_profile import check_py_spy
+from benchmarks.options import Parser, inner_fraction, integer, positive_int, read_record, refuse
 from benchmarks.record import save
 
 CAPTION = (
@@ -132,6 +133,15 @@ async def _answer_all(name: str, pipe: Connection, model: str, args: argparse.Na
         engine.shutdown()
 
 
+def positions(folder: Path) -> int:
+    """The longest context of a GPT-2, sparse or not. Ends the program if the folder has none."""
+    config = read_record(folder / "config.json") or {}
+    found = config.get("n_positions", config.get("block_size"))
+    if not isinstance(found, int):
+        refuse(f"{folder} is no GPT-2: a config.json with n_positions or block_size is needed.")
+    return found
+
+
 def kv_bytes(dense: Path, requests: int, context: int) -> int:
     """What K and V of so many whole requests of a dense GPT-2 take, and vLLM's own block, larger on a CPU."""
     config = json.loads((dense / "config.json").read_text())
@@ -174,7 +184,16 @@ def report(args: argparse.Namespace, caption: str, rows: dict[str, list[dict[str
         f"KV memory of each: {args.kv_bytes / 2**30:.2f} GiB, {args.room} dense requests of "
         f"{max(args.contexts):,} tokens. Medians over {rounds} of {args.rounds} rounds."
     )
-    heads = ("context", "requests", "tokens/s", "of dense", "running, mean", "of dense", "at most", "of dense")
+    heads: tuple[str, ...] = (
+        "context",
+        "requests",
+        "tokens/s",
+        "of dense",
+        "running, mean",
+        "of dense",
+        "at most",
+        "of dense",
+    )
     heads += ("KV peak", "preempted", "decode ms", "mixed ms")
     print(f"{'':<8}" + "".join(f"{head:>14}" for head in heads))
     for context in args.contexts:
@@ -221,17 +240,17 @@ def _best(rows: list[dict[str, Any]], context: int) -> tuple[float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a sparse_gpt2; GPT-2 small's sizes with random weights without")
     parser.add_argument("--dense", type=Path, help="a gpt2 of the same size")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024])
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 176], help="requests at once")
-    parser.add_argument("--answer-share", type=float, default=0.75, help="of a context, the rest is prompt")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-num-seqs", type=int, default=512)
+    parser.add_argument("--contexts", type=integer(2), nargs="+", default=[1024])
+    parser.add_argument("--batches", type=positive_int, nargs="+", default=[32, 176], help="requests at once")
+    parser.add_argument("--answer-share", type=inner_fraction, default=0.75, help="of a context; the rest: prompt")
+    parser.add_argument("--rounds", type=positive_int, default=3)
+    parser.add_argument("--max-num-seqs", type=positive_int, default=512)
     parser.add_argument(
         "--room",
-        type=int,
+        type=positive_int,
         default=32,
         help="KV memory of each engine, in dense requests of the longest context",
     )
@@ -239,11 +258,17 @@ def main() -> None:
     parser.add_argument("--json", default="results/dcp_serving.json")
     parser.set_defaults(max_num_batched_tokens=8192, limit_seconds=None)  # of benchmarks.serving
     args = parser.parse_args()
+    if (args.model is None) != (args.dense is None):
+        parser.error("--model and --dense go together.")
+    if int(min(args.contexts) * args.answer_share) == 0:
+        parser.error(f"--answer-share is {args.answer_share}: of --contexts {min(args.contexts)} that is no token.")
+    models = [folder for folder in (args.model, args.dense) if folder is not None]
+    most = min([GPT2_SMALL.max_positions] if not models else map(positions, models))
+    if max(args.contexts) > most:
+        parser.error(f"--contexts is {max(args.contexts)}: it must be at most {most}, the positions of the models.")
     if args.profiles is not None:
         check_py_spy()
         args.profiles.mkdir(parents=True, exist_ok=True)
-    if (args.model is None) != (args.dense is None):
-        parser.error("--model and --dense go together.")
     compare(args)
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.options import lines_of, pass_over, read_text
+
 RATE = 200  # samples a second
 PAGES = "vllm_fox/pages/"
 # What of it runs on a worker; all else is the scheduler's side.
@@ -88,8 +90,12 @@ def functions(path: str) -> Counter[str]:
 
 def _main_threads(path: str) -> Iterator[tuple[str, list[str], int]]:
     """Process, stack from the outermost frame, and samples of it."""
-    for line in Path(path).read_text().splitlines():
+    for number, line in enumerate(lines_of(read_text(Path(path))), 1):
         stack, _, count = line.rpartition(" ")
+        if not count.isdigit():
+            if line:
+                pass_over(f"{path}, line {number}", "it is torn")
+            continue
         frames = stack.split(";")
         if any("MainThread" in frame for frame in frames):
             yield next((f for f in reversed(frames) if f.startswith("process ")), "process"), frames, int(count)

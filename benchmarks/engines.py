@@ -6,18 +6,19 @@ import contextlib
 import gc
 import inspect
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from vllm import LLM, SamplingParams, TokensPrompt
+from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from vllm_fox.pages.manager import StreamPageManager
 
-GPU_DEFAULTS = {
+GPU_DEFAULTS: dict[str, Any] = {
     "enforce_eager": False,
     "max_num_batched_tokens": 8192,
     # Small beside the card, so that several engines in one process find room.
@@ -64,7 +65,13 @@ def engine(model: str | Path, fox: dict[str, Any] | None = None, **options: Any)
 
 def scheduler(llm: LLM) -> Any:
     """vLLM's scheduler of an in-process engine."""
-    return llm.llm_engine.engine_core.engine_core.scheduler
+    client: Any = llm.llm_engine.engine_core
+    return client.engine_core.scheduler
+
+
+def step(llm: LLM) -> list[RequestOutput]:
+    """One step of the engine; what it has to say of each request."""
+    return [out for out in llm.llm_engine.step() if isinstance(out, RequestOutput)]
 
 
 def manager(llm: LLM) -> StreamPageManager:
@@ -127,7 +134,7 @@ def run_until_decoding(llm: LLM, count: int = 1, tokens: int = 1) -> None:
     """Step the engine until ``count`` requests have answered ``tokens`` tokens."""
     answered: set[str] = set()
     while len(answered) < count:
-        for out in llm.llm_engine.step():
+        for out in step(llm):
             if len(out.outputs[0].token_ids) >= tokens:
                 answered.add(out.request_id)
 
@@ -136,7 +143,7 @@ def run_to_the_end(llm: LLM) -> dict[str, list[int]]:
     """Step until nothing is left; token ids of every finished request."""
     finished = {}
     while llm.llm_engine.has_unfinished_requests():
-        for out in llm.llm_engine.step():
+        for out in step(llm):
             if out.finished:
                 finished[out.request_id] = list(out.outputs[0].token_ids)
     return finished
@@ -153,7 +160,8 @@ def random_traffic(
     Returns:
         Answers of those that finished, those that were aborted, and how often one was preempted.
     """
-    waiting, aborted = list(requests), set()
+    waiting = list(requests)
+    aborted: set[str] = set()
     finished: dict[str, list[int]] = {}
     preempted: dict[str, int] = {}
     sched = scheduler(llm)
@@ -163,7 +171,7 @@ def random_traffic(
         for _ in range(order.randint(0, 3)):
             if waiting:
                 add(llm, waiting[0], *requests[waiting.pop(0)])
-        for out in llm.llm_engine.step():
+        for out in step(llm):
             if out.finished:
                 finished[out.request_id] = list(out.outputs[0].token_ids)
         for request in sched.requests.values():
@@ -194,25 +202,13 @@ def assert_all_free(llm: LLM) -> None:
         assert torch.equal(ids, torch.arange(first, first + pool.capacity[rank], dtype=torch.int32))
 
 
-FOX_KERNELS = (
-    "cache_write.kernel",
-    "live_range.kernel",
-    "decode_attention.plan",
-    "decode_attention.kernel",
-    "prefill_attention.plan",
-    "prefill_attention.kernel",
-)
-
-
-def compiled_kernels(modules: tuple[str, ...] = FOX_KERNELS) -> dict[str, int]:
-    """Variants of each Triton kernel of these modules that this process has compiled."""
-    import importlib
-
+def compiled_kernels() -> dict[str, int]:
+    """Variants of each of our Triton kernels that this process has compiled, by the kernel's full name."""
     from triton.runtime import JITFunction
 
     found = {}
-    for module in modules:
-        for name, value in vars(importlib.import_module(f"vllm_fox.kernels.{module}")).items():
+    for module in [name for name in sys.modules if name.startswith("vllm_fox.kernels.")]:
+        for name, value in vars(sys.modules[module]).items():
             if isinstance(value, JITFunction) and value.device_caches:
                 found[f"{module}.{name}"] = sum(len(cache[0]) for cache in value.device_caches.values())
     return found

@@ -3,14 +3,15 @@
 python -m benchmarks.live_pages [--model examples/fox-tiny] [--out docs/live_pages.png]
 """
 
+# ruff: noqa: E402 (the environment comes before torch and vLLM)
 from __future__ import annotations
 
-import argparse
 import os
 
+from vllm_fox.cpu import prepare_cpu_environment
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+prepare_cpu_environment(threads=1)
 
 import matplotlib
 
@@ -18,7 +19,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks.engines import add, engine, manager, num_blocks, scheduler, source_tokens
+from benchmarks.options import Parser, positive_int
 from benchmarks.record import save
+
+LONGEST = 8192
+"""Tokens of a request, at most."""
 
 
 def trace(
@@ -29,7 +34,7 @@ def trace(
     with engine(
         model,
         {"release": release},
-        max_model_len=8192,
+        max_model_len=LONGEST,
         max_num_batched_tokens=512,
         num_gpu_blocks_override=blocks + 1,
     ) as llm:
@@ -45,14 +50,16 @@ def trace(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="examples/fox-tiny")
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=4000)
-    parser.add_argument("--answer", type=int, default=200)
+    parser.add_argument("--requests", type=positive_int, default=8)
+    parser.add_argument("--prompt", type=positive_int, default=4000)
+    parser.add_argument("--answer", type=positive_int, default=200)
     parser.add_argument("--out", default="docs/live_pages.png")
     parser.add_argument("--json", default="results/live_pages.json")
     args = parser.parse_args()
+    if args.prompt + args.answer > LONGEST:
+        parser.error(f"--prompt {args.prompt} and --answer {args.answer} are together more than {LONGEST} tokens.")
     blocks = max(2 * -(-(args.prompt + args.answer) // 64), 128)
     traces = {
         name: trace(args.model, release, args.requests, args.prompt, args.answer, blocks)

@@ -120,7 +120,7 @@ class OneLayer:
         norm = None if k_norm is None else k_norm.to(device)
         self.impl = ForgettingFormula(0, dim**-0.5, norm, 1e-5, rope_base, shift_k=shift, shift_v=shift)
         limit = torch.as_tensor(threshold, dtype=torch.float32, device=device).expand(heads, groups)
-        self.state = ForgettingState(self.table, [limit], logit_bound, self.pages, num_slots)
+        self.state = ForgettingState(self.table, [limit], [logit_bound], self.pages, num_slots)
         self.lengths: dict[int, int] = {}
 
     def open(self) -> int:
@@ -149,15 +149,22 @@ class OneLayer:
         device = self.device
         batch = batch_of(lens, seqs, [slot for slot, _ in work], self.page_size, device)
 
-        def joined(name: str) -> torch.Tensor | None:
-            parts = [inputs.get(name) for _, inputs in work]
-            if parts[0] is None:
-                return None
-            whole = torch.cat(parts).to(device)
+        def joined(name: str) -> torch.Tensor:
+            whole = torch.cat([inputs[name] for _, inputs in work]).to(device)
             return whole.to(self.dtype) if name in "qkv" else whole.float()
 
-        shift = [None if (a := joined(name)) is None else torch.logit(a) for name in ("shift_k", "shift_v")]
-        return StepInputs(joined("q"), joined("k"), joined("v"), gate_logits(joined("log_f")), *shift), batch
+        def shift(name: str) -> torch.Tensor | None:
+            return torch.logit(joined(name)) if name in work[0][1] else None
+
+        step = StepInputs(
+            q=joined("q"),
+            k=joined("k"),
+            v=joined("v"),
+            gate=gate_logits(joined("log_f")),
+            shift_k=shift("shift_k"),
+            shift_v=shift("shift_v"),
+        )
+        return step, batch
 
     def step(self, work: list[tuple[int, dict[str, torch.Tensor]]], release: bool = True) -> list[torch.Tensor]:
         """Run rows of (slot, inputs with leading dimension = new tokens); returns each row's output."""

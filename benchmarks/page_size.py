@@ -3,35 +3,43 @@
 python -m benchmarks.page_size [--model examples/fox-tiny] [--prompt 7936]
 """
 
+# ruff: noqa: E402 (the environment comes before torch and vLLM)
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from typing import get_args
 
+from vllm_fox.cpu import prepare_cpu_environment
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+prepare_cpu_environment(threads=1)
 
 from benchmarks.engines import add, engine, manager, run_to_the_end, run_until_decoding, source_tokens
+from benchmarks.options import Parser, integer
 from benchmarks.record import save
+from vllm_fox.kernels.forgetting.pages import ForgettingPageFormat
 from vllm_fox.settings import PageSize
+
+LONGEST, ANSWER = 8192, 64
+"""Tokens of the request, and of its answer."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="examples/fox-tiny")
-    parser.add_argument("--prompt", type=int, default=7936)
+    parser.add_argument("--prompt", type=integer(1, LONGEST - ANSWER), default=7936)
     parser.add_argument("--out", default="results/page_size.json")
     args = parser.parse_args()
     rows = []
     for size in get_args(PageSize):
-        blocks = -(-8192 // size) + 2
-        with engine(args.model, {"page_size": size}, max_model_len=8192, num_gpu_blocks_override=blocks) as llm:
+        blocks = -(-LONGEST // size) + 2
+        with engine(args.model, {"page_size": size}, max_model_len=LONGEST, num_gpu_blocks_override=blocks) as llm:
             spec = manager(llm).kv_cache_spec
-            kv_only = 2 * spec.page_format.kv_bytes
-            add(llm, "r", source_tokens(llm, args.prompt, seed=1), 64)
+            form = spec.page_format
+            assert isinstance(form, ForgettingPageFormat)
+            kv_only = 2 * form.kv_bytes
+            add(llm, "r", source_tokens(llm, args.prompt, seed=1), ANSWER)
             start = time.perf_counter()
             run_until_decoding(llm)
             prefill = time.perf_counter() - start
@@ -44,10 +52,10 @@ def main() -> None:
                 {
                     "page_size": size,
                     "live_tokens": live / dense,
-                    "live_bytes": live * spec.page_format.page_bytes / (dense * kv_only),
-                    "page_overhead": spec.page_format.page_bytes / kv_only - 1,
+                    "live_bytes": live * form.page_bytes / (dense * kv_only),
+                    "page_overhead": form.page_bytes / kv_only - 1,
                     "prefill_s": prefill,
-                    "decode_ms": 1e3 * decode / 63,
+                    "decode_ms": 1e3 * decode / (ANSWER - 1),
                 }
             )
     print(f"{args.model}, {args.prompt} tokens; live KV as a share of a dense cache without gates")

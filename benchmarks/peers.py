@@ -129,9 +129,9 @@ def _official(inputs: Prefill, *, prune: bool, head_first: bool) -> Call:
     """The official kernels, with or without ACP, on the inputs as they are or on head-first copies [1, H, T, D]."""
     from forgetting_transformer.ops.forgetting_attention import forgetting_attention
 
-    tensors = (inputs.q, inputs.k, inputs.v, inputs.log_forget)
+    tensors = [inputs.q, inputs.k, inputs.v, inputs.log_forget]
     if head_first:
-        tensors = tuple(x.transpose(1, 2).contiguous() for x in tensors)
+        tensors = [x.transpose(1, 2).contiguous() for x in tensors]
     threshold = pruning_threshold(inputs.logit_bound.float(), inputs.q.shape[1]) if prune else None
 
     def call() -> torch.Tensor:
@@ -225,7 +225,12 @@ def _flash_prefill(inputs: Prefill) -> Call:
     return call
 
 
-def _xformers() -> Any:
+NOT_COMPILED = "xFormers wasn't build with CUDA support"
+"""A reason that xformers gives where its compiled extension does not load. Nothing here needs that: split-K is
+written in Triton, and the CUTLASS attention that xformers calls is PyTorch's own."""
+
+
+def xformers_fmha() -> Any:
     """xformers.ops.fmha, without its warning that compiled extensions do not load."""
     logging.getLogger("xformers").setLevel(logging.ERROR)
     from xformers.ops import fmha
@@ -237,11 +242,11 @@ def _xformers_call(fmha: Any, operator: Any, q: torch.Tensor, k: torch.Tensor, v
     """One of xformers' operators on [1, T, H, D], or why it does not take these inputs."""
     given = fmha.Inputs(query=q, key=k, value=v, attn_bias=bias)
     given.validate_inputs()
-    # What is written in Triton runs without xformers' compiled extension, which its own check asks for.
+    # What is written in Triton runs wherever Triton does, whatever xformers says of the device.
     if not operator.NAME.startswith("triton"):
         if not operator.is_available():
             raise AbsentError(f"{operator.NAME} is not available with torch {torch.__version__}")
-        if reasons := operator.not_supported_reasons(given):
+        if reasons := [reason for reason in operator.not_supported_reasons(given) if reason != NOT_COMPILED]:
             raise AbsentError("; ".join(reasons))
     return lambda: operator.apply(given, needs_gradient=False)[0].reshape(q.shape)
 
@@ -251,7 +256,7 @@ def _xformers_bias(inputs: Prefill) -> Call:
     length = inputs.q.shape[1]
     if length > MAX_BIAS_LENGTH:
         raise AbsentError(f"a bias [H, T, T] only up to T = {MAX_BIAS_LENGTH}")
-    fmha = _xformers()
+    fmha = xformers_fmha()
     decay = inputs.log_forget[0].double().cumsum(0).T.contiguous()
     bias = inputs.q.new_empty(1, decay.shape[0], length, length)
     for head, c in enumerate(decay):
@@ -314,7 +319,7 @@ def _flash_decode(inputs: Decode, *, splits: int, ahead: bool) -> Call:
 
 def _xformers_paged(inputs: Decode) -> Call:
     """xformers' split-K decode in Triton on the paged cache; blocks of a multiple of 64 tokens."""
-    fmha = _xformers()
+    fmha = xformers_fmha()
     from xformers.ops.fmha import triton_splitk
 
     lens, page = inputs.seq_lens.tolist(), inputs.k_cache.shape[1]
@@ -495,10 +500,10 @@ def _synthetic_gates(heads: int, length: int, statistics: Path) -> Gates:
     """Exponentially distributed -log f, independent from token to token, with each head's mean."""
     known = _gate_statistics(statistics)
     if known:
-        means, bounds = zip(*(known[head * len(known) // heads] for head in range(heads)))
+        means, bounds = map(list, zip(*(known[head * len(known) // heads] for head in range(heads))))
         source = f"means per head from {statistics.name}"
     else:
-        means = np.geomspace(*SYNTHETIC_MEANS, heads)
+        means = np.geomspace(*SYNTHETIC_MEANS, heads).tolist()
         bounds = [SYNTHETIC_BOUND] * heads
         source = f"means from {SYNTHETIC_MEANS[0]} to {SYNTHETIC_MEANS[1]}, logit bound {SYNTHETIC_BOUND}"
     draw = torch.empty(length, heads).exponential_(generator=torch.Generator().manual_seed(SYNTHETIC_SEED))
@@ -512,8 +517,9 @@ def _gate_statistics(path: Path) -> list[tuple[float, float]]:
 
     Any nesting will do, with one entry a head or with lists of equal length.
     """
+    rows: list[tuple[float, float]] = []
     try:
-        stack, rows = [json.loads(path.read_text())], []
+        stack = [json.loads(path.read_text())]
         while stack:
             item = stack.pop()
             if isinstance(item, dict) and "mean_log_forget" in item:

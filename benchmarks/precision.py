@@ -29,7 +29,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+
+# Not from benchmarks.options: in the processes of an earlier checkout, "benchmarks" is that checkout's.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+from command_line import Parser, integer, positive_float, positive_int, seed_number
+from text_corpus import load_tokenizer, prepare
+from whole_files import files_under, read_record, replacing, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 65536
@@ -108,7 +114,8 @@ def gradients_of(system: str, args: argparse.Namespace) -> None:
         model.zero_grad()
         backward(system, loss_of, ids.view(-1, length))
         grads = {name: weight.grad.float().cpu() for name, weight in model.named_parameters()}
-        save_file(grads, args.output / f"{system}-{length}.safetensors")
+        with replacing(args.output / f"{system}-{length}.safetensors") as new:
+            save_file(grads, new)
         print(f"{system}, windows of {length:,}: {time.perf_counter() - begun:.0f} s", flush=True)
 
 
@@ -125,7 +132,7 @@ def learn(system: str, args: argparse.Namespace) -> None:
     fresh = args.start == "random"
     steps, rate = (args.steps, args.lr) if fresh else (args.tuning_steps, args.tuning_lr)
     for seed in args.seeds:
-        if learned(args.output, system, args.start, seed).exists():
+        if read_record(learned(args.output, system, args.start, seed)) is not None:
             continue
         begun = time.perf_counter()
         model, loss_of = make_model(system, args.checkpoint, seed if fresh else None)
@@ -152,7 +159,7 @@ def learn(system: str, args: argparse.Namespace) -> None:
         held_out, seconds = statistics.mean(judged), time.perf_counter() - begun
         print(f"{system}, {args.start}, seed {seed}: held-out loss {held_out:.4f}, {seconds:.0f} s", flush=True)
         result = {"held_out": held_out, "losses": losses, "gradient_norms": norms, "seconds": seconds}
-        learned(args.output, system, args.start, seed).write_text(json.dumps(result))
+        write_whole(learned(args.output, system, args.start, seed), json.dumps(result))
 
 
 # ---- in the process that was started ----
@@ -160,9 +167,9 @@ def learn(system: str, args: argparse.Namespace) -> None:
 
 def prepare_batch(args: argparse.Namespace) -> None:
     """The first tokens of TEXT by the checkpoint's tokenizer, in OUTPUT/batch.npy."""
-    tokenizer = Tokenizer.from_file(str(args.checkpoint / "tokenizer.json"))
+    tokenizer = load_tokenizer(args.checkpoint / "tokenizer.json")
     ids: list[int] = []
-    for path in sorted(path for path in args.text.rglob("*") if path.is_file()):
+    for path in (path for path in files_under(args.text, args.output) if path.is_file()):
         ids += tokenizer.encode(path.read_text(errors="ignore")).ids
         if len(ids) >= BATCH:
             break
@@ -174,11 +181,15 @@ def prepare_batch(args: argparse.Namespace) -> None:
 
 def prepare_corpus(args: argparse.Namespace) -> None:
     """TEXT as token ids by the checkpoint's tokenizer, in OUTPUT/data."""
-    sys.path.append(str(ROOT / "examples"))
-    from text_corpus import prepare
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    prepare(args.text, args.output / "data", 0, 0, args.checkpoint / "tokenizer.json")
+    def enough(train: int, held_out: int) -> None:
+        if train < BATCH or held_out < args.context:
+            raise SystemExit(
+                f"{args.text} is too little text: {train:,} tokens to train on, of which {BATCH:,} are needed, and "
+                f"{held_out:,} held out, of which --context {args.context:,}."
+            )
+
+    prepare(args.text, args.output / "data", 0, 0, args.checkpoint / "tokenizer.json", enough)
 
 
 def run_all(jobs: Sequence[list[str]], before: Path | None) -> None:
@@ -263,7 +274,7 @@ def learning(args: argparse.Namespace) -> dict[str, Any]:
     jobs = []
     for start in args.starts:
         for name in reversed(names):  # the slow ones first
-            missing = [n for n in args.seeds if not learned(args.output, name, start, n).exists()]
+            missing = [n for n in args.seeds if read_record(learned(args.output, name, start, n)) is None]
             for part in filter(None, (missing[::2], missing[1::2])):
                 jobs.append(["learn", name, *options, "--start", start, "--seeds", *map(str, part)])
     run_all(jobs, args.before)
@@ -271,8 +282,8 @@ def learning(args: argparse.Namespace) -> dict[str, Any]:
     for start in args.starts:
         figures[start] = {name: {} for name in names}
         for name, seed in itertools.product(names, args.seeds):
-            if (file := learned(args.output, name, start, seed)).exists():
-                figures[start][name][seed] = json.loads(file.read_text())
+            if (result := read_record(learned(args.output, name, start, seed))) is not None:
+                figures[start][name][seed] = result
         base = figures[start][names[-1]]
         print(f"from a {start}: held-out loss over seeds, and by how much each is above {names[-1]}'s")
         for name, by_seed in figures[start].items():
@@ -288,8 +299,16 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):+.4f} +- {statistics.stdev(values) if len(values) > 1 else math.nan:.4f}"
 
 
+def window_length(text: str) -> int:
+    """The type of an option that takes the length of a step's windows."""
+    length = integer(2, BATCH)(text)
+    if BATCH % length:
+        raise argparse.ArgumentTypeError(f"is {text}: it must divide {BATCH}, the tokens of a step.")
+    return length
+
+
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("gradients", "learning", "gradients-of", "learn"):
         one = commands.add_parser(command)
@@ -301,15 +320,15 @@ def parse() -> argparse.Namespace:
             "--output", type=Path, required=True, help="folder for token ids and what the systems save"
         )
         if command.startswith("gradients"):
-            one.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
+            one.add_argument("--lengths", type=window_length, nargs="+", default=[4096, 16384, 65536])
         else:
-            one.add_argument("--context", type=int, default=16384)
-            one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-            one.add_argument("--steps", type=int, default=240, help="from a random start")
-            one.add_argument("--lr", type=float, default=2e-3)
-            one.add_argument("--tuning-steps", type=int, default=120, help="from the checkpoint")
-            one.add_argument("--tuning-lr", type=float, default=3e-4)
-            one.add_argument("--eval-windows", type=int, default=32)
+            one.add_argument("--context", type=window_length, default=16384)
+            one.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2, 3, 4])
+            one.add_argument("--steps", type=positive_int, default=240, help="from a random start")
+            one.add_argument("--lr", type=positive_float, default=2e-3)
+            one.add_argument("--tuning-steps", type=positive_int, default=120, help="from the checkpoint")
+            one.add_argument("--tuning-lr", type=positive_float, default=3e-4)
+            one.add_argument("--eval-windows", type=positive_int, default=32)
         if command == "learn":
             one.add_argument("--start", required=True)
     for command, systems in (("gradients", SYSTEMS), ("learning", LEARNERS)):

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.options import read_record, write_whole
+
 
 def environment() -> dict[str, Any]:
     """Machine, library versions and commit of this checkout."""
@@ -35,5 +37,13 @@ def save(path: str | Path, figures: Any) -> None:
     """Write figures and environment as JSON."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n")
+    write_whole(target, json.dumps({"environment": environment(), "figures": figures}, indent=1) + "\n")
     print(f"saved {target}")
+
+
+def saved(path: str | Path) -> Any:
+    """The figures that :func:`save` wrote. Raises SystemExit if there are none."""
+    found = read_record(Path(path))
+    if found is None or "figures" not in found:
+        raise SystemExit(f"{path} is no file that a benchmark has saved.")
+    return found["figures"]

@@ -9,7 +9,6 @@ asks for its slots, some cross a page boundary, and a report of dead pages comes
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from typing import Any
@@ -20,6 +19,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from benchmarks.options import Parser, positive_int
 from benchmarks.record import save
 from vllm_fox.kernels.forgetting.pages import LIVE_RANGE_PERIOD, ForgettingPageFormat
 from vllm_fox.pages.geometry import PageGeometry
@@ -160,8 +160,8 @@ def prefill(steps: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=512)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=positive_int, default=512)
     parser.add_argument("--out", default="results/scheduler_cost.json")
     args = parser.parse_args()
     print(f"ms per step; {LAYERS} layers of {HEADS} heads, pages of {PAGE} tokens")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import tempfile
@@ -29,9 +28,10 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from benchmarks.checkpoint import Geometry, ready, write_fox, write_llama
+from benchmarks.checkpoint import Geometry, add_geometry_options, geometry_of, ready, write_fox, write_llama
 from benchmarks.engine_profile import check_py_spy, sampled, summary
-from benchmarks.record import save
+from benchmarks.options import Parser, fraction, non_negative_int, positive_float, positive_int
+from benchmarks.record import save, saved
 
 CAPTION = (
     "Random weights. FoX (Pro): per-head forget-gate biases and QK-norm bounds matched to those of a trained "
@@ -219,7 +219,10 @@ def label(figures: dict[str, Any]) -> str:
 
 def report(args: argparse.Namespace) -> None:
     """Join saved results to tables."""
-    found = [json.loads(Path(path).read_text())["figures"] for path in args.files]
+    found = [saved(path) for path in args.files]
+    for path, one in zip(args.files, found, strict=True):
+        if not isinstance(one, dict) or "result" not in one:
+            raise SystemExit(f"{path} holds no run of `python -m benchmarks.serving run`.")
     latencies, totals = {}, {}
     for one in found:
         if rows := one["result"]["latency"]:
@@ -285,28 +288,26 @@ def _plot(path: str, total: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--models", default=str(Path(tempfile.gettempdir()) / "vllm-fox-bench"))
-    common.add_argument("--layers", type=int, default=24)
-    common.add_argument("--hidden", type=int, default=1536)
-    common.add_argument("--heads", type=int, default=24)
-    common.add_argument("--max-num-seqs", type=int, default=256)
-    common.add_argument("--max-num-batched-tokens", type=int, default=8192)
-    common.add_argument("--gpu-memory-utilization", type=float, default=0.8)
+    add_geometry_options(common)
+    common.add_argument("--max-num-seqs", type=positive_int, default=256)
+    common.add_argument("--max-num-batched-tokens", type=positive_int, default=8192)
+    common.add_argument("--gpu-memory-utilization", type=fraction, default=0.8)
     for name in ("tensor", "pipeline", "data"):
-        common.add_argument(f"--{name}-parallel-size", type=int, default=1)
+        common.add_argument(f"--{name}-parallel-size", type=positive_int, default=1)
     common.add_argument("--executor", choices=["mp", "ray"])
     common.add_argument("--save", help="JSON file for the result")
     one = commands.add_parser("run", parents=[common])
     one.add_argument("--system", choices=SYSTEMS, required=True)
-    one.add_argument("--requests", type=int, default=256)
-    one.add_argument("--prompt", type=int, default=16384)
-    one.add_argument("--output", type=int, default=1024)
-    one.add_argument("--limit-seconds", type=float, help="stop the many requests then, and say what was done")
+    one.add_argument("--requests", type=non_negative_int, default=256, help="0: latency only")
+    one.add_argument("--prompt", type=positive_int, default=16384)
+    one.add_argument("--output", type=positive_int, default=1024)
+    one.add_argument("--limit-seconds", type=positive_float, help="stop many requests then, and say what was done")
     one.add_argument("--profile", help="sample the engine's processes with py-spy, and save the folded stacks here")
-    one.add_argument("--latency", type=int, nargs="*", default=[1024, 16384, 65536], help="prompt lengths")
+    one.add_argument("--latency", type=positive_int, nargs="*", default=[1024, 16384, 65536], help="prompt lengths")
     joined = commands.add_parser("report")
     joined.add_argument("files", nargs="+")
     joined.add_argument("--plot")
@@ -314,6 +315,9 @@ def main() -> None:
     if args.command == "report":
         report(args)
         return
+    geometry_of(args)
+    if not args.requests and not args.latency:
+        parser.error("--requests is 0 and --latency has no lengths: there is nothing to measure.")
     if args.profile:
         check_py_spy()
     # A forked process inherits locks of threads that do not exist in it.

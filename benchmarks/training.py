@@ -13,16 +13,17 @@ gradients, and to what is learnt with them, is benchmarks.precision's.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.options import Parser, existing_file, integer, positive_int, read_records, training_run
 from benchmarks.peers import (
     PREFILL,
     Prefill,
@@ -61,8 +62,8 @@ def kernels(args: argparse.Namespace) -> dict[str, Any]:
         threshold = pruning_threshold(bound, length)
         inputs = Prefill(leaves[0], leaves[1], leaves[2], leaves[3], bound)
         calls: dict[str, Callable[[], torch.Tensor]] = {
-            "ours, ACP": lambda x=leaves, threshold=threshold: forgetting_attention(*x, threshold=threshold),
-            "ours, nothing pruned": lambda x=leaves: forgetting_attention(*x),
+            "ours, ACP": partial(forgetting_attention, *leaves, threshold=threshold),
+            "ours, nothing pruned": partial(forgetting_attention, *leaves),
         }
         absent = {}
         for peer in PREFILL:
@@ -194,7 +195,10 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
 
 def curves(args: argparse.Namespace) -> dict[str, Any]:
     """Two runs from the same seed, with and without pruning: how far apart their losses are."""
-    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in args.runs]
+    logs = [list(read_records(run / "log.jsonl")) for run in args.runs]
+    for run, log in zip(args.runs, logs):
+        if not any("validation_loss" in line for line in log):
+            raise SystemExit(f"{run} was never validated: its log.jsonl has no validation_loss.")
     losses = [[line["loss"] for line in log] for log in logs]
     if len(losses[0]) != len(losses[1]):
         raise SystemExit(f"the runs have {len(losses[0])} and {len(losses[1])} steps: give two of equal length.")
@@ -274,31 +278,37 @@ def _plot_patterns(path: str, shares: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("kernels")
-    one.add_argument("--gates", help="safetensors with log_forget and logit_bound; synthetic gates without")
-    one.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
+    one.add_argument(
+        "--gates", type=existing_file, help="safetensors with log_forget and logit_bound; synthetic gates without"
+    )
+    one.add_argument("--lengths", type=positive_int, nargs="+", default=[4096, 16384, 65536])
     two = commands.add_parser("steps")
-    two.add_argument("run", type=Path)
-    two.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
-    two.add_argument("--micro-tokens", type=int, default=32768)
-    two.add_argument("--repeats", type=int, default=5)
+    two.add_argument("run", type=training_run)
+    two.add_argument("--lengths", type=positive_int, nargs="+", default=[4096, 8192, 16384, 32768])
+    two.add_argument("--micro-tokens", type=positive_int, default=32768)
+    two.add_argument("--repeats", type=positive_int, default=5)
     two.add_argument("--compile", action="store_true", help="ours, by torch.compile")
     three = commands.add_parser("curves")
-    three.add_argument("runs", type=Path, nargs=2)
+    three.add_argument("runs", type=training_run, nargs=2)
     three.add_argument("--plot")
     four = commands.add_parser("patterns")
-    four.add_argument("run", type=Path)
-    four.add_argument("--context", type=int, default=8192)
+    four.add_argument("run", type=training_run)
+    four.add_argument("--context", type=integer(2), default=8192)
     four.add_argument("--plot")
     five = commands.add_parser("positions")
-    five.add_argument("run", type=Path)
-    five.add_argument("--context", type=int, default=8192)
-    five.add_argument("--texts", type=int, default=64)
+    five.add_argument("run", type=training_run)
+    five.add_argument("--context", type=integer(64), default=8192)
+    five.add_argument("--texts", type=positive_int, default=64)
     for command in (one, two, three, four, five):
         command.add_argument("--save", help="JSON file for the figures")
     args = parser.parse_args()
+    if args.command == "steps":
+        for length in args.lengths:
+            if length < STEP_TOKENS and STEP_TOKENS % length:
+                two.error(f"--lengths is {length}: it must divide a step of {STEP_TOKENS} tokens, or be longer.")
     calls = {"kernels": kernels, "steps": steps, "curves": curves, "patterns": patterns, "positions": positions}
     figures = calls[args.command](args)
     if args.save:

@@ -6,30 +6,37 @@ python examples/client.py --base-url http://127.0.0.1:8000/v1 --max-tokens 300 <
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
 import openai
+from command_line import Parser, non_negative_float, positive_int, utf8
+from whole_files import text_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Stream a completion from an OpenAI-compatible server.")
-    parser.add_argument("prompt", nargs="?", help="default: read from standard input")
+    parser = Parser(description="Stream a completion from an OpenAI-compatible server.")
+    parser.add_argument("prompt", nargs="?", type=utf8, help="default: read from standard input")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="default: the first that the server has")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.3)
+    parser.add_argument("--max-tokens", type=positive_int, default=128)
+    parser.add_argument("--temperature", type=non_negative_float, default=0.3)
     options = parser.parse_args()
     if options.prompt is None and sys.stdin.isatty():
         parser.error("give a prompt, or a text on standard input")
-    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    prompt = options.prompt
+    if prompt is None:
+        prompt = text_of(sys.stdin.buffer.read(), "The text on standard input")
 
     # vLLM asks for a key only if it was started with --api-key.
     client = openai.OpenAI(base_url=options.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
     try:
+        model = options.model or next((one.id for one in client.models.list()), None)
+        if model is None:
+            print(f"client: the server at {options.base_url} has no model", file=sys.stderr)
+            return 1
         stream = client.completions.create(
-            model=options.model or client.models.list().data[0].id,
+            model=model,
             prompt=prompt,
             max_tokens=options.max_tokens,
             temperature=options.temperature,

@@ -10,7 +10,6 @@ Exits with 1 if a request failed, the server died or nothing was released, and a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import importlib.metadata
@@ -35,8 +34,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from command_line import Parser, integer
 from transformers import AutoConfig
 
+from vllm_fox.cpu import KV_CACHE_SPACE, prepare_cpu_environment
 from vllm_fox.families import family_of
 from vllm_fox.registration import register_configs
 
@@ -80,7 +81,7 @@ class Model:
         try:
             config: Any = AutoConfig.from_pretrained(folder)
             family = family_of(config)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise DemoError(f"--model is {folder}: {error}") from None
         context = min(4096, config.max_position_embeddings)
         kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -147,11 +148,8 @@ def server_command(model: Model, port: int) -> list[str]:
 
 def server_environment() -> dict[str, str]:
     environment = dict(os.environ, HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
-    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override --kv-cache-memory-bytes
-    # On CPUs: use all cores. On a machine with two of them vLLM's own choice would keep some for itself.
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    # With few cores, threads that spin while they wait take them from vLLM's other processes.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_cpu_environment(environment)
+    del environment[KV_CACHE_SPACE]  # would override --kv-cache-memory-bytes
     return environment
 
 
@@ -502,13 +500,13 @@ def interrupt(*_: object) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Serve models that forget and watch their KV pages.")
+    parser = Parser(description="Serve models that forget and watch their KV pages.")
     parser.add_argument("--model", type=Path, help="folder of a checkpoint (default: the two that ship)")
-    parser.add_argument("--max-tokens", type=int, default=192, help="to write per prompt (default: 192)")
+    parser.add_argument(
+        "--max-tokens", type=integer(1, 900), default=192, help="to write per prompt (default: 192)"
+    )
     parser.add_argument("--log", type=Path, help="where the server's log goes, to keep it")
     options = parser.parse_args()
-    if not 1 <= options.max_tokens <= 900:
-        parser.error(f"--max-tokens is {options.max_tokens}: it must be from 1 to 900.")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
 
@@ -522,7 +520,7 @@ def main() -> int:
             log = Path(name)
         for model in models:
             run(model, options.max_tokens, log)
-    except DemoError as error:
+    except (DemoError, OSError) as error:
         status("", end=sys.stdout.isatty())
         print(f"demo: {error}", file=sys.stderr)
         return 1

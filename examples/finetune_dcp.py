@@ -20,9 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import Parser, non_negative_float, number, positive_float, positive_int, refuse
+from safetensors import SafetensorError
+from text_corpus import END
 from tokenizers import Tokenizer
-from training_run import FIXED, add_options, begin, check_disk, check_options, export, held_out, train
+from training_run import (
+    FIXED,
+    add_options,
+    begin,
+    check_disk,
+    check_options,
+    export,
+    held_out,
+    record_run,
+    train,
+)
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from whole_files import printable, refusal_said
 
 from vllm_fox.hf import SparseGPT2LMHeadModel
 from vllm_fox.hf.sparse_gpt2.modeling import INITIAL_BIAS
@@ -34,22 +48,28 @@ OWN = (
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.set_defaults(context=1024, lr=3e-4)
     parser.add_argument("--gpt2", type=Path, help="folder of a GPT-2 of transformers, with its tokenizer.json")
     parser.add_argument("--dense", action="store_true", help="train on without dropping: the baseline")
-    parser.add_argument("--window", type=int, help="see only so many newest tokens: a baseline")
-    parser.add_argument("--dense-steps", type=int, default=2000, help="of the small GPT-2, without --gpt2")
-    parser.add_argument("--dense-lr", type=float, default=1e-3)
-    parser.add_argument("--gamma", type=float, default=0.3, help="weight in the loss of what is kept")
-    parser.add_argument("--alpha", type=float, default=8.0, help="of the alpha-sigmoid, at the end")
-    parser.add_argument("--alpha-steps", type=int, help="steps until then; three quarters of --steps")
-    parser.add_argument("--int-n-embd", type=int, default=64, help="size of the interaction projections")
+    parser.add_argument("--window", type=positive_int, help="see only so many newest tokens: a baseline")
+    parser.add_argument("--dense-steps", type=positive_int, default=2000, help="of the small GPT-2, without --gpt2")
+    parser.add_argument("--dense-lr", type=positive_float, default=1e-3)
+    parser.add_argument("--gamma", type=non_negative_float, default=0.3, help="weight in the loss of what is kept")
+    alpha = number(lambda value: value >= 1, "a number from 1 on")
+    parser.add_argument("--alpha", type=alpha, default=8.0, help="of the alpha-sigmoid, at the end")
+    parser.add_argument("--alpha-steps", type=positive_int, help="steps until then; three quarters of --steps")
+    parser.add_argument("--int-n-embd", type=positive_int, default=64, help="size of the interaction projections")
     parser.add_argument(
-        "--int-bias", type=float, default=INITIAL_BIAS, help="first score; more, and far tokens fade less at first"
+        "--int-bias",
+        type=non_negative_float,
+        default=INITIAL_BIAS,
+        help="first score; more, and far tokens fade less at first",
     )
-    parser.add_argument("--int-rate", type=float, default=10.0, help="learning rate of what decides, over --lr")
+    parser.add_argument(
+        "--int-rate", type=non_negative_float, default=10.0, help="learning rate of what decides, over --lr"
+    )
     parser.add_argument(
         "--no-propagate",
         dest="propagate",
@@ -57,15 +77,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="what a layer drops, layers above may still see",
     )
     args = parser.parse_args(argv)
-    check_options(parser, args)
-    least_of = {"dense_steps": 1, "gamma": 0, "alpha": 1, "int_n_embd": 1, "int_bias": 0, "int_rate": 0}
-    for name, least in least_of.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}.")
-    if args.window is not None and (args.dense or not 1 <= args.window <= args.context):
+    if args.gpt2 is None and args.hidden % args.heads:
+        parser.error(f"--hidden is {args.hidden}: it must be a multiple of --heads {args.heads}.")
+    if args.window is not None and (args.dense or args.window > args.context):
         parser.error(f"--window is {args.window}: it must be from 1 to --context {args.context}, without --dense.")
     if args.alpha_steps is None:
         args.alpha_steps = max(1, 3 * args.steps // 4)
+    if args.alpha_steps > args.steps:
+        parser.error(f"--alpha-steps is {args.alpha_steps}: it must be at most --steps {args.steps}.")
+    check_options(parser, args)
     return args
 
 
@@ -76,23 +96,21 @@ def alpha_at(step: int, args: argparse.Namespace) -> float:
 
 
 def load_gpt2(args: argparse.Namespace) -> GPT2LMHeadModel:
-    """The model of --gpt2. Raises SystemExit if it is none, or too short for --context."""
+    """The model of --gpt2. Ends the program if it is none, or too short for --context."""
     try:
         config = AutoConfig.from_pretrained(args.gpt2)
-    except (OSError, ValueError) as error:
+        if config.model_type != "gpt2":
+            raise SystemExit(f"--gpt2 {args.gpt2} is a {config.model_type}: a gpt2 is needed.")
+        if config.n_positions < args.context:
+            refuse(f"--gpt2 {args.gpt2} has {config.n_positions} positions: --context is {args.context}.")
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+        return GPT2LMHeadModel.from_pretrained(args.gpt2, config=config, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"--gpt2 {args.gpt2} is no GPT-2 checkpoint: {error}") from None
-    if config.model_type != "gpt2":
-        raise SystemExit(f"--gpt2 {args.gpt2} is a {config.model_type}: a gpt2 is needed.")
-    if config.n_positions < args.context:
-        raise SystemExit(f"--gpt2 {args.gpt2} has {config.n_positions} positions: --context is {args.context}.")
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    return GPT2LMHeadModel.from_pretrained(args.gpt2, config=config, dtype=torch.float32)
 
 
 def new_gpt2(args: argparse.Namespace, vocab: int, end: int) -> GPT2LMHeadModel:
-    """A small one. Raises SystemExit if the sizes do not go together."""
-    if args.hidden % args.heads:
-        raise SystemExit(f"--hidden is {args.hidden}: it must be a multiple of --heads {args.heads}.")
+    """A small one."""
     sizes = {"n_positions": args.context, "n_embd": args.hidden, "n_layer": args.layers, "n_head": args.heads}
     config = GPT2Config(vocab_size=vocab, **sizes, bos_token_id=end, eos_token_id=end)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
@@ -102,8 +120,23 @@ def new_gpt2(args: argparse.Namespace, vocab: int, end: int) -> GPT2LMHeadModel:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     dense = None if args.gpt2 is None else load_gpt2(args)
+    with refusal_said(args.output, "Free some space and run the same command again."):
+        finetune(args, dense)
+
+
+def finetune(args: argparse.Namespace, dense: GPT2LMHeadModel | None) -> None:
+    """The whole run, or what is left of it.
+
+    Args:
+        dense: to begin with; a small one is trained first unless given.
+    """
+    fixed = (*FIXED, *OWN)
     tokenizer = None if args.gpt2 is None else args.gpt2 / "tokenizer.json"
-    accelerator, corpus = begin(args, (*FIXED, *OWN), tokenizer)
+    accelerator, corpus = begin(args, fixed, tokenizer)
+    tokens = Tokenizer.from_file(str(corpus.folder / "tokenizer.json"))
+    vocab = tokens.get_vocab_size()
+    if dense is not None and dense.config.vocab_size < vocab:
+        raise SystemExit(f"--gpt2 {args.gpt2} knows {dense.config.vocab_size} tokens, its tokenizer.json {vocab}.")
 
     def losses(model: Any, **how: Any) -> dict[str, float]:
         windows = held_out(accelerator, corpus, args)
@@ -129,9 +162,9 @@ def main(argv: list[str] | None = None) -> None:
         return losses(model) | {"pruned_share": 1 - torch.stack(shares).mean().item()}
 
     if dense is None:
-        ids = Tokenizer.from_file(str(corpus.folder / "tokenizer.json"))
-        dense = new_gpt2(args, ids.get_vocab_size(), ids.token_to_id("<|endoftext|>"))
+        dense = new_gpt2(args, vocab, tokens.token_to_id(END))
         check_disk(args, sum(p.numel() for p in dense.parameters()))
+        record_run(args, fixed, accelerator)
         folder = args.output / "dense"
         first = copy.copy(args)
         first.steps, first.lr = args.dense_steps, args.dense_lr
@@ -145,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         sizes = {"int_bias": args.int_bias, "int_n_embd": args.int_n_embd, "propagate_in_depth": args.propagate}
         model = SparseGPT2LMHeadModel.from_gpt2(dense, **sizes)
     check_disk(args, sum(p.numel() for p in model.parameters()))
+    record_run(args, fixed, accelerator)
     baseline = (partial(dense_loss, **near), partial(losses, **near))
     functions = baseline if plain else (sparse_loss, sparse_figures)
     trained = train(
@@ -152,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     export(accelerator, trained, args, args.output / "model")
     accelerator.end_training()
-    accelerator.print(f"{args.output / 'model'} is ready.")
+    accelerator.print(f"{printable(args.output / 'model')} is ready.")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 
     python examples/ray_batch.py PROMPTS ANSWERS --model examples/fox-tiny --replicas 2
 
-PROMPTS holds .txt files, a prompt each, and .jsonl files with {"prompt": ...} on every line. ANSWERS gets part
-files (--format jsonl or parquet) with the columns id, prompt_tokens, answer, answer_tokens and error. A part is
-complete or not there at all, so the run can be interrupted at any time; the same command goes on where it stopped,
-and asks again what ended in an error. If an engine or its machine dies, Ray starts another and asks its prompts
-again.
+PROMPTS holds .txt files, a prompt each, and .jsonl files with {"prompt": ...} on every line, all in UTF-8. ANSWERS
+gets part files (--format jsonl or parquet) with the columns id, prompt_tokens, answer, answer_tokens and error; it
+may be inside PROMPTS. A part is complete or not there at all, so the run can be interrupted at any time; the same
+command goes on where it stopped, and asks again what ended in an error. If an engine or its machine dies, Ray
+starts another and asks its prompts again. If engines only die and answer nothing, the run ends.
 
-On one machine nothing else is needed. On a cluster run it on any node (`ray job submit`, or RAY_ADDRESS); the model
-and both folders must be at the same path on all nodes.
+With a --temperature, all requests of a run on GPUs have the same seed. On CPUs they have none, because vLLM's CPU
+build fails on seeded requests whose prompts together do not fit into one step: answers differ from run to run.
+
+On one machine nothing else is needed. On a cluster run it on any node, with the files that are beside it (`ray job
+submit --working-dir examples`, or RAY_ADDRESS); the model and both folders must be at the same path on all nodes.
 """
 
 from __future__ import annotations
@@ -19,14 +22,35 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from command_line import Parser, check_engine_args, json_object, non_negative_float, positive_int
+from whole_files import (
+    Unreadable,
+    files_under,
+    lines_of,
+    pass_over,
+    printable,
+    read_record,
+    read_records,
+    read_text,
+    refusal_said,
+    replacing,
+    write_whole,
+)
+
+from vllm_fox.cpu import prepare_cpu_environment
 
 FORMATS = ("jsonl", "parquet")
+RESTARTS = 1
+"""How often Ray starts a dead engine again before what is left is asked anew, if anything was answered."""
 
 
 class BatchError(Exception):
@@ -36,14 +60,22 @@ class BatchError(Exception):
 # Prompts and answers on disk.
 
 
-def read_prompts(folder: Path) -> Iterator[dict[str, str]]:
-    """id and prompt; ids are file names in the folder, with the line in a .jsonl file."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+def read_prompts(folder: Path, answers: Path | None = None) -> Iterator[dict[str, str]]:
+    """id and prompt; ids are file names in the folder, with the line in a .jsonl file.
+
+    Args:
+        answers: a folder whose files are no prompts.
+
+    Raises:
+        Unreadable: a file is not UTF-8 text, or cannot be read.
+        BatchError: a line is not as it should be.
+    """
+    for path in files_under(folder, answers):
+        name = printable(path.relative_to(folder))
         if path.suffix == ".txt":
-            yield {"id": name, "prompt": path.read_text(encoding="utf-8")}
+            yield {"id": name, "prompt": read_text(path)}
         elif path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(lines_of(read_text(path)), 1):
                 if line.strip():
                     yield {"id": f"{name}:{number}", "prompt": _prompt_of(line, f"{path}:{number}")}
 
@@ -51,7 +83,8 @@ def read_prompts(folder: Path) -> Iterator[dict[str, str]]:
 def _prompt_of(line: str, where: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
+        prompt.encode()  # JSON can have halves of characters, which are no text
+    except (ValueError, KeyError, TypeError, AttributeError):
         prompt = None
     if not isinstance(prompt, str):
         raise BatchError(f'{where}: expected {{"prompt": "text"}}, found {line[:80]!r}.')
@@ -59,38 +92,37 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def read_parts(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of all part files."""
+    """Rows of all part files. What is torn is named and left out."""
     for path in sorted(folder.glob("part-*.jsonl")):
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        yield from read_records(path)
     for path in sorted(folder.glob("part-*.parquet")):
+        import pyarrow
         import pyarrow.parquet
 
-        yield from pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, pyarrow.ArrowException):
+            pass_over(str(path), "it is torn")
 
 
 def write_part(folder: Path, rows: list[dict[str, Any]], form: str) -> None:
     """A new part file; it appears complete or not at all."""
-    path = folder / f"part-{time.time_ns()}-{uuid.uuid4().hex[:8]}.{form}"
-    unfinished = folder / f".{path.name}"
-    if form == "parquet":
-        import pyarrow
-        import pyarrow.parquet
+    with replacing(folder / f"part-{time.time_ns()}-{uuid.uuid4().hex[:8]}.{form}") as unfinished:
+        if form == "parquet":
+            import pyarrow
+            import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished)
-    else:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        unfinished.write_text(lines, encoding="utf-8")
-    unfinished.rename(path)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished)
+        else:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            unfinished.write_bytes(lines.encode())
 
 
-def remember_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Answers of one folder all come from the same model and parameters."""
-    path = folder / "run.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(json.dumps(settings, indent=1))
-    elif (before := json.loads(path.read_text())) != settings:
-        differ = [f"{key} was {before.get(key)!r}, now {settings[key]!r}" for key in settings]
+def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Answers of one folder all come from the same model and parameters. Raises BatchError if these are others."""
+    before = read_record(folder / "run.json")
+    if before is not None and before != settings:
+        differ = [f"{key} was {before.get(key)!r}, now {value!r}" for key, value in settings.items()]
         differ = [text for key, text in zip(settings, differ) if before.get(key) != settings[key]]
         raise BatchError(f"{folder} holds answers of another run: {'; '.join(differ)}. Choose a new folder.")
 
@@ -98,10 +130,9 @@ def remember_run(folder: Path, settings: dict[str, Any]) -> None:
 # The pipeline.
 
 
-def answers(rows: list[dict[str, str]], args: argparse.Namespace) -> Iterable[list[dict[str, Any]]]:
-    """Ask all prompts; blocks of answered rows as they come, in any order."""
+def connect(args: argparse.Namespace) -> bool:
+    """Start Ray, or find its cluster; whether engines get GPUs. Raises BatchError if there are too few for them."""
     import ray
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     ray.init(log_to_driver=args.verbose, logging_level=logging.INFO if args.verbose else logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = args.verbose
@@ -115,16 +146,29 @@ def answers(rows: list[dict[str, str]], args: argparse.Namespace) -> Iterable[li
             f"--replicas {args.replicas} of {workers} {unit}s each are more than the cluster's "
             f"{ray.cluster_resources()[unit]:.0f} {unit}s."
         )
+    return on_gpu
+
+
+def answers(rows: list[dict[str, str]], args: argparse.Namespace, on_gpu: bool) -> Iterable[list[dict[str, Any]]]:
+    """Ask all prompts; blocks of answered rows as they come, in any order.
+
+    Raises:
+        RayError: an engine cannot be started, or died more than :data:`RESTARTS` times.
+    """
+    import ray
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
     engine = {
         "tensor_parallel_size": args.tensor_parallel_size,
         "pipeline_parallel_size": args.pipeline_parallel_size,
         **args.engine_args,
     }
     if not on_gpu:
-        # What vLLM's CPU build would take of a machine that others use too.
-        for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
-            os.environ.setdefault(name, value)
+        prepare_cpu_environment()
     passed_on = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "HF_", "OMP_"))}
+    sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+    if on_gpu:
+        sampling["seed"] = 0
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=args.model,
@@ -141,10 +185,7 @@ def answers(rows: list[dict[str, str]], args: argparse.Namespace) -> Iterable[li
             detokenize_stage=False,
             log_engine_metrics=False,
         ),
-        preprocess=lambda row: {
-            **row,
-            "sampling_params": {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": 0},
-        },
+        preprocess=lambda row: {**row, "sampling_params": sampling},
         postprocess=lambda row: {
             "id": row["id"],
             "prompt_tokens": int(row.get("num_input_tokens") or 0),
@@ -156,6 +197,8 @@ def answers(rows: list[dict[str, str]], args: argparse.Namespace) -> Iterable[li
         preprocess_map_kwargs={"num_cpus": 0.1},
         postprocess_map_kwargs={"num_cpus": 0.1},
     )
+    # Ray's own number is without end.
+    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = RESTARTS
     blocks = -(-len(rows) // args.batch_size)
     dataset = processor(ray.data.from_items(rows, override_num_blocks=blocks))
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -168,21 +211,29 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.prompts.is_dir():
         raise BatchError(f"{args.prompts} is not a folder: give one with .txt or .jsonl files.")
-    rows = list(read_prompts(args.prompts))
+    if args.answers.exists() and not args.answers.is_dir():
+        raise BatchError(f"{args.answers} is not a folder: name one for the answers.")
+    if args.answers.resolve() == args.prompts.resolve():
+        raise BatchError(f"{args.answers} holds the prompts: name another folder for the answers.")
+    rows = list(read_prompts(args.prompts, args.answers))
     if not rows:
         raise BatchError(f"{args.prompts} has no prompts: put .txt or .jsonl files into it.")
     if Path(args.model).exists():
         args.model = str(Path(args.model).resolve())
-    remember_run(
-        args.answers, {"model": args.model, "max_tokens": args.max_tokens, "temperature": args.temperature}
-    )
-    done = {row["id"] for row in read_parts(args.answers) if not row["error"]}
-    todo = [row for row in rows if row["id"] not in done]
-    print(f"{len(rows)} prompts, {len(rows) - len(todo)} answered before", flush=True)
+    settings = {"model": args.model, "max_tokens": args.max_tokens, "temperature": args.temperature}
+    check_same_run(args.answers, settings)
+    done = {row.get("id") for row in read_parts(args.answers) if not row.get("error", True)}
+    todo = {row["id"]: row for row in rows if row["id"] not in done}
+    asked = len(todo)
+    print(f"{len(rows)} prompts, {len(rows) - asked} answered before", flush=True)
     failed: dict[str, str] = {}
     tokens, start = 0, time.monotonic()
-    with tqdm(total=len(todo), unit="prompt", disable=not todo) as bar:
-        for block in answers(todo, args) if todo else ():
+    with unheard(args.verbose) as shown, tqdm(total=asked, unit="prompt", disable=not asked, file=shown) as bar:
+        for block in until_answered(todo, args):
+            args.answers.mkdir(parents=True, exist_ok=True)
+            if not all(row["error"] for row in block):
+                # Not before: a command that answers nothing binds no later one.
+                write_whole(args.answers / "run.json", json.dumps(settings, indent=1))
             write_part(args.answers, block, args.format)
             failed |= {row["id"]: row["error"] for row in block if row["error"]}
             tokens += sum(row["answer_tokens"] for row in block)
@@ -190,29 +241,80 @@ def run(args: argparse.Namespace) -> int:
             bar.update(len(block))
     for name, error in list(failed.items())[:10]:
         print(f"{name}: {error.splitlines()[0]}", file=sys.stderr)
-    print(f"{len(todo) - len(failed)} answered now, {len(failed)} failed; answers in {args.answers}")
+    print(f"{asked - len(failed)} answered now, {len(failed)} failed; answers in {printable(args.answers)}")
     return len(failed)
 
 
+def until_answered(todo: dict[str, dict[str, str]], args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Blocks of answered rows, until ``todo``, which they are taken out of, is empty.
+
+    Raises:
+        BatchError: engines could not be started, or died again and again and answered nothing in between.
+    """
+    on_gpu = connect(args) if todo else False
+    while todo:
+        before, cause = len(todo), "no reason is known"
+        try:
+            for block in answers(list(todo.values()), args, on_gpu):
+                yield block
+                for row in block:
+                    del todo[row["id"]]
+        except Exception as error:  # Ray passes on whatever an engine raises
+            cause = cause_of(error)
+        if len(todo) == before:
+            raise BatchError(
+                f"the engines end before they answer any of the {before} prompts that are left, the first of which "
+                f"is {next(iter(todo))}. With --verbose their logs are shown. Ray says: {cause}"
+            )
+
+
+def cause_of(error: Exception) -> str:
+    """What an error says, on one line and without the traceback that Ray puts in front."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if "errors.pydantic.dev" not in line]
+    last = [n for n, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return " ".join(lines[last[-1] :] if last else lines[:1])[:400]
+
+
+@contextmanager
+def unheard(verbose: bool) -> Iterator[TextIO]:
+    """Standard error as it was; what Ray and its native libraries print is dropped, unless ``verbose``."""
+    if verbose:
+        yield sys.stderr
+        return
+    sys.stdout.flush()
+    with open(os.devnull, "w") as nothing, os.fdopen(os.dup(1), "w") as out, os.fdopen(os.dup(2), "w") as shown:
+        try:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+            yield shown
+        finally:
+            if "ray" in sys.modules:
+                sys.modules["ray"].shutdown()
+            sys.stdout.flush()
+            os.dup2(out.fileno(), 1)
+            os.dup2(shown.fileno(), 2)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("prompts", type=Path)
     parser.add_argument("answers", type=Path)
     parser.add_argument("--model", default=str(Path(__file__).resolve().parent / "fox-tiny"))
-    parser.add_argument("--replicas", type=int, default=1, help="engines")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine")
-    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--batch-size", type=int, default=32, help="prompts handed to an engine together")
+    parser.add_argument("--replicas", type=positive_int, default=1, help="engines")
+    parser.add_argument("--tensor-parallel-size", type=positive_int, default=1, help="GPUs of an engine")
+    parser.add_argument("--pipeline-parallel-size", type=positive_int, default=1)
+    parser.add_argument("--max-tokens", type=positive_int, default=256)
+    parser.add_argument("--temperature", type=non_negative_float, default=0.0)
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="prompts handed to an engine together")
     parser.add_argument("--format", choices=FORMATS, default="jsonl")
-    parser.add_argument("--engine-args", type=json.loads, default={}, help="more of vLLM's engine arguments, JSON")
+    parser.add_argument("--engine-args", type=json_object, default={}, help="more of vLLM's engine arguments, JSON")
     parser.add_argument("--verbose", action="store_true", help="show the logs of Ray and the engines")
+    args = parser.parse_args()
+    check_engine_args(parser, args)
     try:
-        sys.exit(1 if run(parser.parse_args()) else 0)
-    except BatchError as error:
+        with refusal_said(args.answers, "Free some space and run the same command again."):
+            sys.exit(1 if run(args) else 0)
+    except (BatchError, Unreadable) as error:
         sys.exit(f"ray_batch: {error}")
     except KeyboardInterrupt:
         sys.exit("ray_batch: interrupted; the same command goes on from here.")

@@ -17,13 +17,25 @@ import argparse
 from typing import Any
 
 import torch
-from training_run import FIXED, add_options, begin, check_disk, check_options, export, held_out, train
+from command_line import Parser, refuse
+from training_run import (
+    FIXED,
+    add_options,
+    begin,
+    check_disk,
+    check_options,
+    export,
+    held_out,
+    record_run,
+    train,
+)
+from whole_files import printable, refusal_said
 
 from vllm_fox.hf import ForgettingTransformerForCausalLM, FoxConfig, live_shares
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", help="train without ACP")
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -33,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_config(args: argparse.Namespace) -> FoxConfig:
-    """FoX (Pro). Raises SystemExit if the sizes do not go together."""
+    """FoX (Pro). Ends the program if the sizes do not go together."""
     try:
         return FoxConfig(
             vocab_size=args.vocab,
@@ -53,15 +65,26 @@ def make_config(args: argparse.Namespace) -> FoxConfig:
             eos_token_id=0,
         )
     except ValueError as error:
-        raise SystemExit(f"{error} (--layers, --hidden and --heads set these.)") from None
+        refuse(
+            f"--hidden is {args.hidden} and --heads {args.heads}, which make no model: {error} "
+            "(--layers, --hidden and --heads set these.)"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     config = make_config(args)
-    accelerator, corpus = begin(args, (*FIXED, "pruning"))
+    with refusal_said(args.output, "Free some space and run the same command again."):
+        pretrain(args, config)
+
+
+def pretrain(args: argparse.Namespace, config: FoxConfig) -> None:
+    """The whole run, or what is left of it."""
+    fixed = (*FIXED, "pruning")
+    accelerator, corpus = begin(args, fixed)
     model = ForgettingTransformerForCausalLM(config)
     check_disk(args, sum(p.numel() for p in model.parameters()))
+    record_run(args, fixed, accelerator)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
 
@@ -79,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     trained = train(args, accelerator, corpus, model, loss_of, validate)
     export(accelerator, trained, args, args.output / "model")
     accelerator.end_training()
-    accelerator.print(f"{args.output / 'model'} is ready: vllm serve {args.output / 'model'}")
+    folder = printable(args.output / "model")
+    accelerator.print(f"{folder} is ready: vllm serve {folder}")
 
 
 if __name__ == "__main__":

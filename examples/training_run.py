@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -11,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -18,16 +18,39 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from command_line import (
+    Parser,
+    integer,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    refuse,
+    seed_number,
+)
+from safetensors import SafetensorError, safe_open
 from text_corpus import END, Corpus, prepare, window_order
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from whole_files import (
+    CONTENTS,
+    flaw_of,
+    free_bytes,
+    list_contents,
+    pass_over,
+    publish,
+    read_record,
+    read_records,
+    refusal_said,
+    write_whole,
+)
 
 from vllm_fox.hf import compile_layers
 
 KEEP = 2  # checkpoints
-
+ARGUMENTS = "arguments.json"  # in OUTPUT
 
 FIXED = (
     "text", "layers", "hidden", "heads", "vocab", "context", "batch", "micro_batch", "steps", "warmup", "optimizer",
@@ -36,44 +59,51 @@ FIXED = (
 """What must be the same when a run goes on; the rest may change."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """What every training script takes."""
     parser.add_argument("text", type=Path, help="folder of text files; all that are UTF-8 are read")
     parser.add_argument("--output", type=Path, required=True, help="for data, checkpoints, logs and the model")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--vocab", type=int, default=16384, help="of the tokenizer that is trained")
-    parser.add_argument("--context", type=int, default=8192, help="tokens of a training window")
-    parser.add_argument("--batch", type=int, default=32, help="windows a step, over all processes")
-    parser.add_argument("--micro-batch", type=int, default=2, help="windows at once on one device")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate; then a cosine to 0")
+    parser.add_argument("--layers", type=positive_int, default=12)
+    parser.add_argument("--hidden", type=positive_int, default=768)
+    parser.add_argument("--heads", type=positive_int, default=12)
+    # One token a byte and the end of text are the least.
+    parser.add_argument("--vocab", type=integer(257), default=16384, help="of the tokenizer that is trained")
+    parser.add_argument("--context", type=integer(2), default=8192, help="tokens of a training window")
+    parser.add_argument("--batch", type=positive_int, default=32, help="windows a step, over all processes")
+    parser.add_argument("--micro-batch", type=positive_int, default=2, help="windows at once on one device")
+    parser.add_argument("--steps", type=positive_int, default=2000)
+    parser.add_argument(
+        "--warmup",
+        type=non_negative_int,
+        default=100,
+        help="steps of rising learning rate, then a cosine to 0; a run of fewer steps ends while it rises",
+    )
     parser.add_argument(
         "--optimizer",
         choices=("adamw", "muon"),
         default="adamw",
         help="muon: for the layers' matrices, AdamW for the rest",
     )
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=positive_float, default=1e-3)
+    parser.add_argument("--weight-decay", type=non_negative_float, default=0.1)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument(
         "--compile", action="store_true", help="the layers, by torch.compile: twice as fast on a GPU"
     )
-    parser.add_argument("--eval-every", type=int, default=100, help="steps between validations")
-    parser.add_argument("--eval-windows", type=int, default=16)
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument(
+        "--eval-every", type=non_negative_int, default=100, help="steps between validations; 0: none"
+    )
+    parser.add_argument("--eval-windows", type=positive_int, default=16, help="held-out windows of each, at most")
+    parser.add_argument("--save-every", type=positive_int, default=200, help="steps between checkpoints")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU (slow: for trying out)")
 
 
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program if an option makes no sense, or asks for a GPU that there is not."""
-    for name in ("layers", "hidden", "heads", "vocab", "context", "batch", "micro_batch", "steps", "save_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1.")
-    if args.vocab < 257:
-        parser.error(f"--vocab is {args.vocab}: it must be at least 257, one token a byte and the end of text.")
+def check_options(parser: Parser, args: argparse.Namespace) -> None:
+    """End the program if options do not go together, or ask for a GPU that there is not."""
+    if args.batch % args.micro_batch:
+        parser.error(f"--batch is {args.batch}: it must be a multiple of --micro-batch {args.micro_batch}.")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output is {args.output}, which is not a folder.")
     if not args.cpu and not torch.cuda.is_available():
         raise SystemExit("No CUDA GPU was found: train on a machine that has one, or pass --cpu (slow).")
 
@@ -81,7 +111,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 def begin(
     args: argparse.Namespace, fixed: Iterable[str], tokenizer: Path | None = None
 ) -> tuple[Accelerator, Corpus]:
-    """Processes, devices and text of a run, seeded.
+    """Processes, devices and text of a run, seeded. Nothing that a corrected command could trip over is written.
 
     Args:
         fixed: names of the options that must not change when the run goes on.
@@ -92,31 +122,32 @@ def begin(
     """
     # cuBLAS needs it to sum in the same order in every run.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    args.output.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         cpu=args.cpu, mixed_precision="no" if args.cpu else "bf16", log_with="tensorboard", project_dir=args.output
     )
     if args.optimizer == "muon" and accelerator.distributed_type == DistributedType.FSDP:
-        raise SystemExit("--optimizer is muon, which needs whole matrices: under FSDP give --optimizer adamw.")
-    per_step = args.micro_batch * accelerator.num_processes
-    if args.batch % per_step:
-        raise SystemExit(
+        refuse("--optimizer is muon, which needs whole matrices: under FSDP give --optimizer adamw.")
+    if args.batch % (args.micro_batch * accelerator.num_processes):
+        refuse(
             f"--batch is {args.batch}: it must be a multiple of --micro-batch {args.micro_batch} times "
             f"{accelerator.num_processes} processes."
         )
+
+    def enough(train: int, held_out: int) -> None:
+        windows = train // args.context
+        if windows < args.batch or held_out < args.context:
+            raise SystemExit(
+                f"{args.text} is too little text: {train:,} tokens to train on make {windows} windows of "
+                f"--context {args.context}, where --batch {args.batch} needs as many a step; {held_out:,} "
+                "are held out, of which one window is needed. Give more text, or a smaller --context or --batch."
+            )
+
     data = args.output / "data"
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             check_same_run(args, fixed)
-            prepare(args.text, data, args.vocab, args.seed, tokenizer)
+            prepare(args.text, data, args.vocab, args.seed, tokenizer, enough)
     corpus = Corpus.open(data)
-    windows = len(corpus.train) // args.context
-    if windows < args.batch or len(corpus.held_out) < args.context:
-        raise SystemExit(
-            f"{args.text} is too little text: {len(corpus.train):,} tokens to train on make {windows} windows of "
-            f"--context {args.context}, where --batch {args.batch} needs as many a step; {len(corpus.held_out):,} "
-            "are held out, of which one window is needed. Give more text, or a smaller --context or --batch."
-        )
     # Not only the same batches, the same sums: a run that went on cannot be told from one that never stopped.
     torch.use_deterministic_algorithms(True, warn_only=True)
     # What is all but dropped weighs so little that a CPU would compute with it many times slower.
@@ -126,8 +157,10 @@ def begin(
 
 
 def check_disk(args: argparse.Namespace, parameters: int) -> None:
-    """Raises SystemExit if the checkpoints would not fit."""
-    needed, free = (KEEP + 1) * 12 * parameters + 2 * parameters, shutil.disk_usage(args.output).free
+    """Raises SystemExit if the checkpoints would not fit, in place of those that a run to go on with has left."""
+    old = [path for path in args.output.glob("*checkpoints/step-*/**/*") if path.is_file()]
+    needed, free = (KEEP + 1) * 12 * parameters + 2 * parameters, free_bytes(args.output)
+    free += sum(path.stat().st_size for path in old)
     if free < needed:
         raise SystemExit(
             f"--output {args.output} is on a disk with {free / 1e9:.1f} GB free: {KEEP + 1} checkpoints of "
@@ -185,52 +218,87 @@ class Checkpoints:
 
     def save(self, step: int) -> None:
         """After ``step`` steps. A checkpoint gets its name once it is complete."""
-        new, done = self.folder / "unfinished", self.folder / f"step-{step}"
+        new = self.folder / "unfinished"
+        kept = f"step {max(self.steps())} is intact" if self.steps() else "there is none yet"
+        lost = f"the checkpoint of step {step} was not written, {kept}. "
         try:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(new, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(new))
-            self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError) as error:
-            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-            if not full and shutil.disk_usage(self.folder).free > 1 << 20:
-                raise
+            with refusal_said(self.folder, lost + "Free some space and run the same command again."):
+                if self.accelerator.is_main_process:
+                    shutil.rmtree(new, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
+                self.accelerator.save_state(str(new))
+                self.accelerator.wait_for_everyone()
+                if self.accelerator.is_main_process:
+                    list_contents(new)
+                    publish(new, self.folder / f"step-{step}")
+        except SystemExit:
             shutil.rmtree(new, ignore_errors=True)
-            kept = f"step {max(self.steps())} is intact" if self.steps() else "there is none yet"
-            raise SystemExit(
-                f"The disk of {self.folder} is full: the checkpoint of step {step} was not written, {kept}. "
-                "Free some space and run the same command again."
-            ) from None
+            raise
         if self.accelerator.is_main_process:
-            shutil.rmtree(done, ignore_errors=True)
-            new.rename(done)
             for old in self.steps()[:-KEEP]:
                 shutil.rmtree(self.folder / f"step-{old}")
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> int:
-        """Load the last one; returns the steps that are done."""
-        if not self.steps():
-            return 0
-        self.accelerator.load_state(str(self.folder / f"step-{self.steps()[-1]}"))
-        return self.steps()[-1]
+        """Load the newest that is whole; returns the steps that are done. Torn ones are named and set aside."""
+        done = [0]
+        if self.accelerator.is_main_process:
+            for step in self.steps():
+                folder = self.folder / f"step-{step}"
+                if flaw := flaw_of(folder) if (folder / CONTENTS).exists() else unlisted_flaw(folder):
+                    pass_over(str(folder), flaw)
+                    publish(folder, folder.with_suffix(".torn"))
+            done = self.steps()[-1:] or [0]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(done)
+        if done[0]:
+            self.accelerator.load_state(str(self.folder / f"step-{done[0]}"))
+        return done[0]
+
+
+def unlisted_flaw(folder: Path) -> str:
+    """What is wrong with a checkpoint of an earlier version, which has no list of contents; empty if nothing is."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):  # compares the sizes
+                    pass
+            elif path.suffix in (".bin", ".pkl"):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip() is not None:
+                        return f"{path.name} is torn"
+        except (OSError, SafetensorError, zipfile.BadZipFile):
+            return f"{path.name} is torn"
+    return "" if any(folder.glob("*model*")) and any(folder.glob("optimizer*")) else "it is not complete"
+
+
+def recorded(args: argparse.Namespace, fixed: Iterable[str]) -> dict[str, Any]:
+    """The arguments ``fixed``, as JSON has them."""
+    values = {name: getattr(args, name) for name in fixed}
+    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def check_same_run(args: argparse.Namespace, fixed: Iterable[str]) -> None:
-    """Remember the arguments ``fixed``; raises SystemExit if OUTPUT holds a run with others."""
-    path = args.output / "arguments.json"
-    now = {name: getattr(args, name) for name in fixed}
-    now = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in now.items()}
-    if path.exists():
-        for name, before in json.loads(path.read_text()).items():
-            if now[name] != before:
-                option = name if name == "text" else "--" + name.replace("_", "-")
-                raise SystemExit(
-                    f"{args.output} holds a run with {option} {before}, not {now[name]}: give the same, or another "
-                    "--output."
-                )
-    path.write_text(json.dumps(now, indent=1))
+    """Raises SystemExit if OUTPUT holds checkpoints of a run with other arguments ``fixed``."""
+    if not any(args.output.glob("*checkpoints/step-*[0-9]")):
+        return  # nothing to go on with, such as after a first step that failed
+    now = recorded(args, fixed)
+    for name, before in (read_record(args.output / ARGUMENTS) or {}).items():
+        option = name if name == "text" else "--" + name.replace("_", "-")
+        if name not in now:
+            raise SystemExit(f"{args.output} holds a run of another script, with {option}: give another --output.")
+        if now[name] != before:
+            raise SystemExit(
+                f"{args.output} holds a run with {option} {before}, not {now[name]}: give the same, or another "
+                "--output."
+            )
+
+
+def record_run(args: argparse.Namespace, fixed: Iterable[str], accelerator: Accelerator) -> None:
+    """Remember the arguments ``fixed`` in OUTPUT. Only once all is checked: a refused command binds nobody."""
+    if accelerator.is_main_process:
+        write_whole(args.output / ARGUMENTS, json.dumps(recorded(args, fixed), indent=1))
 
 
 class Log:
@@ -239,15 +307,19 @@ class Log:
     def __init__(self, path: Path, done: int, active: bool) -> None:
         self.file = None
         if active:
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= done]
-            path.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in read_records(path) if line.get("step", math.inf) <= done]
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
             self.file = path.open("a")
 
     def write(self, **values: Any) -> None:
         if self.file is not None:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
+
+    def settle(self) -> None:
+        """Return once what is written would survive a power cut, as a checkpoint does that covers it."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
 
 def make_optimizers(
@@ -329,51 +401,54 @@ def train(
     log = Log(args.output / f"{name}log.jsonl", done, accelerator.is_main_process)
     accelerator.init_trackers(f"{name}tensorboard")
     stop = Interruption()
-    bar = tqdm(total=args.steps, initial=done, unit="step", disable=not accelerator.is_main_process)
     model.train()
     shown: dict[str, float] = {}
-    for step in range(done, args.steps):
-        start = time.perf_counter()
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(step, args) * group.get("rate", 1.0)
-        mine = batch_windows(step, corpus, args)[accelerator.process_index :: accelerator.num_processes]
-        pieces = [mine[n : n + args.micro_batch] for n in range(0, len(mine), args.micro_batch)]
-        total = torch.zeros((), device=accelerator.device)
-        for piece in pieces:
-            ids = torch.stack([torch.from_numpy(corpus.window(n, args.context)) for n in piece])
-            loss = loss_of(model, ids.to(accelerator.device), step) / len(pieces)
-            accelerator.backward(loss)
-            total += loss.detach()
-        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        values = {"loss": accelerator.reduce(total, "mean").item(), "gradient_norm": float(norm)}
-        if not math.isfinite(values["loss"]):
-            raise SystemExit(f"The loss of step {step + 1} is {values['loss']}: try a smaller --lr than {args.lr}.")
-        finished = step + 1
-        if args.eval_every and (finished % args.eval_every == 0 or finished == args.steps):
-            model.eval()
-            # A few windows, whose shape would have to be compiled for.
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                shown = validate(model)
-            model.train()
-            values |= shown
-        speed = args.batch * args.context / (time.perf_counter() - start)
-        log.write(step=finished, **values)
-        accelerator.log(values | {"tokens_per_second": speed}, step=finished)
-        texts = {"loss": f"{values['loss']:.3f}", "tok/s": f"{speed:,.0f}"}
-        bar.set_postfix(texts | {name: f"{value:.3f}" for name, value in shown.items()})
-        bar.update()
-        asked = stop.everywhere(accelerator)
-        if finished % args.save_every == 0 or finished == args.steps or asked:
-            checkpoints.save(finished)
-        if asked and finished < args.steps:
-            bar.close()
-            accelerator.end_training()
-            print(f"Stopped after step {finished}, which is saved. Run the same command to go on.", flush=True)
-            sys.exit(130)
-    bar.close()
+    with tqdm(total=args.steps, initial=done, unit="step", disable=not accelerator.is_main_process) as bar:
+        for step in range(done, args.steps):
+            start = time.perf_counter()
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = learning_rate(step, args) * group.get("rate", 1.0)
+            mine = batch_windows(step, corpus, args)[accelerator.process_index :: accelerator.num_processes]
+            pieces = [mine[n : n + args.micro_batch] for n in range(0, len(mine), args.micro_batch)]
+            total = torch.zeros((), device=accelerator.device)
+            for piece in pieces:
+                ids = torch.stack([torch.from_numpy(corpus.window(n, args.context)) for n in piece])
+                loss = loss_of(model, ids.to(accelerator.device), step) / len(pieces)
+                accelerator.backward(loss)
+                total += loss.detach()
+            norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            values = {"loss": accelerator.reduce(total, "mean").item(), "gradient_norm": float(norm)}
+            if not math.isfinite(values["loss"]):
+                rate = f"--{name.replace('_', '-')}lr"
+                raise SystemExit(
+                    f"The loss of step {step + 1} is {values['loss']}: try a smaller {rate} than {args.lr}."
+                )
+            finished = step + 1
+            if args.eval_every and (finished % args.eval_every == 0 or finished == args.steps):
+                model.eval()
+                # A few windows, whose shape would have to be compiled for.
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                    shown = validate(model)
+                model.train()
+                values |= shown
+            speed = args.batch * args.context / (time.perf_counter() - start)
+            log.write(step=finished, **values)
+            accelerator.log(values | {"tokens_per_second": speed}, step=finished)
+            texts = {"loss": f"{values['loss']:.3f}", "tok/s": f"{speed:,.0f}"}
+            bar.set_postfix(texts | {name: f"{value:.3f}" for name, value in shown.items()})
+            bar.update()
+            asked = stop.everywhere(accelerator)
+            if finished % args.save_every == 0 or finished == args.steps or asked:
+                log.settle()
+                checkpoints.save(finished)
+            if asked and finished < args.steps:
+                bar.close()
+                accelerator.end_training()
+                print(f"Stopped after step {finished}, which is saved. Run the same command to go on.", flush=True)
+                sys.exit(130)
     return model
 
 
@@ -389,12 +464,15 @@ def export(accelerator: Accelerator, model: Any, args: argparse.Namespace, folde
         for name, tensor in state.items()
         if name not in tied
     }
-    whole.save_pretrained(folder, state_dict=weights)
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    whole.save_pretrained(new, state_dict=weights)
     whole.config.dtype = torch.bfloat16  # saved with the model's weights' own
-    whole.config.save_pretrained(folder)
+    whole.config.save_pretrained(new)
     tokenizer = Tokenizer.from_file(str(args.output / "data" / "tokenizer.json"))
     end = tokenizer.token_to_id(END)
-    GenerationConfig(bos_token_id=end, eos_token_id=end).save_pretrained(folder)
+    GenerationConfig(bos_token_id=end, eos_token_id=end).save_pretrained(new)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=args.context
-    ).save_pretrained(folder)
+    ).save_pretrained(new)
+    publish(new, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -68,6 +70,78 @@ def test_prompts_and_parts(ray_batch: ModuleType, prompts: Path, tmp_path: Path)
     assert list(ray_batch.read_parts(tmp_path)) == rows * 2
 
 
+def test_lines_of_answers_end_at_newlines_alone(ray_batch: ModuleType, tmp_path: Path) -> None:
+    """Else an answer with another of Unicode's line ends could not be read again."""
+    rows = [{"id": "a", "answer": f"x{mark}y", "error": ""} for mark in "\u2028\u2029\x85\x0b\x0c\x1c\r\n"]
+    for form in ray_batch.FORMATS:
+        ray_batch.write_part(tmp_path, rows, form)
+    assert list(ray_batch.read_parts(tmp_path)) == rows * 2
+    (tmp_path / "prompts").mkdir()
+    line = json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False)
+    (tmp_path / "prompts" / "p.jsonl").write_text(f"\ufeff{line}\r\n{line}\n", newline="", encoding="utf-8")
+    found = [(row["id"], row["prompt"]) for row in ray_batch.read_prompts(tmp_path / "prompts")]
+    assert found == [("p.jsonl:1", "a\u2028b"), ("p.jsonl:2", "a\u2028b")]
+
+
+def test_torn_parts_are_named_and_the_rest_counts(
+    ray_batch: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for form in ray_batch.FORMATS:
+        ray_batch.write_part(tmp_path, [{"id": f"{form}{n}", "answer": "x", "error": ""} for n in range(2)], form)
+    for path in tmp_path.iterdir():
+        os.truncate(path, path.stat().st_size - 3)
+    (tmp_path / "part-0.parquet").write_bytes(b"")
+    assert [row["id"] for row in ray_batch.read_parts(tmp_path)] == ["jsonl0"]
+    said = capsys.readouterr().err
+    assert said.count("is passed over: it is torn.") == 3 and ".jsonl, line 2" in said
+
+
+def test_prompts_as_others_wrote_them(ray_batch: ModuleType, tmp_path: Path) -> None:
+    """What can be read is; of the rest the first is named."""
+    for raw, content in ((b"caf\xe9.txt", b"a"), (b"marked.txt", "\ufeffb".encode()), (b"other.md", b"\xff")):
+        (tmp_path / os.fsdecode(raw)).write_bytes(content)
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "folder.txt" / "inner.txt").write_text("c")
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "part-1.jsonl").write_text('{"id": "x", "error": ""}\n')
+    found = {row["id"]: row["prompt"] for row in ray_batch.read_prompts(tmp_path, tmp_path / "answers")}
+    assert found == {"caf\\xe9.txt": "a", "marked.txt": "b", "folder.txt/inner.txt": "c"}
+    for name, content, said in (
+        ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8 text, from byte 3 on"),
+        ("half.jsonl", b'{"prompt": "\\ud800"}', "half.jsonl:1: expected"),
+        ("torn.jsonl", b'{"prompt": "a"}\n{"prom', "torn.jsonl:2: expected"),
+        ("list.jsonl", b"[1]", "list.jsonl:1: expected"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises((ray_batch.BatchError, SystemExit), match=said):
+            list(ray_batch.read_prompts(tmp_path, tmp_path / "answers"))
+        (tmp_path / name).unlink()
+    (tmp_path / "link.txt").symlink_to("nowhere")
+    with pytest.raises(SystemExit, match="link.txt is a link to nothing"):
+        list(ray_batch.read_prompts(tmp_path, tmp_path / "answers"))
+
+
+def test_a_failure_that_repeats_itself_ends(ray_batch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not is tried again with what is left."""
+    calls: list[list[str]] = []
+
+    def answers(rows: list[dict[str, str]], *_: object) -> Iterator[list[dict[str, str]]]:
+        calls.append([row["id"] for row in rows])
+        if "b" in calls[-1]:  # two at once, before the engine dies
+            yield rows[:2]
+        raise RuntimeError("The actor died unexpectedly.\n\tpid: 1")
+
+    monkeypatch.setattr(ray_batch, "connect", lambda args: False)
+    monkeypatch.setattr(ray_batch, "answers", answers)
+    todo = {name: {"id": name} for name in "abcd"}
+    blocks = ray_batch.until_answered(todo, argparse.Namespace())
+    assert [row["id"] for row in next(blocks)] == ["a", "b"]
+    said = "any of the 2 prompts that are left, the first of which is c. .*Ray says: The actor died unexpectedly."
+    with pytest.raises(ray_batch.BatchError, match=said):
+        next(blocks)
+    assert calls == [["a", "b", "c", "d"], ["c", "d"]]
+
+
 def test_mistakes_end_in_one_sentence(prompts: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -78,6 +152,33 @@ def test_mistakes_end_in_one_sentence(prompts: Path, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "run.json").write_text('{"model": "other", "max_tokens": 200, "temperature": 0.0}')
     assert "model was 'other'" in refused(prompts, tmp_path / "old")
+    assert "holds the prompts: name another folder for the answers" in refused(prompts, prompts)
+    assert "is not a folder" in refused(prompts, prompts / "00.txt")
+    assert not (tmp_path / "a").exists()
+    assert "--replicas 1000 of 1 " in refused(prompts, tmp_path / "a", "--replicas", "1000")
+    # Nor is what was asked remembered by a command that was refused.
+    assert not (tmp_path / "a").exists()
+
+
+def test_engines_that_cannot_start_end_the_run(prompts: Path, tmp_path: Path) -> None:
+    """With a sentence that says why, and nothing that a corrected command would trip over."""
+    options = command(prompts, tmp_path / "a", "--engine-args", '{"max_num_seqs": 0}')
+    done = subprocess.run(options, capture_output=True, text=True, timeout=patience(LIMIT_S))
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    said = done.stderr.strip().splitlines()[-1]
+    assert "end before they answer any of the 19 prompts" in said and "max_num_seqs" in said
+    assert not (tmp_path / "a").exists()
+
+
+def test_sampling_prompts_that_do_not_fit_a_step_ends(prompts: Path) -> None:
+    """vLLM's CPU build fails on them if they have seeds. The answers are inside the prompts' folder."""
+    (prompts / os.fsdecode(b"caf\xe9.txt")).write_text("import os\n")
+    answers = prompts / "answers"
+    engine_args = json.dumps({"enforce_eager": True, "dtype": "float32", "max_num_batched_tokens": 32})
+    options = command(prompts, answers, "--temperature", "0.7", "--max-tokens", "8", "--engine-args", engine_args)
+    for said in ("20 answered now, 0 failed", "20 prompts, 20 answered before"):
+        done = subprocess.run(options, capture_output=True, text=True, timeout=patience(LIMIT_S))
+        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr[-3000:]
 
 
 def test_every_prompt_is_answered_once_though_an_engine_dies(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +154,85 @@ def test_errors_name_what_is_wrong(text: Path, whole: Path, tmp_path: Path) -> N
     found = FOX.errors(arguments)
     for line, message in zip(found, messages, strict=True):
         assert re.search(message, line), (message, line)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["now", "of an earlier version"])
+def test_what_a_power_cut_tears_is_named_and_the_run_goes_on(
+    text: Path, whole: Path, tmp_path: Path, listed: bool
+) -> None:
+    """From the newest checkpoint that is whole, to the same model."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    torn = output / "checkpoints" / "step-30"
+    os.truncate(torn / "optimizer.bin", (torn / "optimizer.bin").stat().st_size // 2)
+    if listed:
+        shutil.copytree(torn, output / "checkpoints" / "step-40")
+        (output / "checkpoints" / "step-40" / "contents.json").write_text("")
+    else:
+        for folder in (output / "checkpoints").iterdir():
+            (folder / "contents.json").unlink()
+        (output / "checkpoints" / "step-40").mkdir()
+    os.truncate(output / "arguments.json", 0)
+    os.truncate(output / "data" / "facts.json", 10)
+    os.truncate(output / "log.jsonl", (output / "log.jsonl").stat().st_size - 5)
+    (output / "model" / "config.json").write_text("")
+    said = run(text, output)
+    for name in ("optimizer.bin", "arguments.json", "facts.json", "log.jsonl, line 30"):
+        assert re.search(rf"{name}.* torn", said), said
+    assert log(output) == log(whole)
+    assert json.loads((output / "arguments.json").read_text()) == json.loads((whole / "arguments.json").read_text())
+    first, second = ((folder / "model" / "model.safetensors").read_bytes() for folder in (whole, output))
+    assert first == second
+    names = {path.name for path in (output / "checkpoints").iterdir()}
+    assert names == {"step-28", "step-30", "step-30.torn", "step-40.torn"}
+
+
+def test_a_refused_run_does_not_stand_in_the_way_of_its_correction(text: Path, tmp_path: Path) -> None:
+    """Nothing is written by it: not its arguments, with which the corrected command would be compared."""
+    output = tmp_path / "run"
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "a.txt").write_text("Too little.\n")
+    wrong = [
+        (command(tmp_path / "nowhere", output), "is not a folder"),
+        (command(tmp_path / "short", output), "too little text"),
+        (command(text, output, "--context=100000"), "too little text"),
+        (command(text, output, "--batch=6", "--micro-batch=4"), "--micro-batch 4"),
+        (command(text, output, "--heads=3"), "--hidden is 64 and --heads 3"),
+    ]
+    for line, (_, message) in zip(FOX.errors([argv[2:] for argv, _ in wrong]), wrong, strict=True):
+        assert message in line
+    assert not output.exists()
+    # This one trains, but leaves nothing to go on with.
+    (line,) = FOX.errors([command(text, output, "--lr=1e30")[2:]])
+    assert re.search(r"The loss of step \d is \w+: try a smaller --lr than 1e\+30\.", line)
+    assert "is ready" in run(text, output, "--steps=1")
+
+
+def test_a_run_of_the_other_script_is_refused(text: Path, whole: Path) -> None:
+    (line,) = Script("finetune_dcp.py", FOX.options).errors([command(text, whole)[2:]])
+    assert "holds a run of another script, with --pruning: give another --output." in line
+
+
+def test_a_full_disk_leaves_no_arguments(text: Path, tmp_path: Path) -> None:
+    """The same command goes on once there is room."""
+    script = """if 1:
+        import sys; sys.path.insert(0, "examples")
+        import os, train_fox
+        record = train_fox.record_run
+        def full(handle):
+            raise OSError(28, "No space left on device")
+        def record_run(*args):
+            os.fsync = full
+            record(*args)
+        train_fox.record_run = record_run
+        train_fox.main(sys.argv[1:])
+    """
+    arguments = command(text, tmp_path, "--steps=1")[2:]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"The disk of {tmp_path} is full: Free some space and run the same command again." in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert "is ready" in run(text, tmp_path, "--steps=1")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(text: Path, tmp_path: Path) -> None:
