@@ -136,8 +136,10 @@ def test_a_request_of_nan_stays_alone(name: str, scaled: bool) -> None:
     alone = outputs([data[0], data[2]])
     data[1] = {**data[1], name: torch.full_like(data[1][name], torch.nan)}
     together = outputs(data)
-    close(together[0], alone[0].double(), EXACT)
-    close(together[2], alone[1].double(), EXACT)
+    # Work is shared out by the batch, so an output may be rounded to its other neighbour.
+    tolerance = 2**-11 if scaled else EXACT
+    close(together[0], alone[0].double(), tolerance)
+    close(together[2], alone[1].double(), tolerance)
 
 
 def test_pages_are_reused_by_another_request_while_the_first_runs() -> None:

@@ -223,7 +223,7 @@ def test_streams_of_grouped_heads(
 
     Tokens whose end is known ahead are still seen until then, also after compaction has moved them.
     """
-    if INTERPRETED and (dim == 256 or window == 100):
+    if INTERPRETED and (dim != 24 or window != 20):
         pytest.skip("left out of the interpreter's run to save time")
     layers = Layers((2.0, 2.5), streams=streams, heads=heads, group=group, dim=dim, int_dim=int_dim, window=window)
     chunks_then_decode(layers)

@@ -113,7 +113,7 @@ class ForgettingLayer(CacheLayerMixin):
             self.keys, self.values, self.c = (x[:, :, count:].clone() for x in (self.keys, self.values, self.c))
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("ForgettingLayer.crop: earlier queries would need keys that were dropped.")
+        raise ValueError("ForgettingLayer.crop: earlier queries would need keys that were dropped.")
 
     def get_seq_length(self) -> int:
         """Return the number of tokens so far, dropped ones included."""
