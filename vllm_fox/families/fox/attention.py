@@ -41,6 +41,8 @@ class ForgettingState(WorkerState):
         super().__init__(table)
         self.pages = pages
         self._logit_bounds = list(logit_bounds)
+        # Whether exponentials of logits need no running maximum. Every layer of a prompt's step reads it.
+        self.bounded = max(logit_bounds) <= PLAIN_EXP_BOUND
         self.thresholds = torch.stack(thresholds)
         layers, heads, groups = self.thresholds.shape
         self.prefill_workspace: PrefillPlan | None = None
@@ -55,11 +57,6 @@ class ForgettingState(WorkerState):
             max_rows=max_rows,
         )
 
-    @property
-    def bounded(self) -> bool:
-        """Whether exponentials of logits need no running maximum."""
-        return max(self._logit_bounds) <= PLAIN_EXP_BOUND
-
     def set_bound(self, layer: int, threshold: torch.Tensor, logit_bound: float) -> None:
         """Follow new weights of a layer, whose pages stay as they are.
 
@@ -69,6 +66,7 @@ class ForgettingState(WorkerState):
         """
         self.thresholds[layer].copy_(threshold)
         self._logit_bounds[layer] = logit_bound
+        self.bounded = max(self._logit_bounds) <= PLAIN_EXP_BOUND
 
     def begin_step(self, batch: Batch) -> None:
         if batch.work is not None:
