@@ -1,5 +1,6 @@
 # Everything runs in .venv, which `make setup` makes. Variables:
 #   DEVICE=cpu|gpu   which vLLM (default: gpu if nvidia-smi finds a GPU)
+#   VLLM=0.33        which release of vLLM (default: the newest supported one that the package index has for DEVICE)
 #   PYTHON=python3   the interpreter to make .venv with, 3.11 to 3.14
 #   PIP_ARGS=...     more arguments for pip install, such as another index
 #   JOBS=2           processes that `make test` shares the test files out to (default on a GPU: none)
@@ -11,7 +12,7 @@ MODEL ?= examples/fox-tiny
 JOBS ?= $(if $(filter gpu,$(DEVICE)),0,2)
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.setup-$(DEVICE)
+STAMP := $(VENV)/.setup-$(DEVICE)$(VLLM)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test serve lint clean FORCE
@@ -26,14 +27,14 @@ help:
 
 setup: $(STAMP)
 
-# An environment that was made for another device or in another folder does not count.
-ifneq ($(shell cat $(VENV)/.made-for 2>/dev/null),$(DEVICE) $(CURDIR))
+# An environment that was made for another device or release, or in another folder, does not count.
+ifneq ($(shell cat $(VENV)/.made-for 2>/dev/null),$(DEVICE) $(VLLM) $(CURDIR))
 $(STAMP): FORCE
 endif
 FORCE:
 
 $(STAMP): pyproject.toml .ci/setup.sh
-	@PYTHON='$(PYTHON)' PIP_ARGS='$(PIP_ARGS)' .ci/setup.sh '$(DEVICE)' '$(VENV)'
+	@PYTHON='$(PYTHON)' PIP_ARGS='$(PIP_ARGS)' VLLM='$(VLLM)' .ci/setup.sh '$(DEVICE)' '$(VENV)'
 	@touch $@
 
 demo: setup

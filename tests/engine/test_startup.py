@@ -215,12 +215,12 @@ def test_a_pool_too_small_for_one_request(tiny: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "0.3.2", "unknown"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "0.3.2", "unknown"])
 def test_other_vllm_versions(version: str) -> None:
-    with pytest.raises(RuntimeError, match=f"supports vLLM 0.32.x, but vLLM {version} is installed. Install"):
+    with pytest.raises(RuntimeError, match=f"vLLM 0.32.x and 0.33.x, but vLLM {version} is installed. Install"):
         check_vllm_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.32.0rc1", "0.32.1+cpu"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.32.0rc1", "0.32.1+cpu", "0.33.0"])
 def test_supported_vllm_versions(version: str) -> None:
     check_vllm_version(version)

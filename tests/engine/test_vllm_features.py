@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import vllm
 from vllm import envs
 from vllm.config import AttentionConfig
 from vllm.config.compilation import PassConfig
@@ -16,6 +17,15 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from tests.support import ROOT
 
 from .test_refusals import REFUSED, REFUSED_VARIABLES
+
+NEW_IN_0_33 = """
+    indexer_tp_shard_min_rows minimax_m3_indexer_cp monokernel sleep_mode_backend trtllm_ragged_backend
+    watchdog_config VLLM_COHERE2_ATTN_MOE_DUAL_STREAM_TOKEN_THRESHOLD VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES
+"""
+GONE_IN_0_33 = """
+    VLLM_USE_RAY_COMPILED_DAG_CHANNEL_TYPE VLLM_USE_RAY_COMPILED_DAG_OVERLAP_COMM VLLM_USE_RAY_WRAPPED_PP_COMM
+"""
+"""Names that only one of the supported releases knows; all others are in each of them."""
 
 STATUSES = {"works", "refused", "vLLM refuses", "no effect", "not tried"}
 
@@ -34,13 +44,13 @@ OTHER_ARGUMENTS = """
     mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_margin mm_encoder_fp8_scale_save_path
     mm_encoder_only mm_encoder_tp_mode mm_hasher_algorithm mm_ipc_gpu_memory_gb mm_processor_cache_gb
     mm_processor_cache_type mm_processor_device mm_processor_kwargs mm_shm_cache_max_object_size_mb mm_tensor_ipc
-    model model_class_overrides model_loader_extra_config model_weights moe_backend nnodes node_rank numa_bind
-    numa_bind_cpus numa_bind_nodes otlp_traces_endpoint profiler_config pt_load_map_location
+    model model_class_overrides model_loader_extra_config model_weights moe_backend monokernel nnodes node_rank
+    numa_bind numa_bind_cpus numa_bind_nodes otlp_traces_endpoint profiler_config pt_load_map_location
     ray_workers_use_nsight reasoning_config reasoning_parser reasoning_parser_plugin renderer_num_workers revision
     safetensors_load_strategy safetensors_prefetch_block_size safetensors_prefetch_num_threads served_model_name
-    show_hidden_metrics_for_version shutdown_timeout skip_mm_profiling skip_tokenizer_init
-    structured_outputs_config tokenizer tokenizer_mode tokenizer_revision tokens_only trust_remote_code
-    use_tqdm_on_load video_pruning_method video_pruning_rate worker_cls worker_extension_cls
+    show_hidden_metrics_for_version shutdown_timeout skip_mm_profiling skip_tokenizer_init structured_outputs_config
+    tokenizer tokenizer_mode tokenizer_revision tokens_only trust_remote_code use_tqdm_on_load video_pruning_method
+    video_pruning_rate watchdog_config worker_cls worker_extension_cls
 """
 """Arguments that say what is served, where and to whom, or that are about images, sound, experts or logs."""
 
@@ -53,15 +63,16 @@ TOUCHING = re.compile(
 
 OTHER_VARIABLES = """
     VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE VLLM_ASSETS_CACHE VLLM_ASSETS_CACHE_MODEL_CLEAN
-    VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER VLLM_CACHE_ROOT VLLM_CPU_NUM_OF_RESERVED_CPU VLLM_CPU_OMP_THREADS_BIND
-    VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR VLLM_FLASHINFER_AUTOTUNE_SKIP_OPS
+    VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER VLLM_CACHE_ROOT VLLM_COHERE2_ATTN_MOE_DUAL_STREAM_TOKEN_THRESHOLD
+    VLLM_CPU_NUM_OF_RESERVED_CPU VLLM_CPU_OMP_THREADS_BIND VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE
+    VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR VLLM_FLASHINFER_AUTOTUNE_SKIP_OPS
     VLLM_FLASHINFER_MOE_A2A_LOW_PRECISION_COMBINE VLLM_GDN_DECODE_KERNEL VLLM_HAS_FLASHINFER_CUBIN
     VLLM_KIMI_K3_AUX_ATTN_RES_STREAM VLLM_LOG_BATCHSIZE_INTERVAL VLLM_LOG_MODEL_INSPECTION
     VLLM_LORA_RESOLVER_CACHE_DIR VLLM_MAX_AUDIO_DECODE_BYTES VLLM_MAX_AUDIO_DECODE_DURATION_S
-    VLLM_MAX_EMBED_DECODE_BYTES VLLM_MEDIA_CACHE VLLM_MEDIA_CACHE_MAX_SIZE_MB VLLM_MEDIA_CACHE_TTL_HOURS
-    VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD VLLM_REGEX_COMPILATION_TIMEOUT_S VLLM_SKIP_PRECOMPILED_VERSION_SUFFIX
-    VLLM_SSM_CONV_STATE_LAYOUT VLLM_TRITON_FORCE_FIRST_CONFIG VLLM_TRITON_JIT_WARMUP_NUM_THREADS
-    VLLM_USE_FLASHINFER_MOE_INT4 VLLM_USE_PRECOMPILED VLLM_USE_PRECOMPILED_RUST
+    VLLM_MAX_EMBED_DECODE_BYTES VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES VLLM_MEDIA_CACHE VLLM_MEDIA_CACHE_MAX_SIZE_MB
+    VLLM_MEDIA_CACHE_TTL_HOURS VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD VLLM_REGEX_COMPILATION_TIMEOUT_S
+    VLLM_SKIP_PRECOMPILED_VERSION_SUFFIX VLLM_SSM_CONV_STATE_LAYOUT VLLM_TRITON_FORCE_FIRST_CONFIG
+    VLLM_TRITON_JIT_WARMUP_NUM_THREADS VLLM_USE_FLASHINFER_MOE_INT4 VLLM_USE_PRECOMPILED VLLM_USE_PRECOMPILED_RUST
     VLLM_USE_RAY_COMPILED_DAG_CHANNEL_TYPE VLLM_USE_RAY_COMPILED_DAG_OVERLAP_COMM VLLM_USE_RAY_WRAPPED_PP_COMM
     VLLM_USE_TRITON_AWQ VLLM_V1_USE_OUTLINES_CACHE VLLM_WORKER_MULTIPROC_METHOD VLLM_WSL2_ENABLE_PIN_MEMORY
     VLLM_XGRAMMAR_CACHE_MB
@@ -72,9 +83,10 @@ OTHER_PLATFORMS = ("VLLM_ROCM_", "VLLM_XPU_", "VLLM_XLA_")
 ATTENTION_FIELDS = """
     backend backend_per_kind disable_flashinfer_q_quantization flash_attn_max_num_splits_for_cuda_graph
     flash_attn_version flex_attn_block_m flex_attn_block_n flex_attn_kv_block_size flex_attn_q_block_size
-    hisparse_config indexer_kv_dtype indexer_sparse_logits minimax_m3_msa_decode_backend mla_prefill_backend
-    sparse_mla_force_mqa sparse_mla_prefill_workspace_factor tokenspeed_mla_min_split_kv
-    tq_max_kv_splits_for_cuda_graph use_non_causal use_prefill_query_quantization use_trtllm_attention
+    hisparse_config indexer_kv_dtype indexer_sparse_logits indexer_tp_shard_min_rows minimax_m3_indexer_cp
+    minimax_m3_msa_decode_backend mla_prefill_backend sparse_mla_force_mqa sparse_mla_prefill_workspace_factor
+    tokenspeed_mla_min_split_kv tq_max_kv_splits_for_cuda_graph trtllm_ragged_backend use_non_causal
+    use_prefill_query_quantization use_trtllm_attention
 """
 """All of ``--attention-config``, as the row on it knows it."""
 
@@ -101,7 +113,9 @@ def rows() -> list[Row]:
 
 
 def listed(names: str) -> set[str]:
-    return set(names.split())
+    """Those of ``names`` that the installed release knows."""
+    release = tuple(map(int, vllm.__version__.split(".")[:2]))
+    return set(names.split()) - set((GONE_IN_0_33 if release >= (0, 33) else NEW_IN_0_33).split())
 
 
 def fields(config: type) -> set[str]:
@@ -115,13 +129,13 @@ def documented() -> set[str]:
 
 
 def test_every_argument_of_vllm_is_known() -> None:
-    known = {switch[2:].replace("-", "_") for switch in documented() if switch.startswith("--")}
+    known = listed(" ".join(switch[2:].replace("-", "_") for switch in documented() if switch.startswith("--")))
     assert not known & listed(OTHER_ARGUMENTS)
     assert known | listed(OTHER_ARGUMENTS) == fields(AsyncEngineArgs)
 
 
 def test_every_variable_of_vllm_is_known() -> None:
-    known = {switch for switch in documented() if switch.startswith("VLLM_")}
+    known = listed(" ".join(switch for switch in documented() if switch.startswith("VLLM_")))
     assert known <= set(envs.environment_variables)
     assert not known & listed(OTHER_VARIABLES)
     touching = {name for name in envs.environment_variables if TOUCHING.search(name)}
