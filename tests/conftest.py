@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.collector import give_imports_back, keep_imports_from_the_collector
 from vllm_fox.cpu import prepare_cpu_environment
 
 # The engine runs in the test's own process: still the real engine, scheduler and worker, but open to inspection.
@@ -19,6 +20,40 @@ prepare_cpu_environment(threads=1)
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+LONGEST = (
+    "kernels/test_interpreted.py",
+    "families/fox/test_official_checkpoint.py",
+    "engine/test_parallel.py",
+    "examples/test_ray.py",
+    "engine/test_serving.py",
+    "engine/test_switches.py",
+    "examples/test_train_fox.py",
+    "engine/test_data_parallel.py",
+    "families/sparse_gpt2/test_serving.py",
+    "families/fox/test_dialects.py",
+    "engine/test_other_models.py",
+)
+"""The files that take longest. They come first, so that processes that share the files out end at the same time."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist would start with the files that have most tests, which are short ones.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    keep_imports_from_the_collector()
+
+
+def pytest_unconfigure() -> None:
+    give_imports_back()
 
 
 @pytest.fixture(scope="session")

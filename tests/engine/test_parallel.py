@@ -32,6 +32,7 @@ from benchmarks.engines import (
 )
 from tests.support import ROOT, patience
 from tests.support.checkpoints import VARIANTS, make_checkpoint, save_sparse_gpt2
+from tests.support.collector import keep_imports_from_the_collector
 from tests.support.reference_model import reference_logits
 from tests.support.reference_sparse_gpt2 import reference_logits as sparse_gpt2_logits
 
@@ -193,6 +194,9 @@ def test_two_stages_answer_as_one(
     assert sum(two["used"]) == pytest.approx(one["used"][0], rel=0.05)
     assert all(used < dense for used, dense in zip(two["used"], two["dense"]))
 
+
+if __name__ in ("__main__", "__mp_main__"):  # the engine's process and those of its ranks
+    keep_imports_from_the_collector()
 
 if __name__ == "__main__":
     Path(sys.argv[1]).write_text(json.dumps([serve(**run) for run in json.loads(sys.argv[2])]))

@@ -28,7 +28,7 @@ DCP = Script(
 def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted: a small dense GPT-2, then one that drops."""
     output = tmp_path_factory.mktemp("dcp")
-    assert "is ready" in DCP.run(text, output)
+    assert "is ready" in DCP.run_alone(text, output)
     return output
 
 
@@ -96,6 +96,6 @@ def test_errors_name_what_is_wrong(text: Path, whole: Path, tmp_path: Path) -> N
         (["--gpt2", str(whole / "model")], "is a sparse_gpt2: a gpt2 is needed"),
         (["--heads=3"], "--hidden is 64: it must be a multiple of --heads 3"),
     ]
-    runs = [DCP.command(text, tmp_path / str(n), *more)[2:] for n, (more, _) in enumerate(cases)]
+    runs = [DCP.arguments(text, tmp_path / str(n), *more) for n, (more, _) in enumerate(cases)]
     for found, (_, message) in zip(DCP.errors(runs), cases, strict=True):
         assert re.search(message, found), (message, found)

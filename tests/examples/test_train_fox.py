@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.engines import engine, generate, greedy
-from tests.support.training_scripts import ROOT, Script, log
+from tests.support.training_scripts import ROOT, Script, forks, log
 from vllm_fox.families.fox.config import FoxConfig
 from vllm_fox.hf import ForgettingTransformerForCausalLM
 
@@ -30,14 +30,14 @@ FOX = Script(
         "--optimizer=muon", "--lr=0.005",
     ),
 )  # fmt: skip
-command, run, stopped_at = FOX.command, FOX.run, FOX.stopped_at
+arguments, run, stopped_at = FOX.arguments, FOX.run, FOX.stopped_at
 
 
 @pytest.fixture(scope="module")
 def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted."""
     output = tmp_path_factory.mktemp("whole")
-    assert "is ready" in run(text, output)
+    assert "is ready" in FOX.run_alone(text, output)
     return output
 
 
@@ -56,7 +56,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
 
 def test_two_processes_share_a_step(text: Path, whole: Path, tmp_path: Path) -> None:
     """Half of each batch each, the same losses up to the order of sums."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *command(text, tmp_path)[1:]]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *FOX.command(text, tmp_path)]
     done = subprocess.run(launch, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "2 processes on cpu" in done.stdout, done.stderr[-3000:]
     for line, expected in zip(log(tmp_path), log(whole), strict=True):
@@ -148,10 +148,10 @@ def test_errors_name_what_is_wrong(text: Path, whole: Path, tmp_path: Path) -> N
         ([text, tmp_path / "6", "--batch", "3"], "--batch is 3: it must be a multiple of --micro-batch 2"),
         ([text, whole, "--lr", "0.01"], "holds a run with --lr 0.005, not 0.01"),
     ]
-    arguments = [command(*args)[2:] for args, _ in cases]  # type: ignore[arg-type]
-    arguments.append([arg for arg in command(text, tmp_path / "7")[2:] if arg != "--cpu"])
+    runs = [arguments(*args) for args, _ in cases]  # type: ignore[arg-type]
+    runs.append([arg for arg in arguments(text, tmp_path / "7") if arg != "--cpu"])
     messages = [*(message for _, message in cases), "No CUDA GPU was found"]
-    found = FOX.errors(arguments)
+    found = FOX.errors(runs)
     for line, message in zip(found, messages, strict=True):
         assert re.search(message, line), (message, line)
 
@@ -193,31 +193,30 @@ def test_a_refused_run_does_not_stand_in_the_way_of_its_correction(text: Path, t
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "a.txt").write_text("Too little.\n")
     wrong = [
-        (command(tmp_path / "nowhere", output), "is not a folder"),
-        (command(tmp_path / "short", output), "too little text"),
-        (command(text, output, "--context=100000"), "too little text"),
-        (command(text, output, "--batch=6", "--micro-batch=4"), "--micro-batch 4"),
-        (command(text, output, "--heads=3"), "--hidden is 64 and --heads 3"),
+        (arguments(tmp_path / "nowhere", output), "is not a folder"),
+        (arguments(tmp_path / "short", output), "too little text"),
+        (arguments(text, output, "--context=100000"), "too little text"),
+        (arguments(text, output, "--batch=6", "--micro-batch=4"), "--micro-batch 4"),
+        (arguments(text, output, "--heads=3"), "--hidden is 64 and --heads 3"),
     ]
-    for line, (_, message) in zip(FOX.errors([argv[2:] for argv, _ in wrong]), wrong, strict=True):
+    for line, (_, message) in zip(FOX.errors([argv for argv, _ in wrong]), wrong, strict=True):
         assert message in line
     assert not output.exists()
     # This one trains, but leaves nothing to go on with.
-    (line,) = FOX.errors([command(text, output, "--lr=1e30")[2:]])
+    (line,) = FOX.errors([arguments(text, output, "--lr=1e30")])
     assert re.search(r"The loss of step \d is \w+: try a smaller --lr than 1e\+30\.", line)
     assert "is ready" in run(text, output, "--steps=1")
 
 
 def test_a_run_of_the_other_script_is_refused(text: Path, whole: Path) -> None:
-    (line,) = Script("finetune_dcp.py", FOX.options).errors([command(text, whole)[2:]])
+    (line,) = Script("finetune_dcp.py", FOX.options).errors([arguments(text, whole)])
     assert "holds a run of another script, with --pruning: give another --output." in line
 
 
 def test_a_full_disk_leaves_no_arguments(text: Path, tmp_path: Path) -> None:
     """The same command goes on once there is room."""
     script = """if 1:
-        import sys; sys.path.insert(0, "examples")
-        import os, train_fox
+        import os, sys, train_fox
         record = train_fox.record_run
         def full(handle):
             raise OSError(28, "No space left on device")
@@ -227,8 +226,7 @@ def test_a_full_disk_leaves_no_arguments(text: Path, tmp_path: Path) -> None:
         train_fox.record_run = record_run
         train_fox.main(sys.argv[1:])
     """
-    arguments = command(text, tmp_path, "--steps=1")[2:]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT)
+    done = forks().run("-c", script, *arguments(text, tmp_path, "--steps=1"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"The disk of {tmp_path} is full: Free some space and run the same command again." in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -238,8 +236,7 @@ def test_a_full_disk_leaves_no_arguments(text: Path, tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_last_checkpoint(text: Path, tmp_path: Path) -> None:
     """The second checkpoint finds no room: torch's own error, raised in its place."""
     script = """if 1:
-        import sys; sys.path.insert(0, "examples")
-        import accelerate, train_fox
+        import accelerate, sys, train_fox
         save, calls = accelerate.Accelerator.save_state, []
         def full(self, folder):
             calls.append(folder)
@@ -249,9 +246,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(text: Path, tmp_path: Path) -> N
         accelerate.Accelerator.save_state = full
         train_fox.main(sys.argv[1:])
     """
-    done = subprocess.run(
-        [sys.executable, "-c", script, *command(text, tmp_path)[2:]], capture_output=True, text=True, cwd=ROOT
-    )
+    done = forks().run("-c", script, *arguments(text, tmp_path))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "is full: the checkpoint of step 8 was not written, step 4 is intact" in done.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-4"]

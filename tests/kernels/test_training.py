@@ -19,6 +19,7 @@ from tests.support.rounding import attention_and_bounds
 from vllm_fox.hf import ForgettingTransformerForCausalLM
 from vllm_fox.hf.fox import modeling
 from vllm_fox.kernels import forgetting_attention
+from vllm_fox.kernels.forgetting import training
 from vllm_fox.kernels.forgetting.training import _backward, _forward, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,6 +122,8 @@ def trained_inputs(fox_tiny: Path) -> list[list[torch.Tensor]]:
     ids = real_tokens(fox_tiny, 260 if INTERPRETED else 700)[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling, "forgetting_attention", record)
+        if INTERPRETED:  # the twin gives as good inputs, and the interpreter is slow
+            patch.setattr(training, "use_triton", lambda device: False)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return found
 

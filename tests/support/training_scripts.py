@@ -2,16 +2,87 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.support import ROOT, patience
+
+LIMIT_S = 120
+
+
+class Done(NamedTuple):
+    """How a process ended, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Forks:
+    """Processes with their imports behind them, one after the other (:mod:`tests.support.forked_scripts`)."""
+
+    def __init__(self, *modules: str) -> None:
+        command = [sys.executable, str(ROOT / "tests" / "support" / "forked_scripts.py"), str(ROOT / "examples")]
+        self._server = subprocess.Popen(
+            [*command, *modules], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        self._folder = tempfile.TemporaryDirectory()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the server, which has no more requests once its standard input is closed."""
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(patience(LIMIT_S))
+
+    def has_answer(self, limit: float = 0) -> bool:
+        """Whether the server prints a line within so many seconds, which is when a process has ended."""
+        assert self._server.stdout is not None
+        return bool(select.select([self._server.stdout], [], [], limit)[0])
+
+    def _answer(self, limit: float) -> int:
+        assert self._server.stdout is not None
+        assert self.has_answer(limit), f"nothing within {limit:.0f} s"
+        return int(self._server.stdout.readline())
+
+    def start(self, *argv: str, **environment: str) -> int:
+        """Start a script, or a program after ``-c``; its process id."""
+        assert self._server.stdin is not None
+        files = {name: str(Path(self._folder.name, name)) for name in ("output", "errors")}
+        request = json.dumps({"argv": argv, "environment": environment, **files})
+        self._server.stdin.write(f"{request}\n".encode())
+        return self._answer(patience(LIMIT_S))
+
+    def wait(self, pid: int, limit: float) -> Done:
+        """For the end of what was started last."""
+        try:
+            code = self._answer(limit)
+        except AssertionError:
+            os.kill(pid, signal.SIGKILL)
+            self._answer(limit)
+            raise
+        return Done(code, *(Path(self._folder.name, name).read_text() for name in ("output", "errors")))
+
+    def run(self, *argv: str, **environment: str) -> Done:
+        return self.wait(self.start(*argv, **environment), patience(LIMIT_S))
+
+
+@cache
+def forks() -> Forks:
+    """Those of this process: both scripts import the same."""
+    return Forks("train_fox", "finetune_dcp")
 
 
 @dataclass(frozen=True)
@@ -21,42 +92,47 @@ class Script:
     name: str
     options: tuple[str, ...]
 
+    def arguments(self, text: Path, output: Path, *more: str) -> list[str]:
+        return [str(text), "--output", str(output), *self.options, *more]
+
     def command(self, text: Path, output: Path, *more: str) -> list[str]:
-        script = str(ROOT / "examples" / self.name)
-        return [sys.executable, script, str(text), "--output", str(output), *self.options, *more]
+        return [str(ROOT / "examples" / self.name), *self.arguments(text, output, *more)]
+
+    def run_alone(self, text: Path, output: Path) -> str:
+        """To its end, in a Python that nobody has prepared; returns what it printed."""
+        command = [sys.executable, *self.command(text, output)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
 
     def run(self, text: Path, output: Path, *more: str) -> str:
         """To its end; returns what it printed."""
-        done = subprocess.run(self.command(text, output, *more), capture_output=True, text=True, cwd=ROOT)
+        done = forks().run(*self.command(text, output, *more))
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout + done.stderr
 
     def stopped_at(self, text: Path, output: Path, step: int, number: signal.Signals) -> int:
         """Start a run, send a signal once a step is logged; the exit code."""
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen(self.command(text, output), **quiet) as process:  # type: ignore[call-overload]
-            deadline = time.monotonic() + 120
-            while len(log(output)) < step and process.poll() is None and time.monotonic() < deadline:
+        pid = forks().start(*self.command(text, output))
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while len(log(output)) < step and not forks().has_answer() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            process.send_signal(number)
-            code: int = process.wait(timeout=patience(60))
-            return code
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+            done = forks().wait(pid, patience(60))
+        return done.returncode
 
     def errors(self, runs: list[list[str]]) -> list[str]:
-        """What each run, given as arguments, ends with. In one process: each start would take seconds."""
+        """What each run, given as arguments, ends with. All are in one process."""
         module = self.name.removesuffix(".py")
-        program = f"import sys; sys.path.insert(0, 'examples'); import json, {module}\n" + (
+        program = f"import sys, json, {module}\n" + (
             "for args in json.loads(sys.argv[1]):\n"
             f"    try: {module}.main(args)\n"
             "    except SystemExit as error: print('ERROR', error)\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", program, json.dumps(runs)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        )
+        done = forks().run("-c", program, json.dumps(runs), CUDA_VISIBLE_DEVICES="")
         found = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
         assert len(found) == len(runs), done.stdout + done.stderr[-3000:]
         return found
