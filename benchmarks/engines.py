@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
@@ -188,7 +189,7 @@ def random_traffic(
 
 
 def assert_all_free(llm: LLM) -> None:
-    """Every page, slot, table chunk and block is back."""
+    """Every page, slot, table chunk and block is back; what is cached counts as free and is held by nobody."""
     pages = manager(llm)
     pool = pages.pool
     assert pool.used_total == 0 and usage(llm) == 0
@@ -197,7 +198,8 @@ def assert_all_free(llm: LLM) -> None:
     assert len(pool._free_chunks) == len(pool._entries) - 1
     assert not pages._slot_of and not pages._prompt_pages and not pages._room
     for rank in range(pool.ranks):
-        ids = torch.from_numpy(pool.free_ids(rank).copy()).sort().values
+        parts = [pool.free_ids(rank), *([pool.prefixes.held_ids(rank)] if pool.prefixes is not None else [])]
+        ids = torch.from_numpy(np.concatenate(parts)).sort().values
         first = pool.streams[rank]
         assert torch.equal(ids, torch.arange(first, first + pool.capacity[rank], dtype=torch.int32))
 

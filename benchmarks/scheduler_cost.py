@@ -2,7 +2,8 @@
 
 A model of 24 layers of 24 heads, pages of 64 tokens. In decode 256 requests stand at 16k tokens: every step each
 asks for its slots, some cross a page boundary, and a report of dead pages comes back. In prefill every step reads
-8,192 tokens of a prompt, whose dead pages are reported in the next, and now and then a request ends.
+8,192 tokens of a prompt, whose dead pages are reported in the next, and now and then a request ends. Both are
+measured without prefix caching; then decode with it, and what prompts cost that are found in the cache or not.
 
     python -m benchmarks.scheduler_cost [--steps 512] [--out results/scheduler_cost.json]
 """
@@ -32,7 +33,7 @@ FORM = ForgettingPageFormat(PAGE, DIM, torch.bfloat16, 1, True, torch.bfloat16)
 REQUESTS, TOKENS, CHUNK = 256, 16_384, 8_192
 
 
-def fox_manager(num_blocks: int, max_model_len: int = 2 * TOKENS) -> StreamPageManager:
+def fox_manager(num_blocks: int, max_model_len: int = 2 * TOKENS, caching: bool = False) -> StreamPageManager:
     spec = StreamPageSpec(
         block_size=PAGE,
         num_kv_heads=HEADS,
@@ -50,7 +51,7 @@ def fox_manager(num_blocks: int, max_model_len: int = 2 * TOKENS) -> StreamPageM
         max_step_tokens=CHUNK,
         release=True,
     )
-    return StreamPageManager(spec, **common(num_blocks))
+    return StreamPageManager(spec, **common(num_blocks, caching))
 
 
 def dense_manager(num_blocks: int) -> FullAttentionManager:
@@ -58,14 +59,24 @@ def dense_manager(num_blocks: int) -> FullAttentionManager:
     return FullAttentionManager(spec, **common(num_blocks))
 
 
-def common(num_blocks: int) -> dict:
-    pool = BlockPool(num_gpu_blocks=num_blocks, enable_caching=False, hash_block_size=PAGE)
+def common(num_blocks: int, caching: bool = False) -> dict:
+    pool = BlockPool(num_gpu_blocks=num_blocks, enable_caching=caching, hash_block_size=PAGE)
     return {
         "block_pool": pool,
-        "enable_caching": False,
+        "enable_caching": caching,
         "kv_cache_group_id": 0,
         "scheduler_block_size": PAGE,
     }
+
+
+class Prompt:
+    """What the manager reads of a vLLM request."""
+
+    skip_reading_prefix_cache = False
+
+    def __init__(self, request_id: str, text: str, tokens: int) -> None:
+        self.request_id, self.num_tokens = request_id, tokens
+        self.block_hashes = [f"{text}, page {page}" for page in range(tokens // PAGE)]
 
 
 def ask(manager: SingleTypeKVCacheManager, request: str, tokens: int) -> None:
@@ -87,31 +98,38 @@ def reported(update: TableUpdate, rows: np.ndarray, lengths: np.ndarray, window:
     return PageReport(update.step, update.slots, update.epochs, 0, torch.from_numpy(starts), None)
 
 
-def decode(steps: int) -> dict[str, list[float]]:
-    """Times of each part, in ms per step."""
+def decode(steps: int, caching: bool = False) -> dict[str, list[float]]:
+    """Times of each part, in ms per step. With prefix caching it counts what that adds to the manager's calls."""
     blocks = REQUESTS * (TOKENS // PAGE + steps // PAGE + 2) + 1
-    fox, dense = fox_manager(blocks), dense_manager(blocks)
+    fox, dense = fox_manager(blocks, caching=caching), dense_manager(blocks)
     names = [f"request-{i}" for i in range(REQUESTS)]
+    prompts = {name: Prompt(name, name, TOKENS + steps) for name in names}
+
+    def allocate(name: str, length: int) -> None:
+        ask(fox, name, length)
+        if caching:
+            fox.cache_blocks(prompts[name], length)  # type: ignore[arg-type]
+
     # Staggered lengths, so that requests cross page boundaries at different steps.
     lengths = TOKENS - np.arange(REQUESTS) % PAGE
     for name, length in zip(names, lengths.tolist()):
         dense.num_cached_block[name] = 0
-        ask(fox, name, length)
+        allocate(name, length)
         ask(dense, name, length)
     window, phase = live_windows(np.random.default_rng(0), REQUESTS)
     row_of = np.zeros(REQUESTS + 1, dtype=np.int64)
     row_of[[fox._slot_of[name] for name in names]] = np.arange(REQUESTS)
-    update = fox.take_update(dict.fromkeys(names, TOKENS))
+    update = fox.take_update(dict(zip(names, lengths.tolist())))
     times: dict[str, list[float]] = {key: [] for key in ("allocate", "update", "report", "dense allocate")}
     for step in range(-1, steps):
-        rows = row_of[update.slots]
+        rows = row_of[np.concatenate([update.slots, update.boundary_slots])]
         report = reported(update, rows, lengths[rows] + step, window, phase)
         now = lengths + step + 1
         t0 = time.perf_counter()
         fox.free_dead(report)
         t1 = time.perf_counter()
         for name, length in zip(names, now.tolist()):
-            ask(fox, name, length)
+            allocate(name, length)
         t2 = time.perf_counter()
         update = fox.take_update(dict.fromkeys(names, 1))
         t3 = time.perf_counter()
@@ -159,6 +177,50 @@ def prefill(steps: int) -> dict[str, list[float]]:
     return times
 
 
+def prefix_caching(steps: int) -> dict[str, list[float]]:
+    """Times of each part with prefix caching, in ms: 16k tokens in chunks, which are asked for again a while later.
+
+    The pool is so small that every chunk has pages given away.
+    """
+    blocks = 12 * (TOKENS // PAGE + 2)
+    fox = fox_manager(blocks, caching=True)
+    window, phase = live_windows(np.random.default_rng(0), 1)
+    times: dict[str, list[float]] = {key: [] for key in ("miss", "hit", "update", "report", "free")}
+
+    def run(text: str, name: str) -> None:
+        request = Prompt(name, text, TOKENS + PAGE)
+        hashes = request.block_hashes
+        now = time.perf_counter()
+        (row,), start = fox.find_longest_cache_hit(hashes, TOKENS)
+        if start:
+            fox.get_num_blocks_to_allocate(name, start + PAGE, row, start, start, start + PAGE)
+            fox.add_local_computed_blocks(name, row, start, 0)
+        times["hit" if start else "miss"].append(1e3 * (time.perf_counter() - now))
+        for end in [TOKENS + PAGE] if start else range(CHUNK, TOKENS + 1, CHUNK):
+            ask(fox, name, end)
+            fox.cache_blocks(request, end)  # type: ignore[arg-type]
+            begun = time.perf_counter()
+            update = fox.take_update({name: end - start})
+            times["update"].append(1e3 * (time.perf_counter() - begun))
+            lengths = PAGE * update.boundary_pages[:, None]
+            first = np.maximum((lengths - window - phase) // PAGE, 0).astype(np.int32)
+            report = PageReport(update.step, update.slots, update.epochs, 0, torch.from_numpy(first), None)
+            begun = time.perf_counter()
+            fox.free_dead(report)
+            times["report"].append(1e3 * (time.perf_counter() - begun))
+            start = end
+        begun = time.perf_counter()
+        fox.pop_blocks_for_free(name)
+        times["free"].append(1e3 * (time.perf_counter() - begun))
+
+    for step in range(steps):
+        run(f"text {step}", f"first {step}")
+        if step >= 4:
+            run(f"text {step - 4}", f"again {step}")
+    assert fox.pool.prefixes is not None and fox.pool.prefixes.evicted_total
+    return times
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=positive_int, default=512)
@@ -166,11 +228,18 @@ def main() -> None:
     args = parser.parse_args()
     print(f"ms per step; {LAYERS} layers of {HEADS} heads, pages of {PAGE} tokens")
     figures: dict[str, Any] = {}
-    for phase, times in (("decode", decode(args.steps)), ("prefill", prefill(args.steps))):
-        ours = [values for key, values in times.items() if not key.startswith("dense")]
-        vllm = [values for key, values in times.items() if key.startswith("dense")]
-        times["total"] = [sum(parts) for parts in zip(*ours)]
-        times["added"] = [total - sum(parts) for total, *parts in zip(times["total"], *vllm)]
+    measured = {
+        "decode": decode(args.steps),
+        "decode, caching": decode(args.steps, caching=True),
+        "prefill": prefill(args.steps),
+        "prefix caching": prefix_caching(max(args.steps // 8, 16)),
+    }
+    for phase, times in measured.items():
+        if phase != "prefix caching":  # whose parts do not belong to steps
+            ours = [values for key, values in times.items() if not key.startswith("dense")]
+            vllm = [values for key, values in times.items() if key.startswith("dense")]
+            times["total"] = [sum(parts) for parts in zip(*ours)]
+            times["added"] = [total - sum(parts) for total, *parts in zip(times["total"], *vllm)]
         print(f"{phase:16}{'median':>9}{'mean':>9}{'p99':>9}")
         figures[phase] = {}
         for name, values in times.items():

@@ -32,3 +32,9 @@ def row_of(query_start, rows, token):
         left = token < tl.load(query_start + middle)
         low, high = tl.where(left, low, middle), tl.where(left, middle, high)
     return low
+
+
+@triton.jit(do_not_specialize=["number"])
+def trial_kernel(out, number, stride, CONSTANT: tl.constexpr):
+    """What ``launch.py`` tries out: ``number * CONSTANT`` plus the program's number at every stride-th place."""
+    tl.store(out + tl.program_id(0) * stride, number * CONSTANT + tl.program_id(0))

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
+
+from .common import trial_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +68,8 @@ class Launcher:
             self._compiled[key] = compiled
 
 
-@triton.jit(do_not_specialize=["number"])
-def _trial(out, number, stride, CONSTANT: tl.constexpr):
-    tl.store(out + tl.program_id(0) * stride, number * CONSTANT + tl.program_id(0))
-
-
 @cache
-def compiled_kernels_can_be_launched(device: torch.device, trial: Any = _trial) -> bool:
+def compiled_kernels_can_be_launched(device: torch.device, trial: Any = trial_kernel) -> bool:
     """Whether this Triton launches a compiled kernel with the arguments that :class:`Launcher` gives it.
 
     A kernel of one tensor, one number, one stride and one constant is launched with other values than it was

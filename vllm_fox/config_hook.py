@@ -58,9 +58,13 @@ class PagedConfigHook(VerifyAndUpdateConfig):
         _split_graphs(vllm_config.compilation_config)
         _capture_short_prompts(vllm_config.compilation_config)
         cache = vllm_config.cache_config
-        if cache.enable_prefix_caching:
+        if cache.enable_prefix_caching and family.shares_pages:
+            logger.info(
+                "Prefix caching is on: requests that begin alike share their first pages, except dead ones."
+            )
+        elif cache.enable_prefix_caching:
             cache.enable_prefix_caching = False
-            logger.info("Prefix caching is off: vllm-fox does not share released pages between requests yet.")
+            logger.info("Prefix caching is off: pages of %s change after they are full.", family.name)
 
 
 def config_hook_of(family: Family) -> type[PagedConfigHook]:

@@ -38,6 +38,9 @@ class Family:
         streams: function that returns the number of a model's streams, given its config.
         page_size: tokens per page unless the setting ``page_size`` says otherwise.
         settings: class of the family's options.
+        shares_pages: whether requests that begin alike may share full pages (prefix caching). Pages must not change
+            once they are full, and the state must tell live ranges of the past
+            (:meth:`vllm_fox.attention.step.WorkerState.first_live_at`).
         float8_pages: whether the family's pages can hold float8 (e4m3).
         refusals: function that returns what the models cannot do besides what no family can, given an engine's
             configuration. It returns pairs: whether the feature is asked for (any true value), and the name of the
@@ -53,6 +56,7 @@ class Family:
     streams: Callable[[Any], int]
     page_size: int
     settings: type[PageSettings] = PageSettings
+    shares_pages: bool = False
     float8_pages: bool = False
     refusals: Callable[[VllmConfig], Iterable[tuple[object, str]]] = _nothing_refused
     prepare: Callable[[], None] = _nothing_to_do

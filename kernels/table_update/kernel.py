@@ -18,13 +18,13 @@ STREAMS_PER_BLOCK = 256
 
 @triton.jit(
     do_not_specialize=[
-        "opened", "chunk_slot", "chunk_index", "chunk_id", "column_chunk", "column_offset", "ids",
+        "opened", "first", "chunk_slot", "chunk_index", "chunk_id", "column_chunk", "column_offset", "ids",
         "num_opened", "num_columns", "max_chunks", "streams",
     ],
 )  # fmt: skip
 def _table_update(
     chunk_of, entries, first_live,
-    opened, chunk_slot, chunk_index, chunk_id, column_chunk, column_offset, ids,
+    opened, first, chunk_slot, chunk_index, chunk_id, column_chunk, column_offset, ids,
     num_opened, num_columns, max_chunks, streams,
     CHUNK: tl.constexpr, STREAMS_PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -35,8 +35,10 @@ def _table_update(
         page = tl.load(ids + part.to(tl.int64) * streams + stream, mask=inside)
         tl.store(entries + (chunk * streams + stream) * CHUNK + tl.load(column_offset + part), page, mask=inside)
     elif part < num_columns + num_opened:
-        slot = tl.load(opened + part - num_columns).to(tl.int64)
-        tl.store(first_live + slot * streams + stream, tl.zeros([STREAMS_PER_BLOCK], tl.int32), mask=inside)
+        which = part - num_columns
+        slot = tl.load(opened + which).to(tl.int64)
+        page = tl.load(first + which.to(tl.int64) * streams + stream, mask=inside)
+        tl.store(first_live + slot * streams + stream, page, mask=inside)
     else:
         this = part - num_columns - num_opened
         where = tl.load(chunk_slot + this).to(tl.int64) * max_chunks + tl.load(chunk_index + this)
@@ -50,6 +52,7 @@ def table_update(
     table: PageTable,
     *,
     opened: torch.Tensor,
+    first: torch.Tensor,
     chunk_slot: torch.Tensor,
     chunk_index: torch.Tensor,
     chunk_id: torch.Tensor,
@@ -66,7 +69,7 @@ def table_update(
         (begun + chunks + columns, triton.cdiv(streams, STREAMS_PER_BLOCK), 1),
         (table.chunk_of, table.entries, table.first_live),
         (
-            opened, chunk_slot, chunk_index, chunk_id, column_chunk, column_offset, ids,
+            opened, first, chunk_slot, chunk_index, chunk_id, column_chunk, column_offset, ids,
             begun, columns, table.chunk_of.shape[1], streams,
         ),
         (),

@@ -65,7 +65,7 @@ def serve(model: str, tensor: int = 1, stages: int = 1, kill: bool = False) -> d
         # The shortest prompt is through first; all are running by the time it has answered some tokens.
         run_until_decoding(llm, count=len(prompts), tokens=4)
         pool = manager(llm).pool
-        used = [pool.capacity[rank] - len(pool.free_ids(rank)) for rank in range(pool.ranks)]
+        used = pool.used
         held = (pool.num_pages.sum() * pool.streams).tolist()
         finished = run_to_the_end(llm)
         assert_all_free(llm)

@@ -135,8 +135,13 @@ def test_bad_sparse_gpt2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [None, True, False])
-def test_prefix_caching_is_switched_off(tiny: Path, asked: bool | None) -> None:
-    assert configure(tiny, enable_prefix_caching=asked).cache_config.enable_prefix_caching is False
+def test_prefix_caching_is_on_unless_switched_off(tiny: Path, asked: bool | None) -> None:
+    assert configure(tiny, enable_prefix_caching=asked).cache_config.enable_prefix_caching is (asked is not False)
+
+
+def test_prefix_caching_is_off_where_pages_change(dcp_tiny: Path) -> None:
+    """Compaction moves tokens of a sparse GPT-2 between pages that are full already."""
+    assert configure(dcp_tiny, enable_prefix_caching=True).cache_config.enable_prefix_caching is False
 
 
 def test_pages_travel_through_our_connector(tiny: Path) -> None:

@@ -28,6 +28,7 @@ from tests.support.checkpoints import PRO, make_checkpoint, save_sparse_gpt2
 from tests.support.reference_model import reference_logits
 from tests.support.reference_sparse_gpt2 import reference_logits as sparse_gpt2_logits
 from tests.support.startup import refused
+from vllm_fox.families import family_of
 
 PAGE, LENGTHS, ANSWER = 16, (5, 100, 230, 400), 24
 OUTPUT_EMBEDDINGS = {"fox": "lm_head.weight", "sparse": "transformer.wte.weight"}
@@ -201,7 +202,7 @@ def switched(model: Path, usual: Usual) -> Iterator[LLM]:
 
 def test_harmless_switches_change_nothing(switched: LLM, usual: Usual) -> None:
     config = switched.llm_engine.vllm_config
-    assert not config.cache_config.enable_prefix_caching
+    assert config.cache_config.enable_prefix_caching is family_of(config.model_config.hf_config).shares_pages
     assert config.scheduler_config.disable_hybrid_kv_cache_manager
     assert isinstance(scheduler(switched), OwnScheduler)
     assert scheduler(switched).kv_cache_manager.watermark_blocks > 0

@@ -120,12 +120,15 @@ def test_table_updates_and_reports_wait_for_nothing() -> None:
     try:
         for step, (opened, count) in enumerate([([slot], 40), ([], 1), ([], 30)]):
             pool.reserve(slot, count)
-            update = TableUpdate(step, slots, pool.epoch[slots], np.array(opened, dtype=int), pool.hand_out())
+            new, ends = np.array(opened, dtype=int), np.array([3, 5])
+            update = TableUpdate(
+                step, slots, pool.epoch[slots], new, pool.start[new], pool.hand_out(), np.array([slot, slot]), ends
+            )
             tables.write(update)
-            report = tables.report(update)
+            report = tables.report(update, lambda slots, pages, before: pages[:, None] + before)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert (report.starts[0] == 0).all()
+    assert report.starts[0].tolist() == [[0] * 6, [3] * 6, [5] * 6]
     chunks = tables.table.chunk_of[slot].long()
     entries = tables.table.entries[chunks].permute(0, 2, 1).reshape(-1, 6)[:71]
     assert sorted(entries.flatten().tolist()) == sorted(pool.held_ids(slot, 0).tolist())

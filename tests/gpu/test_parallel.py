@@ -49,8 +49,7 @@ def ask(llm: LLM, reference: dict[str, torch.Tensor]) -> dict[str, Any]:
     add(llm, "long", source_tokens(llm, 8192, seed=1), 64)
     run_until_decoding(llm, tokens=8)
     live = usage(llm) * num_blocks(llm) / (8192 / 64)
-    pool = manager(llm).pool
-    pages = [pool.capacity[rank] - len(pool.free_ids(rank)) for rank in range(pool.ranks)]
+    pages = manager(llm).pool.used
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     assert_all_free(llm)

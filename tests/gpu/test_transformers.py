@@ -25,7 +25,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     That is ten times as far as float32 on the CPU is from float64: the GPU rounds as often, in another order.
     """
     if request.param == "fox":
-        fields = {"use_k_shift": True, "use_v_shift": True, "qk_norm": True}
+        fields: dict[str, Any] = {"use_k_shift": True, "use_v_shift": True, "qk_norm": True}
         folder = make_checkpoint(tmp_path_factory.mktemp("fox"), "official", hidden_size=64, num_heads=2, **fields)
         exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     else:

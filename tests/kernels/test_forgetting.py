@@ -255,17 +255,46 @@ def test_table_update_writes_what_is_new_and_nothing_else() -> None:
     want = [x.clone() for x in tables]
     opened, chunks, columns = [2, 4], [(2, 0, 7), (2, 1, 3), (4, 3, 8)], [(7, 15), (3, 0), (3, 1), (8, 5)]
     ids = rng.integers(100, 999, (len(columns), streams)).astype(np.int32)
-    for slot in opened:
-        want[2][slot] = 0
+    first = rng.integers(0, 9, (len(opened), streams)).astype(np.int32)
+    for slot, pages in zip(opened, first):
+        want[2][slot] = torch.from_numpy(pages)
     for slot, index, chunk in chunks:
         want[0][slot, index] = chunk
     for (chunk, offset), pages in zip(columns, ids):
         want[1][chunk, :, offset] = torch.from_numpy(pages)
     # Parts of one array, as they come: no part but the first is aligned.
-    parts = [opened, *zip(*chunks), *zip(*columns), ids.ravel()]
+    parts = [opened, first.ravel(), *zip(*chunks), *zip(*columns), ids.ravel()]
     packed = torch.from_numpy(np.concatenate([np.array(part, dtype=np.int32) for part in parts]))
     table = PageTable(*(x.to(DEVICE) for x in tables))
-    names = ("opened", "chunk_slot", "chunk_index", "chunk_id", "column_chunk", "column_offset", "ids")
+    names = ("opened", "first", "chunk_slot", "chunk_index", "chunk_id", "column_chunk", "column_offset", "ids")
     table_update(table, **dict(zip(names, packed.to(DEVICE).split([len(part) for part in parts]), strict=True)))
     for found, expected in zip((table.chunk_of, table.entries, table.first_live), want):
         assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("groups, page_size", [(1, 16), (3, 32)])
+def test_live_ranges_of_the_past(groups: int, page_size: int) -> None:
+    """At every boundary inside a step they are what the formula says, and what a step that ends there leaves."""
+    count, threshold = 400, -9.0
+    inputs = random_inputs(count, heads=3, groups=groups, gates="mixed", seed=groups)
+    one_step, many = (OneLayer(heads=3, groups=groups, page_size=page_size, threshold=threshold) for _ in range(2))
+    slot, other = one_step.open(), many.open()
+    one_step.step([(slot, cut(inputs, 0, 64))])
+    before = one_step.table.first_live[[slot]].clone()
+    one_step.step([(slot, cut(inputs, 64, count))], release=False)
+    boundaries = torch.arange(64 // page_size + 1, count // page_size + 1, dtype=torch.int32, device=DEVICE)
+    found = one_step.state.first_live_at(
+        torch.full_like(boundaries, slot), boundaries, before.expand(len(boundaries), -1).contiguous()
+    )
+    decay = inputs["log_f"].double().cumsum(0)
+    at = 0
+    for boundary, row in zip(boundaries.tolist(), found.cpu()):
+        end = boundary * page_size
+        last_keys = torch.arange(page_size - 1, end, page_size)
+        alive = (decay[end - 1] - decay[last_keys] >= threshold).any(-1)  # [pages, heads]
+        alive[-1] = True
+        assert torch.equal(row.long(), alive.int().argmax(0)), boundary
+        many.step([(other, cut(inputs, at, end))])
+        at = end
+        assert torch.equal(row, many.table.first_live[other].cpu()), boundary
+    assert (found[-1] > 0).any() and (found[-1] > found[0]).any()

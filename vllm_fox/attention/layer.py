@@ -187,6 +187,11 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
         if use_triton(table.entries.device):
             layers[0]._warm_up(state)
 
+    def first_live_at(self, slots: torch.Tensor, num_pages: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """See :meth:`~vllm_fox.attention.step.WorkerState.first_live_at`, for the streams of all layers."""
+        assert self._state is not None
+        return self._state.first_live_at(slots, num_pages, before)
+
     def pool(self) -> torch.Tensor:
         """Return the whole cache as bytes: all streams share one pool of pages."""
         cache = self.kv_cache

@@ -28,6 +28,21 @@ class WorkerState:
     def end_step(self, batch: Batch) -> None:
         """Finish a step, after its last layer. Here a family finds the pages that no later query needs."""
 
+    def first_live_at(self, slots: torch.Tensor, num_pages: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Return the first live pages as they were when requests had filled so many pages.
+
+        Families whose pages are shared between requests (``Family.shares_pages``) implement this. It is called
+        after a step, for boundaries that lie in it.
+
+        Args:
+            slots, num_pages: [B] int32 slots of the requests, and full pages.
+            before: [B, S] int32 the slots' first live pages before the step.
+
+        Returns:
+            [B, S] int32.
+        """
+        raise TypeError(f"{type(self).__name__} cannot tell live ranges of the past")
+
 
 State = TypeVar("State", bound=WorkerState)
 

@@ -28,7 +28,7 @@ from .manager import StreamPageManager
 from .messages import PageReport, TableUpdate
 from .metrics import PageMetrics, PageStats
 from .spec import StreamPageSpec
-from .tables import DeviceTables
+from .tables import DeviceTables, FirstLiveAt
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
@@ -44,6 +44,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager: StreamPageManager | None = None
         self._tables: DeviceTables | None = None
         self._follow_weights: Callable[[], None] = lambda: None
+        self._first_live_at: FirstLiveAt
         self._last_stats = PageStats()
 
     @property
@@ -66,6 +67,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         max_rows = max(scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
         attention[0].bind_page_table(attention, self._tables.table, max_rows)
         self._follow_weights = attention[0].watch_weights(attention)
+        self._first_live_at = attention[0].first_live_at
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -76,7 +78,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> PageReport:
         update = self._get_connector_metadata()
         assert self._tables is not None and isinstance(update, TableUpdate)
-        return self._tables.report(update)
+        return self._tables.report(update, self._first_live_at)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Nothing is loaded."""
@@ -113,7 +115,15 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         return self._manager is not None and self._manager.expects_release
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return 0, False
+        """Return no tokens, or None for "ask again in the next step": another request is computing the prefix."""
+        assert self._manager is not None
+        return (None if self._manager.is_under_way(request, num_computed_tokens) else 0), False
+
+    def reset_cache(self) -> bool | None:
+        """Forget all cached prefixes. vLLM calls this when its own prefix cache is reset."""
+        assert self._manager is not None
+        self._manager.forget_prefixes()
+        return True
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Nothing needs to be done: the manager has recorded the allocation already."""

@@ -8,8 +8,9 @@ scattered by release cannot keep blocks from being returned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.utils.math_utils import cdiv
@@ -21,12 +22,36 @@ from .admission import LiveShare
 from .geometry import PageGeometry
 from .messages import PageReport, TableUpdate
 from .pool import NO_NUMBERS, PagePool
+from .prefixes import Hit
 from .spec import StreamPageSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 REPORT_EVERY = 4
 """Decode steps whose live ranges are reported together, because a report's cost hardly depends on its size."""
 FEW_REQUESTS = 16
 """Running requests from which on decode steps report together. With fewer requests every step reports."""
+
+
+COLUMNS_PER_BLOCK = 4
+"""Columns of the prefix cache for each block. Most pages of a column are dead, so that a block holds several."""
+
+
+@dataclass
+class CachedPrefix(KVCacheBlock):
+    """Carries a hit through vLLM's scheduler, from the look-up to the allocation."""
+
+    hit: Hit | None = None
+
+
+@dataclass(frozen=True)
+class _Boundaries:
+    """Columns that end where a step's reported live ranges are exact: those of its rows, then of its boundaries."""
+
+    pages: np.ndarray
+    columns: np.ndarray
+    lives: np.ndarray
 
 
 class StreamPageManager(SingleTypeKVCacheManager):
@@ -47,6 +72,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
             num_slots=geometry.num_slots,
             num_chunks=geometry.num_chunks,
             max_chunks=geometry.max_chunks,
+            cached_columns=COLUMNS_PER_BLOCK * block_pool.num_gpu_blocks if self.enable_caching else 0,
         )
         self.live_share = LiveShare()
         self._chunk_pages = cdiv(spec.max_step_tokens, self.block_size) + 1
@@ -60,11 +86,21 @@ class StreamPageManager(SingleTypeKVCacheManager):
         self._prompt_pages: dict[str, int] = {}
         self._opened: list[int] = []
         self._step = 0
-        # Slots whose live ranges may have moved since they were last reported.
-        self._due: dict[int, None] = {}
+        # Slots whose live ranges may have moved since they were last reported, and their full pages then.
+        self._due: dict[int, int] = {}
         # Columns allocated in steps that no report has come back from: (step, slot, count). Steps with prompts
         # always report, because many dead pages may be expected from them.
         self._unreported: list[tuple[int, int, int]] = []
+        # Hashes of a running request's full pages, a list that vLLM extends; how many of these are in the prefix
+        # cache; how many are full after the step being scheduled, if these are more; and the hashes of what some
+        # running request is about to compute.
+        self._hashes: dict[str, Sequence[Hashable]] = {}
+        self._shared_pages: dict[str, int] = {}
+        self._full_pages: dict[str, int] = {}
+        self._under_way: dict[Hashable, str] = {}
+        self._boundaries: dict[int, _Boundaries] = {}
+        # vLLM replaces this dictionary when its prefix cache is reset, and tells nobody.
+        self._seen_cache = block_pool.cached_block_hash_to_block
 
     # What vLLM's scheduler calls.
 
@@ -84,15 +120,36 @@ class StreamPageManager(SingleTypeKVCacheManager):
         if num_tokens <= room and not apply_admission_cap:
             return 0
         pages = cdiv(num_tokens, self.block_size)
+        hit = _hit_of(new_computed_blocks)
         if apply_admission_cap:
             self._prompt_pages[request_id] = pages
-            return self._pages_to_admit(request_id, pages)
+            return self._pages_to_admit(request_id, pages, hit)
         slot = self._slot_of.get(request_id, 0)
+        if hit is not None:
+            missing = pages - hit.pages
+            if not self.pool.has_free_slot or not self.pool.chunks_available_after(hit, missing):
+                return self.block_pool.num_gpu_blocks
+            return missing + self._blocks_woken(hit)
         missing = pages - room // self.block_size
         if not (slot or self.pool.has_free_slot) or not self.pool.chunks_available(slot, missing):
             # No slot or no page-table chunk is free. The answer is more than the pool has, so the request waits.
             return self.block_pool.num_gpu_blocks
         return missing
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Let a request begin with the cached prefix that the look-up found for it."""
+        hit = _hit_of(new_computed_blocks)
+        if hit is not None:
+            self._open(request_id)
+            self.pool.adopt(self._slot_of[request_id], hit)
+            self._room[request_id] = hit.pages * self.block_size
+            self._settle()
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -105,9 +162,8 @@ class StreamPageManager(SingleTypeKVCacheManager):
         missing = cdiv(num_tokens, self.block_size) - room // self.block_size
         new_row: list[KVCacheBlock] = []
         if not slot:
-            slot = self._slot_of[request_id] = self.pool.open()
-            self._opened.append(slot)
-            new_row = self.req_to_blocks[request_id] = [KVCacheBlock(block_id=slot)]
+            new_row = self._open(request_id)
+            slot = self._slot_of[request_id]
         self.pool.reserve(slot, missing)
         self._room[request_id] = room = room + missing * self.block_size
         self._unreported.append((self._step, slot, missing))
@@ -116,28 +172,53 @@ class StreamPageManager(SingleTypeKVCacheManager):
         self._settle()
         return new_row
 
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Note which pages are full after this step. Later requests may begin with them from the next step on."""
+        request_id = request.request_id
+        shared = self._shared_pages.get(request_id)
+        if shared is not None and num_tokens < (shared + 1) * self.block_size:
+            return  # most calls of a decode step end here
+        hashes = request.block_hashes
+        if shared is None:
+            self._hashes[request_id] = hashes
+            shared = self._shared_pages[request_id] = self.pool.offered(self._slot_of[request_id])
+            # Prompts that begin alike wait for each other rather than compute the same pages twice.
+            for key in hashes[shared:]:
+                self._under_way.setdefault(key, request_id)
+        full = min(len(hashes), num_tokens // self.block_size)
+        if full > shared:
+            self._full_pages[request_id] = full
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Take back the request's pages at once: the device runs later steps after those in flight."""
         self.req_to_blocks.pop(request_id, None)
         self._prompt_pages.pop(request_id, None)
         self._room.pop(request_id, None)
         self._length.pop(request_id, None)
+        self._full_pages.pop(request_id, None)
+        hashes = self._hashes.pop(request_id, ())
+        self._no_longer_under_way(request_id, hashes[self._shared_pages.pop(request_id, 0) :])
         slot = self._slot_of.pop(request_id, 0)
         if slot:
             if slot in self._opened:
                 self._opened.remove(slot)
             self._unreported = [entry for entry in self._unreported if entry[1] != slot]
             self._due.pop(slot, None)
-            self.pool.close(slot)
+            self.pool.close(slot, hashes)
             self._settle()
         return []
 
-    @classmethod
-    def find_longest_cache_hit(
-        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], *args: Any, **kwargs: Any
+    def find_longest_cache_hit(  # type: ignore[override]  # vLLM calls it on the manager
+        self, block_hashes: Sequence[Hashable], max_length: int, *args: Any, **kwargs: Any
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        # Prefix caching is switched off at start-up.
-        return tuple([] for _ in kv_cache_group_ids), 0
+        """Return a handle of the longest cached prefix of at most ``max_length`` tokens, and its tokens."""
+        if self.block_pool.cached_block_hash_to_block is not self._seen_cache:
+            self.forget_prefixes()
+        assert self.pool.prefixes is not None
+        hit = self.pool.prefixes.find(block_hashes[: max_length // self.block_size])
+        if hit is None:
+            return ([],), 0
+        return ([CachedPrefix(block_id=0, hit=hit)],), hit.pages * self.block_size
 
     # What the plugin's connector calls.
 
@@ -147,17 +228,36 @@ class StreamPageManager(SingleTypeKVCacheManager):
         Args:
             scheduled: number of new tokens of each request.
         """
-        period, prompts = self.kv_cache_spec.report_period, False
+        # What is cached needs the live ranges as they are where a page ends, and pages die no earlier.
+        caching = self.enable_caching and self.kv_cache_spec.release
+        period, prompts = self.block_size if caching else self.kv_cache_spec.report_period, False
+        inside: list[tuple[int, int, int]] = []
         for request_id, new in scheduled.items():
-            if new > 1 or self._length[request_id] % period == 0:
-                self._due[self._slot_of[request_id]] = None
+            length = self._length[request_id]
+            if new > 1 and caching:
+                inside.append((self._slot_of[request_id], (length - new) // period, length // period))
+                prompts = True
+            elif new > 1 or length % period == 0:
+                self._due[self._slot_of[request_id]] = length // period
                 prompts |= new > 1
-        slots = NO_NUMBERS
+        slots, pages = NO_NUMBERS, NO_NUMBERS
         if prompts or self._reports_now():
             slots = np.fromiter(self._due, dtype=np.int64, count=len(self._due))
+            pages = np.fromiter(self._due.values(), dtype=np.int64, count=len(self._due))
             self._due.clear()
         opened = np.array(self._opened, dtype=np.int64) if self._opened else NO_NUMBERS
-        update = TableUpdate(self._step, slots, self.pool.epoch[slots], opened, self.pool.hand_out())
+        columns = self.pool.hand_out()
+        boundary_slots, boundary_pages = self._share_full_pages(slots, pages, inside)
+        update = TableUpdate(
+            self._step,
+            slots,
+            self.pool.epoch[slots],
+            opened,
+            self.pool.start[opened],
+            columns,
+            boundary_slots,
+            boundary_pages,
+        )
         self._opened.clear()
         self._step += 1
         return update
@@ -165,13 +265,19 @@ class StreamPageManager(SingleTypeKVCacheManager):
     def free_dead(self, report: PageReport) -> None:
         """Free the pages that the workers proved dead in a step, and learn from their number."""
         self._unreported = [entry for entry in self._unreported if entry[0] > report.step]
-        if not self.kv_cache_spec.release or not report.slots.size:
+        boundaries = self._boundaries.pop(report.step, None)
+        # Reports come in order; those of steps that failed never come.
+        self._boundaries = {step: left for step, left in self._boundaries.items() if step > report.step}
+        if not self.kv_cache_spec.release:
             return
-        freed = sum(
-            self.pool.release(rank, report.slots, report.epochs, starts) for rank, starts in report.starts.items()
-        )
+        slots, epochs, starts = report.slots, report.epochs, report.starts
+        if boundaries is not None:
+            slots, epochs, starts = self._learn_boundaries(boundaries, slots, epochs, starts)
+        if not slots.size:
+            return
+        freed = sum(self.pool.release(rank, slots, epochs, mine) for rank, mine in starts.items())
         if freed:
-            slots = report.slots[self.pool.epoch[report.slots] == report.epochs]
+            slots = slots[self.pool.epoch[slots] == epochs]
             pages = self.pool.num_pages[slots]
             self.live_share.observe(pages, self.pool.live_blocks(slots) / pages)
             self._settle()
@@ -186,7 +292,82 @@ class StreamPageManager(SingleTypeKVCacheManager):
             for _, slot, count in self._unreported
         )
 
+    def is_under_way(self, request: Request, num_computed_tokens: int) -> bool:
+        """Whether a running request is about to compute the page that ``request`` would begin with."""
+        if not self._under_way or request.skip_reading_prefix_cache:
+            return False
+        page = num_computed_tokens // self.block_size
+        usable = min(len(request.block_hashes), (request.num_tokens - 1) // self.block_size)
+        return page < usable and request.block_hashes[page] in self._under_way
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache."""
+        if self.pool.prefixes is not None:
+            self._seen_cache = self.block_pool.cached_block_hash_to_block
+            self.pool.forget_prefixes()
+
     # Internal helpers.
+
+    def _open(self, request_id: str) -> list[KVCacheBlock]:
+        """Give a request a slot; return its row in vLLM's block table."""
+        slot = self._slot_of[request_id] = self.pool.open()
+        self._opened.append(slot)
+        row = self.req_to_blocks[request_id] = [KVCacheBlock(block_id=slot)]
+        return row
+
+    def _share_full_pages(
+        self, slots: np.ndarray, pages: np.ndarray, inside: list[tuple[int, int, int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Put the pages that are full after this step into the prefix cache.
+
+        Args:
+            slots, pages: [R] requests whose live ranges the step reports, and the full pages at which they are so.
+            inside: slot, full pages before the step and after it, of each request that is reading its prompt.
+
+        Returns:
+            Slots and numbers of full pages [B] of the boundaries inside of prompts, in order.
+        """
+        if not self.enable_caching:
+            return NO_NUMBERS, NO_NUMBERS
+        for request_id, full in self._full_pages.items():
+            hashes = self._hashes[request_id][self._shared_pages[request_id] : full]
+            self.pool.offer(self._slot_of[request_id], hashes)
+            self._no_longer_under_way(request_id, hashes)
+            self._shared_pages[request_id] = full
+        self._full_pages.clear()
+        if not self.kv_cache_spec.release or not (slots.size or inside):
+            return NO_NUMBERS, NO_NUMBERS
+        at = np.array([slot for slot, low, high in inside for _ in range(low, high)], dtype=np.int64)
+        after = np.array([page for _, low, high in inside for page in range(low + 1, high + 1)], dtype=np.int64)
+        every, ends = np.concatenate([slots, at]), np.concatenate([pages, after])
+        if every.size:
+            columns = self.pool.cached_columns(every, ends)
+            assert self.pool.prefixes is not None
+            lives = self.pool.prefixes.lives(columns)
+            self._boundaries[self._step] = _Boundaries(
+                np.stack([every, self.pool.epoch[every], ends]), columns, lives
+            )
+        return at, after
+
+    def _learn_boundaries(
+        self, boundaries: _Boundaries, slots: np.ndarray, epochs: np.ndarray, starts: dict[int, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+        """Note the live ranges of cached prefixes; return slots, epochs and starts at each slot's last boundary."""
+        assert self.pool.prefixes is not None
+        every, epochs, ends = boundaries.pages
+        first = np.concatenate([starts[rank] for rank in range(self.pool.ranks)], axis=1)
+        self.pool.prefixes.tighten(boundaries.columns, boundaries.lives, first)
+        last = np.append(every[1:] != every[:-1], True)
+        return every[last], epochs[last], {rank: mine[last] for rank, mine in starts.items()}
+
+    def _no_longer_under_way(self, request_id: str, hashes: Sequence[Hashable]) -> None:
+        for key in hashes:
+            if self._under_way.get(key) == request_id:
+                del self._under_way[key]
+
+    def _blocks_woken(self, hit: Hit) -> int:
+        """Blocks that the pages of a hit fill which count as free as long as no request holds them."""
+        return max(cdiv(idle, streams) for idle, streams in zip(hit.idle, self.pool.streams.tolist()))
 
     def _reports_now(self) -> bool:
         """Return whether a step without prompts reports. It does whenever few blocks are free."""
@@ -195,16 +376,17 @@ class StreamPageManager(SingleTypeKVCacheManager):
             return True
         return self.block_pool.get_num_free_blocks() < running
 
-    def _pages_to_admit(self, request_id: str, pages: int) -> int:
+    def _pages_to_admit(self, request_id: str, pages: int, hit: Hit | None) -> int:
         """Return the pages per stream that must be free before a request of ``pages`` is admitted.
 
         These are its own expected peak, what prompts under way have still to take, and a page for every running
         request, which will cross a page boundary sooner or later. Without release no page comes back early, so
         vLLM's own rule applies: the whole prompt must fit.
         """
+        whole = pages if hit is None else pages - hit.pages + self._blocks_woken(hit)
         if not self.kv_cache_spec.release:
-            return pages
-        need = self.live_share.peak(pages, self._chunk_pages)
+            return whole
+        need = min(whole, self.live_share.peak(pages, self._chunk_pages))
         for other, target in self._prompt_pages.items():
             slot = self._slot_of.get(other, 0)
             if slot and other != request_id:
@@ -221,3 +403,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         elif change < 0:
             self.block_pool.free_blocks(self._held_blocks[change:])
             del self._held_blocks[change:]
+
+
+def _hit_of(blocks: Sequence[KVCacheBlock]) -> Hit | None:
+    return blocks[0].hit if blocks and isinstance(blocks[0], CachedPrefix) else None

@@ -22,15 +22,21 @@ class TableUpdate(KVConnectorMetadata):
     Attributes:
         step: number of the scheduling step.
         slots, epochs: [R] slots of the requests whose live ranges this step reports, and their epochs.
-        opened: [o] slots given to new (or resumed) requests; their live ranges start at page 0.
+        opened: [o] slots given to new (or resumed) requests.
+        first: [o, streams of all ranks] their first live pages: 0, unless they begin with a cached prefix.
         columns: pages handed out for the step.
+        boundary_slots, boundary_pages: [B] the step also reports the live ranges as they are after so many pages of
+            these slots' requests, which it fills.
     """
 
     step: int
     slots: np.ndarray
     epochs: np.ndarray
     opened: np.ndarray
+    first: np.ndarray
     columns: Columns
+    boundary_slots: np.ndarray
+    boundary_pages: np.ndarray
 
     def __repr__(self) -> str:
         """Return a short text: vLLM prints it when a step fails, and the arrays may hold a million ids."""
@@ -45,7 +51,7 @@ class PageReport(KVConnectorWorkerMetadata):
 
     Attributes:
         step, slots, epochs: as in the step's :class:`TableUpdate`.
-        starts: maps a rank to the first live pages [R, streams] int32.
+        starts: maps a rank to the first live pages [R + B, streams] int32: of the slots, then of the boundaries.
     """
 
     def __init__(

@@ -6,12 +6,14 @@ a long request thousands of pages. This module does not depend on vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from vllm_fox.kernels.paged import TABLE_CHUNK
+
+from .prefixes import GONE, Hit, PrefixCache
 
 Int32 = np.ndarray
 
@@ -68,10 +70,19 @@ class PagePool:
         num_slots: requests that may run at once.
         num_chunks: table chunks, the padding chunk included.
         max_chunks: table chunks that the longest request needs.
+        cached_columns: if not 0, full pages stay for later requests that begin alike, in at most so many columns of
+            a :class:`~vllm_fox.pages.prefixes.PrefixCache`. They count as free.
     """
 
     def __init__(
-        self, *, num_blocks: int, streams: Sequence[int], num_slots: int, num_chunks: int, max_chunks: int
+        self,
+        *,
+        num_blocks: int,
+        streams: Sequence[int],
+        num_slots: int,
+        num_chunks: int,
+        max_chunks: int,
+        cached_columns: int = 0,
     ) -> None:
         self.streams = np.array(streams, dtype=np.int64)
         self.ranks = len(streams)
@@ -99,15 +110,35 @@ class PagePool:
         self.epoch = np.zeros(num_slots + 1, dtype=np.int64)
         self.allocated_total = 0
         self.released_total = 0
-        # Pages in use, summed over the ranks; kept up to date because every step asks for it.
-        self.used_total = 0
+        self.prefixes = PrefixCache(self.columns, cached_columns + 1) if cached_columns else None
+        # The cache's column of each entry of the page table, and how many of a slot's pages were offered to it.
+        self._column_of = np.zeros((num_chunks, TABLE_CHUNK), dtype=np.int32)
+        self._offered = np.zeros(num_slots + 1, dtype=np.int32)
+        # What a slot's request began with: the column of the end, and the table entries that the device lacks.
+        self._began_with: dict[int, int] = {}
+        self._adopted: dict[int, Columns] = {}
+
+    def _available(self) -> list[int]:
+        """Pages of each rank that are free or cached."""
+        if self.prefixes is None:
+            return self._num_free
+        return [free + idle for free, idle in zip(self._num_free, self.prefixes.idle)]
+
+    @property
+    def used(self) -> list[int]:
+        """Pages of each rank that requests hold."""
+        return [capacity - available for capacity, available in zip(self.capacity, self._available())]
+
+    @property
+    def used_total(self) -> int:
+        """Pages that requests hold, summed over the ranks."""
+        return sum(self.used)
 
     @property
     def used_blocks(self) -> int:
         """Blocks that the pages in use or reserved fill on the fullest rank."""
-        ranks = zip(self.capacity, self._num_free, self._per_block)
         # One reserved page in every stream is one block on every rank.
-        return max(-((free - capacity) // streams) for capacity, free, streams in ranks) + self._num_reserved
+        return max(-(-used // streams) for used, streams in zip(self.used, self._per_block)) + self._num_reserved
 
     def live_blocks(self, slots: np.ndarray | int) -> np.ndarray:
         """Return the blocks [R] (or one number) that a slot's live pages fill, on the rank where they fill most."""
@@ -140,19 +171,39 @@ class PagePool:
     def reserve(self, slot: int, count: int) -> None:
         """Reserve the next ``count`` pages of ``slot`` in every stream of every rank."""
         columns, chunks = self._num_reserved + count, self._chunks_reserved + self._chunks_missing(slot, count)
-        enough = all(columns * streams <= free for streams, free in zip(self._per_block, self._num_free))
+        enough = all(columns * streams <= free for streams, free in zip(self._per_block, self._available()))
         if not enough or chunks > len(self._free_chunks):
             raise OutOfPages(f"{count} pages in each of {self.streams.sum()} streams")
         self._num_reserved, self._chunks_reserved = columns, chunks
         self._reserved[slot] = self.reserved(slot) + count
 
     def hand_out(self) -> Columns:
-        """Give all slots the pages that were reserved for them."""
-        total, width = self._num_reserved, self._entries.shape[2]
-        if not total:
+        """Give all slots the pages that were reserved for them.
+
+        Returns:
+            These pages, and those that requests have begun with since the last call.
+        """
+        parts = [*self._adopted.values()]
+        self._adopted.clear()
+        if self._num_reserved:
+            parts.append(self._hand_out_reserved())
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            width = self._entries.shape[2]
             return Columns(
                 NO_NUMBERS, NO_NUMBERS, NO_NUMBERS, NO_NUMBERS, NO_NUMBERS, np.empty((0, width), dtype=np.int32)
             )
+        return Columns(
+            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Columns))
+        )
+
+    def _hand_out_reserved(self) -> Columns:
+        total, width = self._num_reserved, self._entries.shape[2]
+        if self.prefixes is not None:
+            short = [total * streams - free for streams, free in zip(self._per_block, self._num_free)]
+            if max(short) > 0:
+                self._push_all(self.prefixes.evict(short))
         slots = np.fromiter(self._reserved, dtype=np.int64, count=len(self._reserved))
         counts = np.fromiter(self._reserved.values(), dtype=np.int64, count=len(slots))
         first = self.num_pages[slots]
@@ -173,7 +224,6 @@ class PagePool:
         self.num_pages[slots] += counts
         self.live_pages[slots] += counts[:, None] * self.streams
         self.allocated_total += ids.size
-        self.used_total += ids.size
         self._reserved.clear()
         self._num_reserved = self._chunks_reserved = 0
         return Columns(*new_chunks, chunk, offset, ids)
@@ -190,7 +240,71 @@ class PagePool:
         index = np.arange(total) + np.repeat(needed - np.cumsum(missing), missing)
         chunks = np.array([self._free_chunks.pop() for _ in range(total)], dtype=np.int32)
         self._chunk_of[slot, index] = chunks
+        self._column_of[chunks] = 0
         return slot, index, chunks
+
+    # Prefix caching.
+
+    def chunks_available_after(self, hit: Hit, count: int) -> bool:
+        """Return whether the page table can take a new request's ``hit`` and ``count`` more columns."""
+        chunks = -(-(hit.pages + count) // TABLE_CHUNK) - hit.low // TABLE_CHUNK
+        return chunks + self._chunks_reserved <= len(self._free_chunks)
+
+    def adopt(self, slot: int, hit: Hit) -> None:
+        """Let a new request in ``slot`` begin with a cached prefix, whose pages it shares."""
+        assert self.prefixes is not None
+        first_chunk, last_chunk = hit.low // TABLE_CHUNK, -(-hit.pages // TABLE_CHUNK)
+        if last_chunk - first_chunk + self._chunks_reserved > len(self._free_chunks):
+            raise OutOfPages("table chunks")
+        chunks = np.array([self._free_chunks.pop() for _ in range(first_chunk, last_chunk)], dtype=np.int32)
+        self._chunk_of[slot, first_chunk:last_chunk] = chunks
+        self._column_of[chunks] = 0
+        self._first_chunk[slot] = first_chunk
+        page = np.arange(hit.low, hit.pages)
+        chunk, offset = chunks[page // TABLE_CHUNK - first_chunk], page % TABLE_CHUNK
+        ids = self.prefixes.ids(hit)
+        self.prefixes.hold(hit)
+        self._entries[chunk, offset] = ids
+        self._column_of[chunk, offset] = hit.columns
+        self.start[slot] = hit.first
+        self.num_pages[slot] = self._offered[slot] = hit.pages
+        self.live_pages[slot] = [(hit.pages - hit.first[streams]).sum(dtype=np.int64) for streams in self.columns]
+        self._began_with[slot] = hit.last
+        index = np.arange(first_chunk, last_chunk)
+        self._adopted[slot] = Columns(np.full_like(index, slot), index, chunks, chunk, offset, ids)
+
+    def offered(self, slot: int) -> int:
+        """Return how many of the slot's first pages it began with or has offered."""
+        return int(self._offered[slot])
+
+    def offer(self, slot: int, keys: Sequence[Hashable]) -> None:
+        """Let later requests begin with more pages of ``slot``, which are full once the step under way is done.
+
+        A page must be offered before live ranges are released that later pages have led to.
+
+        Args:
+            keys: for each page that follows those offered before, the hash of the prefix up to its end.
+        """
+        assert self.prefixes is not None
+        done = self.offered(slot)
+        if len(keys) > self.prefixes.free_columns:
+            self._push_all(self.prefixes.evict([0] * self.ranks, columns=len(keys)))
+        page = np.arange(done, done + len(keys))
+        chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], page % TABLE_CHUNK
+        ids = np.where(page[:, None] >= self.start[slot], self._entries[chunk, offset], GONE)
+        self._column_of[chunk, offset] = self.prefixes.add(keys, ids, self.start[slot])
+        self._offered[slot] += len(keys)
+
+    def cached_columns(self, slots: np.ndarray, pages: np.ndarray) -> np.ndarray:
+        """Return the cache's columns of the last of each slot's first ``pages`` pages; 0 for those in none."""
+        page = pages - 1
+        columns = self._column_of[self._chunk_of[slots, page // TABLE_CHUNK], page % TABLE_CHUNK]
+        return np.where(pages <= self._offered[slots], columns, 0)
+
+    def forget_prefixes(self) -> None:
+        """Empty the cache. Pages that requests hold stay theirs."""
+        assert self.prefixes is not None
+        self._push_all(self.prefixes.clear())
 
     def release(self, rank: int, slots: np.ndarray, epochs: np.ndarray, starts: np.ndarray) -> int:
         """Free the pages that ``rank`` has proved dead. Late, repeated or outdated reports do no harm.
@@ -237,8 +351,16 @@ class PagePool:
             self._free_dead_chunks(slots[changed])
         return freed
 
-    def close(self, slot: int) -> None:
-        """Take back ``slot`` and all that it holds. Later reports of its epoch are ignored."""
+    def close(self, slot: int, keys: Sequence[Hashable] = ()) -> None:
+        """Take back ``slot`` and all that it holds. Later reports of its epoch are ignored.
+
+        Args:
+            keys: hashes of the prefixes up to the end of each page, from page 0 on. The boundary after the last
+                page that was offered is kept as an end.
+        """
+        began_with = self._began_with.pop(slot, 0)
+        if self.prefixes is not None:
+            self.prefixes.keep(keys[: int(self._offered[slot])], began_with)
         if reserved := self.reserved(slot):
             del self._reserved[slot]
             self._num_reserved -= reserved
@@ -249,6 +371,8 @@ class PagePool:
             self._free_block(rank, slot, streams, low, np.full_like(low, count))
         self._free_chunks_between(slot, -(-count // TABLE_CHUNK))
         self._first_chunk[slot] = 0
+        self._offered[slot] = 0
+        self._adopted.pop(slot, None)
         self.start[slot] = 0
         self.num_pages[slot] = 0
         self.live_pages[slot] = 0
@@ -270,7 +394,11 @@ class PagePool:
         for chunk in self._chunk_of[slot, first:last].tolist():
             # start <= page < start + length in one comparison: a negative difference is a huge unsigned number.
             dead = (page - start).view(np.uint32) < length
-            self._push(rank, self._entries[chunk, :, columns][dead])
+            ids = self._entries[chunk, :, columns]
+            if self.prefixes is not None and self._column_of[chunk].any():
+                self._push(rank, self.prefixes.leave_rows(rank, self._column_of[chunk], dead, ids))
+            else:
+                self._push(rank, ids[dead])
             page += TABLE_CHUNK
 
     def _free_ranges(
@@ -287,15 +415,21 @@ class PagePool:
             page = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts) + low[which]
             slot, stream = slot[which], stream[which]
         chunk = self._chunk_of[slot, page // TABLE_CHUNK].astype(np.int64)
-        at = (chunk * TABLE_CHUNK + page % TABLE_CHUNK) * self._entries.shape[2] + stream
-        self._push(rank, self._entries.ravel().take(at))
+        entry = chunk * TABLE_CHUNK + page % TABLE_CHUNK
+        ids = self._entries.ravel().take(entry * self._entries.shape[2] + stream)
+        if self.prefixes is not None:
+            ids = self.prefixes.leave(rank, self._column_of.ravel().take(entry), stream, ids)
+        self._push(rank, ids)
 
     def _push(self, rank: int, ids: np.ndarray) -> None:
         """Put page ids back on the rank's stack."""
         top = self._num_free[rank]
         self._free[rank][top : top + len(ids)] = ids
         self._num_free[rank] = top + len(ids)
-        self.used_total -= len(ids)
+
+    def _push_all(self, ids: list[np.ndarray]) -> None:
+        for rank, mine in enumerate(ids):
+            self._push(rank, mine)
 
     def _free_dead_chunks(self, slots: np.ndarray) -> None:
         """Free the table chunks that are before the live ranges of all streams: they can serve other requests."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -10,6 +12,9 @@ from vllm_fox.kernels.table_update import table_update
 
 from .geometry import PageGeometry
 from .messages import PageReport, TableUpdate
+
+FirstLiveAt = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""See :meth:`vllm_fox.attention.step.WorkerState.first_live_at`."""
 
 
 class DeviceTables:
@@ -33,14 +38,17 @@ class DeviceTables:
             entries=zeros(geometry.num_chunks, streams, TABLE_CHUNK),
             first_live=zeros(slots, streams),
         )
-        # Slots of the requests whose live ranges the applied step reports.
-        self._slots = torch.empty(0, dtype=torch.int32, device=device)
+        # Slots of the requests whose live ranges the applied step reports, boundaries (slots and pages) whose live
+        # ranges it reports too, and the live ranges of their slots before the step.
+        self._slots = self._boundary_slots = self._boundary_pages = torch.empty(0, dtype=torch.int32, device=device)
+        self._before = torch.empty(0, streams, dtype=torch.int32, device=device)
         self._nothing = torch.empty(0, streams, dtype=torch.int32)
         # Compile the kernel now, on slot 0, which is padding: nothing is compiled while serving.
         one = zeros(1)
         table_update(
             self.table,
             opened=one,
+            first=zeros(streams),
             chunk_slot=one,
             chunk_index=one,
             chunk_id=one,
@@ -54,6 +62,7 @@ class DeviceTables:
         new = update.columns
         changes = {
             "opened": update.opened,
+            "first": update.first[:, self._columns].ravel(),
             "chunk_slot": new.new_chunk_slot,
             "chunk_index": new.new_chunk_index,
             "chunk_id": new.new_chunk,
@@ -61,20 +70,30 @@ class DeviceTables:
             "column_offset": new.offset,
             "ids": new.ids[:, self._columns].ravel(),
         }
-        arrays = [update.slots, *changes.values()]
+        arrays = [update.slots, update.boundary_slots, update.boundary_pages, *changes.values()]
         sizes = [array.size for array in arrays]
         if not any(sizes):  # this is so in most steps of few requests
             return
         host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type != "cpu")
         np.concatenate(arrays, out=host.numpy(), casting="same_kind")
-        self._slots, *parts = host.to(self.device, non_blocking=True).split(sizes)
+        self._slots, self._boundary_slots, self._boundary_pages, *parts = host.to(
+            self.device, non_blocking=True
+        ).split(sizes)
         table_update(self.table, **dict(zip(changes, parts, strict=True)))
+        if update.boundary_slots.size:
+            self._before = self.table.first_live.index_select(0, self._boundary_slots)
 
-    def report(self, update: TableUpdate) -> PageReport:
-        """Report the first live pages of the update's slots after its step. On a GPU the copy is asynchronous."""
+    def report(self, update: TableUpdate, first_live_at: FirstLiveAt) -> PageReport:
+        """Report the first live pages of the update's slots after its step, and of its boundaries.
+
+        On a GPU the copy is asynchronous.
+        """
         starts, ready = self._nothing, None
         if update.slots.size:
             starts = self.table.first_live.index_select(0, self._slots)
+        if update.boundary_slots.size:
+            at = first_live_at(self._boundary_slots, self._boundary_pages, self._before)
+            starts = torch.cat([starts, at]) if update.slots.size else at
         if starts.is_cuda:
             host = torch.empty(starts.shape, dtype=starts.dtype, pin_memory=True)
             starts = host.copy_(starts, non_blocking=True)

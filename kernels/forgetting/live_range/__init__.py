@@ -11,5 +11,6 @@ else:
     _kernel = LazyKernel(__name__)
 
 live_range = leaf(reference.live_range, lambda: _kernel.live_range)
+first_live_at = leaf(reference.first_live_at, lambda: _kernel.first_live_at)
 
-__all__ = ["live_range"]
+__all__ = ["first_live_at", "live_range"]

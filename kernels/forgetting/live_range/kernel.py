@@ -15,25 +15,16 @@ PAGES_PER_BLOCK = 64
 """A program looks at so many pages together."""
 
 
-@triton.jit(
-    do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "max_chunks", "streams"],
-)
-def _live_range(
-    gate_pages, chunk_of, entries, first_live, threshold, query_start, seq_lens, slots,
-    slot_stride, max_chunks, streams,
+@triton.jit
+def _walk_back(
+    gate_pages, chunk_of, entries, threshold, slot, stream, length, first, max_chunks, streams,
     PAGE_BYTES: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, CHUNK: tl.constexpr,
-    W: tl.constexpr, PERIOD: tl.constexpr,
+    W: tl.constexpr,
 ):  # fmt: skip
-    stream, row = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + row * slot_stride)
-    length = tl.load(seq_lens + row)
-    num_q = tl.load(query_start + row + 1) - tl.load(query_start + row)
-    if (slot == 0) | (num_q == 0) | ((num_q == 1) & (length % PERIOD != 0)):
-        return
+    """First live page for the last query of a sequence, of which pages from ``first`` on may be read."""
     last = length - 1
     newest = last // P
-    remembered = first_live + slot.to(tl.int64) * streams + stream
-    first = tl.minimum(tl.load(remembered), newest)
+    first = tl.minimum(first, newest)
     g = tl.arange(0, GATES)
     limit = tl.load(threshold + stream * G + g, mask=g < G, other=float("inf"))
     carry = tl.zeros([GATES], tl.float32)
@@ -54,10 +45,49 @@ def _live_range(
         carry += tl.sum(added, 0)
         # Decay only grows towards older pages: behind a dead one all are dead.
         top = tl.where(found == W, top - W, -1)
-    tl.store(remembered, newest + 1 - live)
+    return newest + 1 - live
 
 
-_launch = Launcher(_live_range)
+@triton.jit(
+    do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "max_chunks", "streams"],
+)
+def _live_range(
+    gate_pages, chunk_of, entries, first_live, threshold, query_start, seq_lens, slots,
+    slot_stride, max_chunks, streams,
+    PAGE_BYTES: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, CHUNK: tl.constexpr,
+    W: tl.constexpr, PERIOD: tl.constexpr,
+):  # fmt: skip
+    stream, row = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + row * slot_stride)
+    length = tl.load(seq_lens + row)
+    num_q = tl.load(query_start + row + 1) - tl.load(query_start + row)
+    if (slot == 0) | (num_q == 0) | ((num_q == 1) & (length % PERIOD != 0)):
+        return
+    remembered = first_live + slot.to(tl.int64) * streams + stream
+    page = _walk_back(
+        gate_pages, chunk_of, entries, threshold, slot, stream, length, tl.load(remembered), max_chunks, streams,
+        PAGE_BYTES, P, G, GATES, CHUNK, W,
+    )  # fmt: skip
+    tl.store(remembered, page)
+
+
+@triton.jit(do_not_specialize=["out", "before", "slots", "num_pages", "max_chunks", "streams"])
+def _first_live_at(
+    gate_pages, chunk_of, entries, threshold, out, before, slots, num_pages, max_chunks, streams,
+    PAGE_BYTES: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, CHUNK: tl.constexpr,
+    W: tl.constexpr,
+):  # fmt: skip
+    stream, row = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + row)
+    at = row.to(tl.int64) * streams + stream
+    page = _walk_back(
+        gate_pages, chunk_of, entries, threshold, slot, stream, tl.load(num_pages + row) * P, tl.load(before + at),
+        max_chunks, streams, PAGE_BYTES, P, G, GATES, CHUNK, W,
+    )  # fmt: skip
+    tl.store(out + at, page)
+
+
+_launch, _launch_at = Launcher(_live_range), Launcher(_first_live_at)
 
 
 def live_range(pages: ForgettingPages, table: PageTable, batch: Batch, threshold: torch.Tensor) -> None:
@@ -76,3 +106,29 @@ def live_range(pages: ForgettingPages, table: PageTable, batch: Batch, threshold
         ),
         num_warps=1,
     )  # fmt: skip
+
+
+def first_live_at(
+    pages: ForgettingPages,
+    table: PageTable,
+    threshold: torch.Tensor,
+    *,
+    slots: torch.Tensor,
+    num_pages: torch.Tensor,
+    before: torch.Tensor,
+) -> torch.Tensor:
+    """See :func:`.reference.first_live_at`."""
+    streams, gates = threshold.shape
+    out = torch.empty_like(before)
+    _launch_at(
+        (streams, slots.shape[0], 1),
+        (pages.gates, table.chunk_of, table.entries, threshold),
+        (out, before, slots, num_pages, table.chunk_of.shape[1], streams),
+        (),
+        (
+            pages.gates.stride(0) * 4, pages.page_size, gates, triton.next_power_of_2(gates), TABLE_CHUNK,
+            PAGES_PER_BLOCK,
+        ),
+        num_warps=1,
+    )  # fmt: skip
+    return out

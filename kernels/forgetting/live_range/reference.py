@@ -24,14 +24,53 @@ def live_range(pages: ForgettingPages, table: PageTable, batch: Batch, threshold
         batch: the step's requests, whose new tokens are in their pages.
         threshold: [S, G] float32 for all streams, at most 0; -inf prunes nothing.
     """
-    size, streams = pages.page_size, torch.arange(threshold.shape[0], device=threshold.device)
+    streams = torch.arange(threshold.shape[0], device=threshold.device)
     due = (batch.query_start.diff() > 1) | (batch.seq_lens % LIVE_RANGE_PERIOD == 0)
     if not due.any():
         return
     slots, seq_lens = batch.slots[due].long()[:, None], batch.seq_lens[due].long()
+    first = table.first_live[slots, streams]
+    table.first_live[slots, streams] = _walk_back(pages, table, slots, seq_lens, first, threshold)
+
+
+def first_live_at(
+    pages: ForgettingPages,
+    table: PageTable,
+    threshold: torch.Tensor,
+    *,
+    slots: torch.Tensor,
+    num_pages: torch.Tensor,
+    before: torch.Tensor,
+) -> torch.Tensor:
+    """Find the first live pages as they were when each of B requests had filled ``num_pages`` pages.
+
+    It is the formula of :func:`live_range`, for a query that is the last token of page ``num_pages - 1``.
+
+    Args:
+        pages, table, threshold: as there; ``table.first_live`` is not used.
+        slots: [B] int32 slots of the requests.
+        num_pages: [B] int32 full pages, at least 1.
+        before: [B, S] int32 first pages that may be read.
+
+    Returns:
+        [B, S] int32 first live pages.
+    """
+    return _walk_back(pages, table, slots.long()[:, None], num_pages.long() * pages.page_size, before, threshold)
+
+
+def _walk_back(
+    pages: ForgettingPages,
+    table: PageTable,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    first: torch.Tensor,
+    threshold: torch.Tensor,
+) -> torch.Tensor:
+    """First live pages [R, S] for sequences' last queries: slots [R, 1], lengths [R], first page to read [R, S]."""
+    size, streams = pages.page_size, torch.arange(threshold.shape[0], device=threshold.device)
     newest = (seq_lens - 1) // size
     # Padding rows all share slot 0, so what it remembers may lie beyond the row at hand.
-    first = torch.minimum(table.first_live[slots, streams].long(), newest[:, None])
+    first = torch.minimum(first.long(), newest[:, None])
     back = torch.arange(int((newest[:, None] - first).max()) + 1, device=first.device)
     page = newest[:, None, None] - back
     readable = page >= first[:, :, None]
@@ -42,4 +81,4 @@ def live_range(pages: ForgettingPages, table: PageTable, batch: Batch, threshold
     added = torch.where(readable[..., None], added, 0.0)
     decay = added.cumsum(2) - added
     live = readable & ((decay >= threshold[None, :, None, :]).any(-1) | (back == 0))
-    table.first_live[slots, streams] = (newest[:, None] + 1 - live.sum(-1)).to(table.first_live.dtype)
+    return (newest[:, None] + 1 - live.sum(-1)).to(table.first_live.dtype)

@@ -39,6 +39,7 @@ FOX = Family(
     streams=lambda config: config.num_hidden_layers * config.num_key_value_heads,
     page_size=64,
     settings=FoxSettings,
+    shares_pages=True,
     float8_pages=True,
     refusals=_refusals,
     prepare=register_tokenizer,

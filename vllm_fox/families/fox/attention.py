@@ -11,7 +11,7 @@ import torch
 from vllm_fox.attention.step import Formula, WorkerState
 from vllm_fox.kernels.forgetting import decode, prefill
 from vllm_fox.kernels.forgetting.cache_write import cache_write
-from vllm_fox.kernels.forgetting.live_range import live_range
+from vllm_fox.kernels.forgetting.live_range import first_live_at, live_range
 from vllm_fox.kernels.forgetting.pages import PLAIN_EXP_BOUND, ForgettingPages
 from vllm_fox.kernels.paged import Batch, PageTable
 
@@ -77,6 +77,10 @@ class ForgettingState(WorkerState):
     def end_step(self, batch: Batch) -> None:
         """Find pages that no later query needs. The step itself used the live ranges that the one before found."""
         live_range(self.pages, self.table, batch, self.thresholds.flatten(0, 1))
+
+    def first_live_at(self, slots: torch.Tensor, num_pages: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        thresholds = self.thresholds.flatten(0, 1)
+        return first_live_at(self.pages, self.table, thresholds, slots=slots, num_pages=num_pages, before=before)
 
 
 @dataclass

@@ -151,9 +151,10 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
     def warm_up_variants(
         self, inputs: list[torch.Tensor], batch: Batch, state: ForgettingState, out: torch.Tensor
     ) -> None:
-        """Compile prefill also for long steps, in which it sorts its tiles."""
+        """Compile prefill also for long steps, in which it sorts its tiles, and live ranges of the past."""
         if batch.work is None:
             return
+        state.first_live_at(batch.slots, torch.ones_like(batch.slots), state.table.first_live[:1])
         from vllm_fox.kernels.forgetting.prefill.plan import PrefillPlan
 
         plan = PrefillPlan(batch.work, self.num_kv_heads, self.num_gates, sort=True)

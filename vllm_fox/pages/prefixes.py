@@ -1,0 +1,338 @@
+"""Prefix caching: full pages that outlive their requests, found again by the hash of all tokens up to their end.
+
+A **column** is what one page index of one prefix has in all streams. To go on after ``n`` pages of a prefix, a
+stream needs its pages from its first live page at that boundary on, and no others. A boundary whose needed
+pages are all still there can be hit. An **end** is a boundary where a request stopped or which was hit: its
+pages are kept as long as there is room. Pages that no running request and no end needs are given away first,
+those of the column that was left longest ago before others; after them whole ends, by least recent use.
+
+This module does not depend on vLLM.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+GONE = 0
+"""Stands for a page id in a column whose page was given away. Page 0 is padding on every rank."""
+
+COLUMNS_AT_ONCE = 32
+"""So many columns are searched together for pages to give away."""
+
+
+@dataclass
+class Hit:
+    """A cached prefix that a request can begin with.
+
+    Attributes:
+        pages: pages of the prefix.
+        low: first page that any stream needs.
+        columns: [pages - low] numbers of the columns of pages ``low : pages``.
+        first: [W] first page that each stream needs.
+        idle: pages of each rank that are needed and that no running request holds.
+    """
+
+    pages: int
+    low: int
+    columns: np.ndarray
+    first: np.ndarray
+    idle: list[int]
+
+    @property
+    def needed(self) -> np.ndarray:
+        """Whether each stream needs each page: [pages - low, W]."""
+        return np.arange(self.low, self.pages)[:, None] >= self.first
+
+    @property
+    def last(self) -> int:
+        """The column where the prefix ends."""
+        return int(self.columns[-1])
+
+
+@dataclass
+class _End:
+    hit: Hit
+    uses: int = 0
+
+
+class PrefixCache:
+    """Columns of cached pages, over the W streams of all ranks.
+
+    Args:
+        ranks: the streams of each rank.
+        num_columns: most columns; number 0 stands for "no column" and is one of them.
+    """
+
+    def __init__(self, ranks: Sequence[slice], num_columns: int) -> None:
+        self._ranks, width = list(ranks), ranks[-1].stop
+        # Memory that was never written is not used: most columns never are. Zero is GONE.
+        self._ids = np.zeros((num_columns, width), dtype=np.int32)
+        # First live page at the column's end: exact, or known from earlier in the prefix and so a smaller number.
+        self._first = np.zeros((num_columns, width), dtype=np.int32)
+        # Running requests that hold the page, and ends that need it.
+        self._busy = np.zeros((num_columns, width), dtype=np.int16)
+        self._needed = np.zeros((num_columns, width), dtype=np.int32)
+        # Tells the prefixes apart that a column number was used for.
+        self._life = np.zeros(num_columns, dtype=np.int64)
+        self._hash: list[Hashable] = [None] * num_columns
+        self._column: dict[Hashable, int] = {}
+        self._free = list(range(num_columns - 1, 0, -1))
+        self._ends: OrderedDict[int, _End] = OrderedDict()  # least recently used first
+        # Columns in which pages may be that nobody needs: those left longest ago first.
+        self._left: dict[int, None] = {}
+        self.idle = [0] * len(self._ranks)
+        self.evicted_total = 0
+
+    def __len__(self) -> int:
+        """Return the number of prefixes' boundaries that are known, whole or not."""
+        return len(self._column)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._column
+
+    @property
+    def free_columns(self) -> int:
+        return len(self._free)
+
+    # Pages come.
+
+    def add(self, keys: Sequence[Hashable], ids: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Take in full pages that a running request holds. Who comes first stays; later ones fill what is gone.
+
+        There must be as many free columns (:meth:`evict`), or some pages are not cached.
+
+        Args:
+            keys: hash of the prefix up to the end of each of the n pages.
+            ids: [n, W] page ids; 0 where the request has none any more.
+            first: [W] first live page of the request now, which is a lower bound for all these boundaries.
+
+        Returns:
+            [n] int32 the columns in which any of the ids is now; 0 where the request keeps its own copy.
+        """
+        columns = np.zeros(len(keys), dtype=np.int32)
+        new: list[int] = []
+        for index, key in enumerate(keys):
+            column = self._column.get(key, 0)
+            if column:
+                holes = (self._ids[column] == GONE) & (ids[index] != GONE)
+                if holes.any():
+                    self._ids[column, holes] = ids[index, holes]
+                    self._busy[column, holes] = 1
+                    columns[index] = column
+            elif self._free:
+                column = self._free.pop()
+                self._column[key], self._hash[column] = column, key
+                self._life[column] += 1
+                columns[index] = column
+                new.append(index)
+        if new:
+            made = columns[new]
+            self._ids[made], self._busy[made], self._needed[made] = ids[new], ids[new] != GONE, 0
+            self._first[made] = first
+        return columns
+
+    def lives(self, columns: np.ndarray) -> np.ndarray:
+        """Return what tells these uses of the columns from later ones."""
+        return self._life[columns]
+
+    def tighten(self, columns: np.ndarray, lives: np.ndarray, first: np.ndarray) -> None:
+        """Learn the first live pages [n, W] at the ends of columns, unless they stand for other prefixes by now."""
+        current = (self._life[columns] == lives) & (columns > 0)
+        if not current.all():
+            columns, first = columns[current], first[current]
+        self._first[columns] = np.maximum(self._first[columns], first)
+        if self._ends:
+            for column in columns.tolist():
+                if column in self._ends:
+                    end = self._ends[column]
+                    self._forget_needs(end.hit)
+                    keep = self._first[column].copy()
+                    low = int(keep.min())
+                    end.hit = Hit(end.hit.pages, low, end.hit.columns[low - end.hit.low :], keep, [])
+                    self._needed[end.hit.columns] += end.hit.needed
+
+    # Prefixes are found.
+
+    def find(self, keys: Sequence[Hashable]) -> Hit | None:
+        """Return the longest prefix, of at most ``len(keys)`` pages, of which every needed page is there."""
+        columns = np.fromiter((self._column.get(key, 0) for key in keys), dtype=np.int32, count=len(keys))
+        known = np.flatnonzero(columns)
+        if not known.size:
+            return None
+        pages = int(known[-1]) + 1
+        hit = self._hit(columns, pages)
+        if hit is not None:
+            return hit
+        # Some page is gone. One pass finds for every boundary where the last page is that is gone before it.
+        columns = columns[:pages]
+        page = np.arange(1, pages + 1)[:, None]
+        gone = np.maximum.accumulate(np.where(self._ids[columns] == GONE, page, 0), axis=0)
+        whole = np.flatnonzero((gone <= self._first[columns]).all(1) & (columns > 0))
+        return self._hit(columns, int(whole[-1]) + 1) if whole.size else None
+
+    def _hit(self, columns: np.ndarray, pages: int) -> Hit | None:
+        first = self._first[columns[pages - 1]].copy()
+        low = int(first.min())
+        hit = Hit(pages, low, columns[low:pages], first, [])
+        ids, needed = self._ids[hit.columns], hit.needed
+        if (needed & (ids == GONE)).any():
+            return None
+        idle = needed & (self._busy[hit.columns] == 0)
+        hit.idle = [int(np.count_nonzero(idle[:, rank])) for rank in self._ranks]
+        return hit
+
+    def ids(self, hit: Hit) -> np.ndarray:
+        """Return the page ids [pages - low, W] of a hit; 0 where a page is not needed."""
+        return np.where(hit.needed, self._ids[hit.columns], GONE)
+
+    def hold(self, hit: Hit) -> None:
+        """Let one more running request hold the hit's pages, and keep the hit as an end."""
+        needed = hit.needed
+        busy = self._busy[hit.columns]
+        for rank, streams in enumerate(self._ranks):
+            self.idle[rank] -= int(np.count_nonzero(needed[:, streams] & (busy[:, streams] == 0)))
+        self._busy[hit.columns] = busy + needed
+        end = self._ends.pop(hit.last, None)
+        if end is None:
+            self._needed[hit.columns] += needed
+            end = _End(hit)
+        end.uses += 1
+        self._ends[hit.last] = end
+
+    def keep(self, keys: Sequence[Hashable], replaces: int = 0) -> None:
+        """Make an end of a boundary, if it is still whole.
+
+        Args:
+            keys: hashes of all its pages.
+            replaces: the column of the end that the request began with. If nobody else has used that, it is the
+                first to be given away: a conversation goes on from its last turn.
+        """
+        column = self._column.get(keys[-1], 0) if keys else 0
+        end = self._ends.pop(column, None)
+        if end is None and column:
+            low = int(self._first[column].min())
+            columns = np.zeros(len(keys), dtype=np.int32)
+            columns[low:] = [self._column.get(key, 0) for key in keys[low:]]
+            hit = self._hit(columns, len(keys))
+            if hit is not None:
+                self._needed[hit.columns] += hit.needed
+                end = _End(hit)
+        if end is not None:
+            self._ends[column] = end
+        if replaces != column and replaces in self._ends and self._ends[replaces].uses <= 1:
+            self._ends.move_to_end(replaces, last=False)
+
+    # Pages go.
+
+    def leave_rows(self, rank: int, columns: np.ndarray, left: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Let a running request leave pages of different columns.
+
+        Args:
+            rank: whose pages these are.
+            columns: [n] the columns, 0 for pages that are in none.
+            left: [n, streams of the rank] whether each is left.
+            ids: [n, streams of the rank] the ids that the request has.
+
+        Returns:
+            The ids that are the request's own, to be freed.
+        """
+        streams = self._ranks[rank]
+        cached = left & (self._ids[columns, streams] == ids)
+        busy = self._busy[columns, streams] - cached
+        self._busy[columns, streams] = busy
+        idle = cached & (busy == 0)
+        self.idle[rank] += int(np.count_nonzero(idle))
+        dead = (idle & (self._needed[columns, streams] == 0)).any(1)
+        self._leave(columns[dead].tolist())
+        return ids[left & ~cached]
+
+    def leave(self, rank: int, columns: np.ndarray, streams: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """The same for single pages [n], of any number of requests."""
+        cached = self._ids[columns, streams] == ids
+        if not cached.any():
+            return ids
+        width = self._ids.shape[1]
+        flat = columns[cached].astype(np.int64) * width + streams[cached]
+        busy = self._busy.ravel()
+        np.subtract.at(busy, flat, np.int16(1))
+        idle = np.unique(flat[busy[flat] == 0])
+        self.idle[rank] += len(idle)
+        self._leave(np.unique(idle[self._needed.ravel()[idle] == 0] // width).tolist())
+        return ids[~cached]
+
+    def _leave(self, columns: Sequence[int]) -> None:
+        for column in columns:
+            self._left.pop(column, None)
+            self._left[column] = None
+
+    def evict(self, shortage: Sequence[int], columns: int = 0) -> list[np.ndarray]:
+        """Give pages away until there are as many as are short on each rank, and as many free columns.
+
+        Returns:
+            The ids of each rank. They are fewer than asked for only if nothing is left to give away.
+        """
+        short = list(shortage)
+        found: list[list[np.ndarray]] = [[] for _ in short]
+        while any(missing > 0 for missing in short) or len(self._free) < columns:
+            if not self._left:
+                if not self._ends:
+                    break
+                self._drop(next(iter(self._ends)))
+                continue
+            count = max(1, min(COLUMNS_AT_ONCE, max(short) // self._ids.shape[1]))
+            for rank, ids in enumerate(self._empty(list(islice(self._left, count)))):
+                found[rank].append(ids)
+                short[rank] -= len(ids)
+        return [np.concatenate(ids) if ids else np.empty(0, dtype=np.int32) for ids in found]
+
+    def _empty(self, columns: list[int]) -> list[np.ndarray]:
+        """Take what nobody needs out of columns; return the ids of each rank."""
+        for column in columns:
+            del self._left[column]
+        which = np.array(columns)
+        ids = self._ids[which]
+        dead = (ids != GONE) & (self._busy[which] == 0) & (self._needed[which] == 0)
+        taken = [ids[:, streams][dead[:, streams]] for streams in self._ranks]
+        self.idle = [idle - len(part) for idle, part in zip(self.idle, taken)]
+        self.evicted_total += sum(map(len, taken))
+        ids[dead] = GONE
+        self._ids[which] = ids
+        for column in which[~ids.any(1)].tolist():
+            self._unlink(column)
+            self._life[column] += 1
+            self._free.append(column)
+        return taken
+
+    def _unlink(self, column: int) -> None:
+        key = self._hash[column]
+        if key is not None:
+            del self._column[key]
+            self._hash[column] = None
+
+    def _drop(self, column: int) -> None:
+        """Keep an end no longer."""
+        self._forget_needs(self._ends.pop(column).hit)
+
+    def _forget_needs(self, hit: Hit) -> None:
+        needed = self._needed[hit.columns] - hit.needed
+        self._needed[hit.columns] = needed
+        dead = ((needed == 0) & hit.needed & (self._busy[hit.columns] == 0)).any(1)
+        self._leave(hit.columns[dead].tolist())
+
+    def held_ids(self, rank: int) -> np.ndarray:
+        """Return the page ids of a rank that are in the cache (for checks and tests)."""
+        ids = self._ids[:, self._ranks[rank]]
+        return ids[ids != GONE]
+
+    def clear(self) -> list[np.ndarray]:
+        """Forget all prefixes; return the ids of each rank that are free now. Running requests keep theirs."""
+        for column in list(self._ends):
+            self._drop(column)
+        for column in list(self._column.values()):
+            self._unlink(column)
+        return self.evict(self.idle)
