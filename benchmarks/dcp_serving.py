@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import GPT2_SMALL, KEPT, ready, write_gpt2, write_sparse_gpt2
+from benchmarks.engine_process import EngineProcess
 from benchmarks.engine_profile import check_py_spy
 from benchmarks.options import Parser, inner_fraction, integer, positive_int, read_record, refuse
 from benchmarks.record import save
@@ -34,47 +34,6 @@ CAPTION = (
     "earlier token) pairs. Dense: vLLM's GPT-2, random weights."
 )
 SPEED = "output_tokens_per_second"
-
-
-class Engine:
-    """A model that is served by another process. It starts at once: engines need not wait for each other.
-
-    Args:
-        name: for messages.
-        model: its folder.
-        args: of the program.
-    """
-
-    def __init__(self, name: str, model: Path, args: argparse.Namespace) -> None:
-        self.name = name
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(name, theirs, str(model), args))
-        self._process.start()
-        theirs.close()
-
-    def wait(self) -> None:
-        """Until it can be measured."""
-        self._answer()
-
-    def measure(self, context: int, requests: int) -> dict[str, Any]:
-        """Seconds, most requests at once and KV memory for so many requests of so many tokens."""
-        self._pipe.send((context, requests))
-        row = self._answer()
-        print(self.name, row, file=sys.stderr, flush=True)
-        return row
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process.is_alive():
-            self._pipe.send(None)
-        self._process.join()
-
-    def _answer(self) -> Any:
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            raise SystemExit(f"The engine of {self.name} has ended; what it said is above.") from None
 
 
 def _serve(name: str, pipe: Connection, model: str, args: argparse.Namespace) -> None:
@@ -157,12 +116,12 @@ def compare(args: argparse.Namespace) -> None:
         args.model = ready(folder / f"sparse-gpt2-{GPT2_SMALL.name}", write_sparse_gpt2, GPT2_SMALL)
         args.dense = ready(folder / f"gpt2-{GPT2_SMALL.name}", write_gpt2, GPT2_SMALL)
     args.kv_bytes = kv_bytes(args.dense, args.room, max(args.contexts))
-    engines: list[Engine] = []
+    engines: list[EngineProcess] = []
     rows: dict[str, list[dict[str, Any]]] = {"dense": [], "DCP": []}
     caption = CAPTION if random else f"{args.model} and {args.dense}"
     try:
         for name, model in (("dense", args.dense), ("DCP", args.model)):
-            engines.append(Engine(name, model, args))
+            engines.append(EngineProcess(name, _serve, str(model), args))
         for engine in engines:
             engine.wait()
         for done in range(1, args.rounds + 1):
@@ -170,6 +129,7 @@ def compare(args: argparse.Namespace) -> None:
                 for requests in args.batches:
                     for engine in engines:
                         rows[engine.name].append(engine.measure(context, requests))
+                        print(engine.name, rows[engine.name][-1], file=sys.stderr, flush=True)
             # After every round: a run that is cut short has said what it found.
             report(args, caption, rows, done)
     finally:

@@ -26,6 +26,9 @@ def test_every_number_has_a_range(script: str, monkeypatch: pytest.MonkeyPatch) 
     [
         (["capacity", "--utilization=2"], "--utilization is 2: it must be a number above 0 and at most 1."),
         (["capacity", "--reserve-gib=200"], "--reserve-gib is 200: it must be less than --utilization 0.9"),
+        (["chat", "--heads=7"], "--hidden 1536 and --heads 7 do not go together"),
+        (["chat", "--kept-tokens=131072"], "The longest request of kept has 131600 tokens"),
+        (["chat", "--model=f"], "--model is f: it must be a folder with a FoX"),
         (["checkpoint", "fox", "f", "--heads=7"], "--hidden 1536 and --heads 7 do not go together"),
         (["cluster_sim", "scale", "run", "--load=nan"], "--load is nan: it must be a number above 0."),
         (
