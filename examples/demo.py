@@ -250,7 +250,9 @@ class Geometry:
     def read(cls, model: Model, metrics: str) -> Geometry:
         info = samples_of(metrics, "vllm:cache_config_info")
         if not info:
-            raise DemoError("the server's /metrics have no vllm:cache_config_info: is this a vLLM that vllm-fox supports?")
+            raise DemoError(
+                "the server's /metrics have no vllm:cache_config_info: is this a vLLM that vllm-fox supports?"
+            )
         labels = info[0][0]
         # vLLM keeps one block as padding.
         blocks = int(labels["num_gpu_blocks"]) - 1
