@@ -74,6 +74,7 @@ def register_configs() -> None:
 def register_transformers_models() -> None:
     """Register the families' models for transformers with AutoModelForCausalLM; safe to call again."""
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     for family in all_families():
         for config, path in family.configs.items():
@@ -81,3 +82,5 @@ def register_transformers_models() -> None:
                 module, _, name = path.partition(":")
                 model: Any = getattr(import_module(module), name)
                 AutoModelForCausalLM.register(config, model, exist_ok=True)
+                # With label smoothing, Trainer learns from these names that each token's label is the next token.
+                MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = name

@@ -82,6 +82,14 @@ class StrictConfig(PretrainedConfig):
             f"{found}, but {real}, another name for the same, is {getattr(self, real)!r}: give {real} alone."
         )
 
+    def check(self) -> None:
+        """Check the fields once more: transformers sets those that ``from_pretrained`` is given late.
+
+        Raises:
+            ValueError: a field has a value that it cannot have; the message names both.
+        """
+        self._complete()
+
     def _complete(self) -> None:
         """Check the fields and set those that follow from them. Subclasses override this; here it does nothing."""
 

@@ -246,6 +246,18 @@ def test_what_trainer_passes_to_the_loss(model: Any) -> None:
         assert torch.equal(model(ids, labels=ids * 0, shift_labels=shifted).loss, mean)
 
 
+def test_trainer_smooths_the_labels_of_the_next_tokens(model: Any, tmp_path: Path) -> None:
+    options = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True)
+    ids = TEXTS[1][None]
+    trained: Any = type(model)(copy.deepcopy(model.config))  # Trainer writes into the config
+    trained.double().eval()
+    trained.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        found = Trainer(trained, options).compute_loss(trained, {"input_ids": ids, "labels": ids.clone()})
+        want = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], label_smoothing=0.1)
+    torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=0)
+
+
 def test_trainer_adds_up_micro_batches(model: Any, tmp_path: Path) -> None:
     """Packed by transformers' collator, the gradients of two steps that are accumulated are those of one."""
     texts = [{"input_ids": one.tolist()} for one in (*TEXTS, *TEXTS)]
@@ -367,6 +379,31 @@ def test_generation_goes_on_from_a_cache(fox: Any) -> None:
         first.sequences, attention_mask=seen, past_key_values=first.past_key_values, max_new_tokens=6, **options
     )
     assert torch.equal(found, want)
+
+
+def test_a_cache_that_is_reset_is_new(fox: Any) -> None:
+    cache, options = fox.new_cache(), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    first = fox.generate(TEXTS[0][None], past_key_values=cache, **options)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(fox.generate(TEXTS[0][None], past_key_values=cache, **options), first)
+
+
+def test_packed_sequences_go_into_no_cache(fox: Any) -> None:
+    for packing in PACKINGS.values():
+        with pytest.raises(ValueError, match="packed sequences cannot be continued"):
+            fox(torch.cat(TEXTS)[None], past_key_values=fox.new_cache(), **packing())
+
+
+@pytest.mark.parametrize(
+    "name, field, value", [("sparse", "n_head", 7), ("sparse", "propagate_in_depth", "no"), ("pro", "num_heads", 7)]
+)
+def test_fields_that_from_pretrained_is_given_are_checked(
+    models: dict[str, Any], name: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    models[name].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=field):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **{field: value})
 
 
 def test_rows_of_a_cache_move(fox: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -70,15 +71,19 @@ class CheckpointLoader:
         try:
             for name, tensor in weights:
                 problem = self._problem(name, tensor)
+                if problem is None and name not in missing and not self.has_weights:
+                    problem = f"tensor {name} is there twice"
                 if problem is None:
-                    missing.pop(name)
+                    missing.pop(name, None)
                     names, finite = _fill(model, params, destinations(name, tensor))
                     filled |= names
                     problem = None if finite else f"tensor {name} has values that are NaN or infinite"
                 if problem is not None:
                     problems.append(problem)
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, json.JSONDecodeError, struct.error, MemoryError, OSError) as error:
             damaged = list(damaged_files(_folder(self._model_config)))
+            if not damaged and isinstance(error, MemoryError | OSError):
+                raise
             raise ValueError(" ".join(damaged) or f"A file of the checkpoint is damaged: {error}.") from None
         if not self.has_weights:
             problems += [f"missing tensor {name}, expected {list(shape)}" for name, shape in missing.items()]
@@ -147,6 +152,9 @@ def _folder(model_config: ModelConfig) -> Path:
 def damaged_files(folder: Path) -> Iterator[str]:
     """Yield a sentence for each file of weights, or index of such files, that is cut short or no such file."""
     for path in sorted(folder.glob("*.safetensors")):
+        if not path.is_file():
+            yield f"{path} is no file: put the checkpoint's file there."
+            continue
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

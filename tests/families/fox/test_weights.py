@@ -149,6 +149,27 @@ def test_files_that_are_cut_short_are_named(tmp_path: Path) -> None:
             _load(folder)
 
 
+def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
+    """Empty, a pointer of Git LFS, and a header that claims more memory than there is."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9504104\n"
+    for number, content in enumerate((b"", pointer, b"\xff" * 7 + b"\x7f" + b"{}")):
+        folder = make_checkpoint(tmp_path / str(number), **VARIANTS["pro"])
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="model.safetensors is (cut short or no safetensors file|damaged)"):
+            _load(folder)
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path: Path, pro: ForgettingTransformerForCausalLM) -> None:
+    folder = make_checkpoint(tmp_path, shards=2, **VARIANTS["pro"])
+    (folder / "model.safetensors.index.json").write_text("{}")
+    save_file({GATE: _pro_weights()[GATE]}, folder / "model-00003-of-00003.safetensors")
+    with pytest.raises(ValueError, match=f"tensor {GATE} is there twice"):
+        _load(folder)
+    # A trainer that sends a tensor again means the last.
+    pro.load_weights(_pro_weights().items())
+    pro.load_weights([(GATE, _pro_weights()[GATE] * 2), (GATE, _pro_weights()[GATE])])
+
+
 def _without(name: str) -> dict[str, torch.Tensor]:
     return {key: value for key, value in _pro_weights().items() if key != name}
 

@@ -46,8 +46,8 @@ class FoxConfig(_ForgettingTransformerConfig):
     """Checkpoints of the official implementation (FoX, arXiv 2503.02130).
 
     Fields and defaults are those of the official config. Fields about training only (``fuse_norm``,
-    ``fuse_cross_entropy``, ``use_cache``) are read and do nothing. ``initializer_range`` is for random starts in
-    training.
+    ``fuse_cross_entropy``) are read and do nothing. ``initializer_range`` is for random starts in training, and
+    ``use_cache`` is the default of the model for transformers.
 
     Raises:
         ValueError: a field is unknown, has a value out of range, or contradicts another.

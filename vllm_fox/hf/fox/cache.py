@@ -174,6 +174,10 @@ class ForgettingCache(Cache):
             0 if layer.keys is None else layer.keys.shape[2] for layer in map(self.layer, range(len(self.layers)))
         ]
 
+    def reset(self) -> None:
+        super().reset()
+        self.positions = self.newest = None
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         if self.positions is not None and self.newest is not None:

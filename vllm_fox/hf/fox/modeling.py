@@ -280,6 +280,7 @@ class ForgettingTransformerModel(ForgettingPreTrainedModel):
     """Embeddings, layers and final norm."""
 
     def __init__(self, config: FoxConfig | FlaForgettingTransformerConfig) -> None:
+        config.check()
         super().__init__(config)
         arch = Architecture.from_config(config)
         self.embeddings = nn.Embedding(arch.vocab_size, arch.hidden_size)
@@ -357,6 +358,8 @@ class ForgettingTransformerModel(ForgettingPreTrainedModel):
             seq_idx=seq_idx,
             **self.past_of(past_key_values, len(tokens)),
         )
+        if past_key_values is not None and line.packed:
+            raise ValueError("past_key_values is given: packed sequences cannot be continued, so leave it out.")
         cache = self._cache_for(line, use_cache) if past_key_values is None else past_key_values
         if cache is not None:
             counts = line.cu_seqlens.diff().long()

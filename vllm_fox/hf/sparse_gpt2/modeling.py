@@ -176,6 +176,7 @@ class SparseGPT2Model(SparseGPT2PreTrainedModel):
     """
 
     def __init__(self, config: SparseGPT2Config, draw: bool = True) -> None:
+        config.check()
         super().__init__(config)
         self.alpha = 1.0
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
