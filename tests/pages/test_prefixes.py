@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from vllm_fox.kernels.paged import TABLE_CHUNK
 from vllm_fox.pages.pool import PagePool
+from vllm_fox.pages.prefixes import PrefixCache
 
 BLOCKS, STREAMS, SLOTS = 31, (3, 2), 4
 RANKS, WIDTH = len(STREAMS), sum(STREAMS)
@@ -33,7 +34,7 @@ class PrefixMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(
-            num_blocks=BLOCKS, streams=STREAMS, num_slots=SLOTS, num_chunks=7, max_chunks=3, cached_columns=60
+            num_blocks=BLOCKS, streams=STREAMS, num_slots=SLOTS, num_chunks=7, max_chunks=3, cached_columns=20
         )
         self.written: dict[tuple[int, int], tuple[tuple[int, ...], int]] = {}  # (stream, id) -> (prefix, stream)
         self.texts: dict[int, tuple[int, ...]] = {}  # slot -> its pages so far
@@ -219,3 +220,16 @@ def stream_of(stream: int) -> int:
 
 PrefixMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestPrefixes = PrefixMachine.TestCase
+
+
+def test_a_report_of_an_earlier_prefix_is_ignored() -> None:
+    """Its column stands for another prefix by now."""
+    cache, ids, zeros = PrefixCache([slice(0, 2)], 2), np.array([[5, 6]]), np.zeros(2, dtype=np.int32)
+    columns = cache.add(["one"], ids, zeros)
+    lives = cache.lives(columns)
+    assert cache.leave_rows(0, columns, np.ones((1, 2), dtype=bool), ids).size == 0
+    assert sorted(cache.evict([2])[0].tolist()) == [5, 6]
+    assert cache.add(["two"], ids, zeros).tolist() == columns.tolist()
+    cache.tighten(columns, lives, np.array([[3, 3]]))
+    hit = cache.find(["two"])
+    assert hit is not None and hit.first.tolist() == [0, 0]
