@@ -19,6 +19,7 @@ submit --working-dir examples`, or RAY_ADDRESS); the model and both folders must
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -89,6 +90,11 @@ def _prompt_of(line: str, where: str) -> str:
     if not isinstance(prompt, str):
         raise BatchError(f'{where}: expected {{"prompt": "text"}}, found {line[:80]!r}.')
     return prompt
+
+
+def digest_of(prompt: str) -> str:
+    """Short text that tells prompts apart."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def read_parts(folder: Path) -> Iterator[dict[str, Any]]:
@@ -188,6 +194,7 @@ def answers(rows: list[dict[str, str]], args: argparse.Namespace, on_gpu: bool) 
         preprocess=lambda row: {**row, "sampling_params": sampling},
         postprocess=lambda row: {
             "id": row["id"],
+            "prompt_digest": digest_of(row["prompt"]),
             "prompt_tokens": int(row.get("num_input_tokens") or 0),
             "answer": row.get("generated_text") or "",
             "answer_tokens": int(row.get("num_generated_tokens") or 0),
@@ -220,9 +227,21 @@ def run(args: argparse.Namespace) -> int:
         raise BatchError(f"{args.prompts} has no prompts: put .txt or .jsonl files into it.")
     if Path(args.model).exists():
         args.model = str(Path(args.model).resolve())
-    settings = {"model": args.model, "max_tokens": args.max_tokens, "temperature": args.temperature}
+    settings = {
+        "model": args.model,
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "engine_args": args.engine_args,
+    }
     check_same_run(args.answers, settings)
-    done = {row.get("id") for row in read_parts(args.answers) if not row.get("error", True)}
+    done = {
+        row.get("id"): row.get("prompt_digest") for row in read_parts(args.answers) if not row.get("error", True)
+    }
+    for row in rows:
+        if done.get(row["id"]) not in (None, digest_of(row["prompt"])):
+            raise BatchError(
+                f"{args.answers} holds an answer to another prompt of the name {row['id']}. Choose a new folder."
+            )
     todo = {row["id"]: row for row in rows if row["id"] not in done}
     asked = len(todo)
     print(f"{len(rows)} prompts, {len(rows) - asked} answered before", flush=True)

@@ -421,18 +421,16 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             values = {"loss": accelerator.reduce(total, "mean").item(), "gradient_norm": float(norm)}
-            if not math.isfinite(values["loss"]):
-                rate = f"--{name.replace('_', '-')}lr"
-                raise SystemExit(
-                    f"The loss of step {step + 1} is {values['loss']}: try a smaller {rate} than {args.lr}."
-                )
             finished = step + 1
+            rate = f"--{name.replace('_', '-')}lr"
+            refuse_what_is_no_number(finished, values, rate, args.lr)
             if args.eval_every and (finished % args.eval_every == 0 or finished == args.steps):
                 model.eval()
                 # A few windows, whose shape would have to be compiled for.
                 with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                     shown = validate(model)
                 model.train()
+                refuse_what_is_no_number(finished, shown, rate, args.lr)
                 values |= shown
             speed = args.batch * args.context / (time.perf_counter() - start)
             log.write(step=finished, **values)
@@ -442,6 +440,8 @@ def train(
             bar.update()
             asked = stop.everywhere(accelerator)
             if finished % args.save_every == 0 or finished == args.steps or asked:
+                largest = max(float(weight.detach().abs().max()) for weight in model.parameters())
+                refuse_what_is_no_number(finished, {"largest weight": largest}, rate, args.lr)
                 log.settle()
                 checkpoints.save(finished)
             if asked and finished < args.steps:
@@ -450,6 +450,15 @@ def train(
                 print(f"Stopped after step {finished}, which is saved. Run the same command to go on.", flush=True)
                 sys.exit(130)
     return model
+
+
+def refuse_what_is_no_number(step: int, values: dict[str, float], rate: str, lr: float) -> None:
+    """Raise SystemExit if a value of a step is NaN or infinite: what was saved before is intact."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise SystemExit(
+                f"The {name.replace('_', ' ')} of step {step} is {value}: try a smaller {rate} than {lr}."
+            )
 
 
 def export(accelerator: Accelerator, model: Any, args: argparse.Namespace, folder: Path) -> None:

@@ -52,6 +52,8 @@ class StrictConfig(PretrainedConfig):
 
     def _is_settled(self, name: str, value: Any, known: list[str]) -> bool:
         """Return whether a field that is not the class's own need not be kept; refuse it if it is a mistake."""
+        if name in _OTHER_MODELS and value:
+            raise ValueError(f"{self.model_type} config: {name} is {value!r}: it is not supported, leave it out.")
         if name in _STANDARD or name in _TRAINING or name.startswith("_"):
             return False
         if self._real_name(name) is not None or value is None:
@@ -92,6 +94,12 @@ class StrictConfig(PretrainedConfig):
 
     def _complete(self) -> None:
         """Check the fields and set those that follow from them. Subclasses override this; here it does nothing."""
+
+
+_OTHER_MODELS = frozenset(
+    ["add_cross_attention", "is_encoder_decoder", "per_layer_config", "pruned_heads", "tie_encoder_decoder"]
+)
+"""Standard fields that change a model unless they are null, false or empty."""
 
 
 def own_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:

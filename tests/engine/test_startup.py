@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.engines import engine, generate, greedy, manager, source_tokens
 from tests.support.checkpoints import PRO, make_checkpoint, save_sparse_gpt2
@@ -132,6 +133,13 @@ def test_bad_sparse_gpt2(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught, engine(tmp_path, max_model_len=64):
         pass
     assert "tensor transformer.h.0.attn.q_int.weight is [8, 32], expected [4, 32]" in str(caught.value)
+    # transformers would serve the head, vLLM the embeddings.
+    file.write_text(json.dumps(good))
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"] / 2}, tmp_path / "model.safetensors")
+    message = "lm_head.weight differs from transformer.wte.weight"
+    with pytest.raises(ValueError, match=message), engine(tmp_path, max_model_len=64):
+        pass
 
 
 @pytest.mark.parametrize("asked", [None, True, False])

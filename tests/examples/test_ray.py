@@ -150,8 +150,16 @@ def test_mistakes_end_in_one_sentence(prompts: Path, tmp_path: Path) -> None:
     (empty / "bad.jsonl").write_text('{"text": "x"}\n')
     assert "bad.jsonl:1: expected" in refused(empty, tmp_path / "a")
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "run.json").write_text('{"model": "other", "max_tokens": 200, "temperature": 0.0}')
+    settings = {"model": "other", "max_tokens": 200, "temperature": 0.0, "engine_args": {}}
+    (tmp_path / "old" / "run.json").write_text(json.dumps(settings))
     assert "model was 'other'" in refused(prompts, tmp_path / "old")
+    settings |= {"model": str(ROOT / "examples" / "fox-tiny"), "engine_args": {"load_format": "dummy"}}
+    (tmp_path / "old" / "run.json").write_text(json.dumps(settings))
+    assert "engine_args was {'load_format': 'dummy'}, now {}" in refused(prompts, tmp_path / "old")
+    (tmp_path / "old" / "run.json").write_text(json.dumps(settings | {"engine_args": {}}))
+    row = {"id": "00.txt", "prompt_digest": "of another", "answer": "x", "error": ""}
+    (tmp_path / "old" / "part-1-a.jsonl").write_text(json.dumps(row) + "\n")
+    assert "holds an answer to another prompt of the name 00.txt" in refused(prompts, tmp_path / "old")
     assert "holds the prompts: name another folder for the answers" in refused(prompts, prompts)
     assert "is not a folder" in refused(prompts, prompts / "00.txt")
     assert not (tmp_path / "a").exists()

@@ -31,6 +31,20 @@ CHECKPOINT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "*.safetens
 """Where vLLM looks for weights, the first pattern with a match: other .safetensors files beside are left alone."""
 
 
+def heads_compared(
+    weights: Iterable[tuple[str, torch.Tensor]], embeddings: str, head: str, compared: Callable[[bool], None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass tensors on, and tell whether the output head equals the embeddings, if both are among them."""
+    seen: dict[str, torch.Tensor] = {}
+    for name, tensor in weights:
+        if name in (embeddings, head):
+            seen[name] = tensor
+            if len(seen) == 2:
+                one, other = seen[embeddings], seen[head]
+                compared(one.shape == other.shape and torch.equal(one.float(), other.float()))
+        yield name, tensor
+
+
 class CheckpointLoader:
     """Fills a model's parameters: all of them at first, and any part of them whenever weights are updated later.
 
@@ -41,12 +55,14 @@ class CheckpointLoader:
 
     Attributes:
         has_weights: whether the model has weights already, so that a call may bring a part of them.
+        head_is_embeddings: whether the last checkpoint with an output head had the embeddings for it.
     """
 
     def __init__(self, vllm_config: VllmConfig, expected: Mapping[str, tuple[int, ...]], kind: str) -> None:
         self._model_config, self._expected, self._kind = vllm_config.model_config, expected, kind
         # Dummy weights are there from the start, for a trainer to replace them part by part.
         self.has_weights = vllm_config.load_config.load_format == "dummy"
+        self.head_is_embeddings = False
 
     def fill(
         self, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], destinations: Destinations

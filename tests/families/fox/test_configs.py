@@ -122,6 +122,11 @@ def test_fields_that_change_nothing_are_no_mistake() -> None:
 OFFICIAL_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"hiden_size": 64}, "hiden_size", "did you mean hidden_size"),
     ({"sliding_window": 64}, "sliding_window", "unknown field"),
+    ({"is_encoder_decoder": True}, "is_encoder_decoder is True", "leave it out"),
+    ({"add_cross_attention": True}, "add_cross_attention is True", "leave it out"),
+    ({"pruned_heads": {"0": [1]}}, "pruned_heads is", "leave it out"),
+    ({"per_layer_config": {"0": {"num_heads": 4}}}, "per_layer_config is", "leave it out"),
+    ({"hidden_ratio": 1e-9}, "hidden_ratio is 1e-09", "greater"),
     ({"head_dim": 128}, "head_dim is 128", "follows from others and is 64"),
     ({"num_attention_heads": 16}, "num_attention_heads is 16", "give num_heads alone"),
     ({"is_causal": False}, "is_causal is False", "only True"),

@@ -170,6 +170,23 @@ def test_a_tensor_in_two_files_is_named(tmp_path: Path, pro: ForgettingTransform
     pro.load_weights([(GATE, _pro_weights()[GATE] * 2), (GATE, _pro_weights()[GATE])])
 
 
+def test_a_head_that_came_with_tied_embeddings_follows_them(tmp_path: Path) -> None:
+    """vLLM builds such a model untied; later weights bring the embeddings alone."""
+    name = "model.embeddings.weight"
+    weights = _pro_weights()
+    model = _load(make_checkpoint(tmp_path, extra={"lm_head.weight": weights[name].clone()}, **VARIANTS["pro"]))
+    new = weights[name] * 2
+
+    def found(which: str) -> torch.Tensor:
+        return dict(model.named_parameters(remove_duplicate=False))[which][: len(new)]  # vLLM pads vocabularies
+
+    model.load_weights([(name, new)])
+    assert torch.equal(found(name), new) and torch.equal(found("lm_head.weight"), new)
+    # A head of its own stays what it is.
+    model.load_weights([("lm_head.weight", new * 3), (name, new)])
+    assert torch.equal(found("lm_head.weight"), new * 3)
+
+
 def _without(name: str) -> dict[str, torch.Tensor]:
     return {key: value for key, value in _pro_weights().items() if key != name}
 

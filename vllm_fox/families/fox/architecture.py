@@ -107,7 +107,12 @@ def resolve_intermediate_size(config: Any) -> int:
     if config.intermediate_size is not None:
         return config.intermediate_size
     ratio = 4 if config.hidden_ratio is None else config.hidden_ratio
-    return 256 * math.ceil(int(config.hidden_size * ratio * 2 / 3) / 256)
+    size = 256 * math.ceil(int(config.hidden_size * ratio * 2 / 3) / 256)
+    if not size:
+        raise ValueError(
+            f"{config.model_type} config: hidden_ratio is {ratio!r}: give a greater one, or null for 4."
+        )
+    return size
 
 
 def expected_weights(arch: Architecture) -> dict[str, tuple[int, ...]]:

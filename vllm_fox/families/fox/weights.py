@@ -9,9 +9,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from vllm_fox.modules.weights import TIED_HEAD, CheckpointLoader, Destination
+from vllm_fox.modules.weights import TIED_HEAD, CheckpointLoader, Destination, heads_compared
 
 from .architecture import OFFICIAL, Architecture, is_derived_weight
+
+EMBEDDINGS = "model.embeddings.weight"
 
 # Name in the checkpoint (of either dialect), name in the model, and the part of a fused parameter that it fills.
 _RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
@@ -63,12 +65,24 @@ def load_checkpoint(
     Raises:
         ValueError: the tensors do not fit the model (see :meth:`CheckpointLoader.fill`).
     """
-    arranger = _Arranger(arch, attention, choose=not loader.has_weights)
+    arranger, update, seen = (
+        _Arranger(arch, attention, choose=not loader.has_weights),
+        loader.has_weights,
+        set[str](),
+    )
 
     def destinations(name: str, tensor: torch.Tensor) -> Iterator[Destination]:
+        seen.add(name)
         for ready_name, ready in arranger.arranged(name, tensor):
             yield from _destinations(arch, ready_name, ready)
+        # vLLM takes a model for untied if its checkpoint holds the tied head as well. Updates come without that.
+        if update and loader.head_is_embeddings and name == EMBEDDINGS and TIED_HEAD not in seen:
+            yield TIED_HEAD, None, tensor
 
+    def compared(equal: bool) -> None:
+        loader.head_is_embeddings = equal
+
+    weights = heads_compared(weights, EMBEDDINGS, TIED_HEAD, compared)
     given = (item for item in weights if not is_derived_weight(arch, item[0]))
     return loader.fill(model, given, destinations)
 
@@ -127,5 +141,5 @@ def _destinations(arch: Architecture, name: str, tensor: torch.Tensor) -> Iterat
         yield target, 1, up
     else:
         yield target, part, tensor
-        if arch.tied_embeddings and name == "model.embeddings.weight":
+        if arch.tied_embeddings and name == EMBEDDINGS:
             yield TIED_HEAD, None, tensor

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_fox.modules.heads import HeadProjection, HeadShare
-from vllm_fox.modules.weights import CHECKPOINT_FILES, TIED_HEAD, CheckpointLoader, Destination
+from vllm_fox.modules.weights import CHECKPOINT_FILES, TIED_HEAD, CheckpointLoader, Destination, heads_compared
 
 from .config import SparseGPT2Config
 from .layer import SubsetAttention
@@ -152,9 +152,19 @@ class SparseGPT2LMHeadModel(nn.Module):
         """Load a checkpoint, or a part of one later.
 
         Raises:
-            ValueError: tensors are missing, unexpected or of a wrong shape. The message names them.
+            ValueError: tensors are missing, unexpected or of a wrong shape, or the output head differs from the
+                embeddings. The message names them.
         """
-        given = (item for item in weights if item[0] != "lm_head.weight")  # tied to the embeddings
+
+        def compared(equal: bool) -> None:
+            if not equal:
+                raise ValueError(
+                    "lm_head.weight differs from transformer.wte.weight, but these models have one for both: "
+                    "leave lm_head.weight out."
+                )
+
+        weights = heads_compared(weights, "transformer.wte.weight", "lm_head.weight", compared)
+        given = (item for item in weights if item[0] != "lm_head.weight")
         return self.loader.fill(self, given, _destinations)
 
 
