@@ -29,7 +29,10 @@ def main() -> int:
         prompt = text_of(sys.stdin.buffer.read(), "The text on standard input")
 
     # vLLM asks for a key only if it was started with --api-key.
-    client = openai.OpenAI(base_url=options.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    if not key.isascii():
+        parser.error("OPENAI_API_KEY has characters that no HTTP header can have: use ASCII.")
+    client = openai.OpenAI(base_url=options.base_url, api_key=key)
     try:
         model = options.model or next((one.id for one in client.models.list()), None)
         if model is None:

@@ -26,6 +26,10 @@ class Refused(SystemExit):
         return self.sentence
 
 
+LARGEST = 1e30
+"""No option may be a greater number: float32 holds this one and some multiples of it."""
+
+
 def refuse(sentence: str) -> NoReturn:
     """Print the sentence on standard error and raise :class:`Refused`."""
     print(sentence, file=sys.stderr)
@@ -68,6 +72,8 @@ def number(allowed: Callable[[float], bool], wanted: str) -> Callable[[str], flo
             raise argparse.ArgumentTypeError(f"is {text!r}: it must be {wanted}.") from None
         if not (math.isfinite(value) and allowed(value)):
             raise argparse.ArgumentTypeError(f"is {text}: it must be {wanted}.")
+        if abs(value) > LARGEST:
+            raise argparse.ArgumentTypeError(f"is {text}: it must be at most {LARGEST:g}.")
         return value
 
     return read

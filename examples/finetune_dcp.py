@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import Parser, non_negative_float, number, positive_float, positive_int, refuse
+from command_line import Parser, integer, non_negative_float, number, positive_float, positive_int, refuse
 from safetensors import SafetensorError
 from text_corpus import END
 from tokenizers import Tokenizer
@@ -60,7 +60,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     alpha = number(lambda value: value >= 1, "a number from 1 on")
     parser.add_argument("--alpha", type=alpha, default=8.0, help="of the alpha-sigmoid, at the end")
     parser.add_argument("--alpha-steps", type=positive_int, help="steps until then; three quarters of --steps")
-    parser.add_argument("--int-n-embd", type=positive_int, default=64, help="size of the interaction projections")
+    parser.add_argument(
+        "--int-n-embd", type=integer(1, 2**16), default=64, help="size of the interaction projections"
+    )
     parser.add_argument(
         "--int-bias",
         type=non_negative_float,
@@ -176,7 +178,10 @@ def finetune(args: argparse.Namespace, dense: GPT2LMHeadModel | None) -> None:
     plain = args.dense or args.window is not None
     if not plain:
         sizes = {"int_bias": args.int_bias, "int_n_embd": args.int_n_embd, "propagate_in_depth": args.propagate}
-        model = SparseGPT2LMHeadModel.from_gpt2(dense, **sizes)
+        try:
+            model = SparseGPT2LMHeadModel.from_gpt2(dense, **sizes)
+        except ValueError as error:
+            refuse(f"--gpt2 {args.gpt2}: {error}")
     check_disk(args, sum(p.numel() for p in model.parameters()))
     record_run(args, fixed, accelerator)
     baseline = (partial(dense_loss, **near), partial(losses, **near))

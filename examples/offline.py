@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser, json_object, non_negative_float, positive_float, positive_int, utf8
+from command_line import Parser, json_object, non_negative_float, number, positive_int, utf8
 from whole_files import Unreadable, lines_of, read_text
 
 from vllm_fox.cpu import prepare_cpu_environment
+
+gib = number(lambda value: 0 < value <= 2**20, "a number above 0 and at most 1048576")
 
 PROMPTS = [
     'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a file."""\n',
@@ -32,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=positive_int, default=128)
     parser.add_argument("--temperature", type=non_negative_float, default=0.0, help="0: always the likeliest token")
     parser.add_argument("--max-model-len", type=positive_int, help="default: the checkpoint's")
-    parser.add_argument("--kv-cache-gib", type=positive_float, help="default: 1 on a CPU, what is free on a GPU")
+    parser.add_argument("--kv-cache-gib", type=gib, help="default: 1 on a CPU, what is free on a GPU")
     parser.add_argument("--tensor-parallel-size", type=positive_int, default=1)
     parser.add_argument("--enforce-eager", action="store_true", help="starts faster, runs slower")
     parser.add_argument("--fox", type=json_object, default={}, help="the plugin's settings, a JSON object")

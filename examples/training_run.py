@@ -67,7 +67,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--hidden", type=positive_int, default=768)
     parser.add_argument("--heads", type=positive_int, default=12)
     # One token a byte and the end of text are the least.
-    parser.add_argument("--vocab", type=integer(257), default=16384, help="of the tokenizer that is trained")
+    parser.add_argument("--vocab", type=integer(257, 2**20), default=16384, help="of the tokenizer that is trained")
     parser.add_argument("--context", type=integer(2), default=8192, help="tokens of a training window")
     parser.add_argument("--batch", type=positive_int, default=32, help="windows a step, over all processes")
     parser.add_argument("--micro-batch", type=positive_int, default=2, help="windows at once on one device")
