@@ -440,8 +440,7 @@ def train(
             bar.update()
             asked = stop.everywhere(accelerator)
             if finished % args.save_every == 0 or finished == args.steps or asked:
-                largest = max(float(weight.detach().abs().max()) for weight in model.parameters())
-                refuse_what_is_no_number(finished, {"largest weight": largest}, rate, args.lr)
+                refuse_what_is_no_number(finished, {"largest weight": largest_weight(model)}, rate, args.lr)
                 log.settle()
                 checkpoints.save(finished)
             if asked and finished < args.steps:
@@ -450,6 +449,11 @@ def train(
                 print(f"Stopped after step {finished}, which is saved. Run the same command to go on.", flush=True)
                 sys.exit(130)
     return model
+
+
+def largest_weight(model: Any) -> float:
+    """The greatest magnitude of all weights; NaN if one is NaN."""
+    return torch.stack([weight.detach().abs().max().float() for weight in model.parameters()]).max().item()
 
 
 def refuse_what_is_no_number(step: int, values: dict[str, float], rate: str, lr: float) -> None:

@@ -64,7 +64,7 @@ class PagedConfigHook(VerifyAndUpdateConfig):
             )
         elif cache.enable_prefix_caching:
             cache.enable_prefix_caching = False
-            logger.info("Prefix caching is off: pages of %s change after they are full.", family.name)
+            logger.info("Prefix caching is off: %s do not share pages between requests.", family.name)
 
 
 def config_hook_of(family: Family) -> type[PagedConfigHook]:

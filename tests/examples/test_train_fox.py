@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_run
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -250,3 +252,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(text: Path, tmp_path: Path) -> N
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "is full: the checkpoint of step 8 was not written, step 4 is intact" in done.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-4"]
+
+
+def test_a_weight_that_is_nan_is_found_wherever_it_is() -> None:
+    """Also after finite ones, and in the last parameter."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert math.isfinite(training_run.largest_weight(model))
+    training_run.refuse_what_is_no_number(3, {"largest weight": 1.0}, "--lr", 0.1)
+    with torch.no_grad():
+        model[1].bias[1] = math.nan
+    values = {"largest weight": training_run.largest_weight(model)}
+    with pytest.raises(SystemExit, match="The largest weight of step 3 is nan: try a smaller --lr than 0.1."):
+        training_run.refuse_what_is_no_number(3, values, "--lr", 0.1)

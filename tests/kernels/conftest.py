@@ -6,13 +6,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from triton import language
-    from triton.runtime import interpreter
 
-    # Another Triton may do without these: then its interpreter stays as it is.
-    known = hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope")
-    patch_language: Callable[[Any], Any] = getattr(interpreter, "_patch_lang", None) or (lambda function: None)
+def speed_up(interpreter: Any, language: Any) -> None:
+    """Replace functions of the language once a kernel instead of in every call."""
+    patch_language: Callable[[Any], Any] = interpreter._patch_lang
 
     def patch_language_once(function: Any) -> Any:
         """Leave out what is done already.
@@ -26,5 +23,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             return interpreter._LangPatchScope()
         return patch_language(function)
 
-    if known:
-        interpreter._patch_lang = patch_language_once
+    interpreter._patch_lang = patch_language_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton import language
+    from triton.runtime import interpreter
+
+    # Another Triton may do without these: then its interpreter stays as it is.
+    if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
+        speed_up(interpreter, language)

@@ -47,9 +47,15 @@ class CachedPrefix(KVCacheBlock):
 
 @dataclass(frozen=True)
 class _Boundaries:
-    """Columns that end where a step's reported live ranges are exact: those of its rows, then of its boundaries."""
+    """Where the live ranges of a step's report hold: first those of its slots, then those of its boundaries.
 
-    pages: np.ndarray
+    Attributes:
+        slots, epochs: [n] whose they are.
+        columns, lives: [n] columns of the prefix cache that end there, and what tells their uses apart.
+    """
+
+    slots: np.ndarray
+    epochs: np.ndarray
     columns: np.ndarray
     lives: np.ndarray
 
@@ -344,9 +350,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
             columns = self.pool.cached_columns(every, ends)
             assert self.pool.prefixes is not None
             lives = self.pool.prefixes.lives(columns)
-            self._boundaries[self._step] = _Boundaries(
-                np.stack([every, self.pool.epoch[every], ends]), columns, lives
-            )
+            self._boundaries[self._step] = _Boundaries(every, self.pool.epoch[every], columns, lives)
         return at, after
 
     def _learn_boundaries(
@@ -354,7 +358,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
     ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
         """Note the live ranges of cached prefixes; return slots, epochs and starts at each slot's last boundary."""
         assert self.pool.prefixes is not None
-        every, epochs, ends = boundaries.pages
+        every, epochs = boundaries.slots, boundaries.epochs
         first = np.concatenate([starts[rank] for rank in range(self.pool.ranks)], axis=1)
         self.pool.prefixes.tighten(boundaries.columns, boundaries.lives, first)
         last = np.append(every[1:] != every[:-1], True)

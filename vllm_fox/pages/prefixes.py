@@ -92,9 +92,6 @@ class PrefixCache:
         """Return the number of prefixes' boundaries that are known, whole or not."""
         return len(self._column)
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._column
-
     @property
     def free_columns(self) -> int:
         return len(self._free)
@@ -304,7 +301,6 @@ class PrefixCache:
         self._ids[which] = ids
         for column in which[~ids.any(1)].tolist():
             self._unlink(column)
-            self._life[column] += 1
             self._free.append(column)
         return taken
 

@@ -65,11 +65,9 @@ def load_checkpoint(
     Raises:
         ValueError: the tensors do not fit the model (see :meth:`CheckpointLoader.fill`).
     """
-    arranger, update, seen = (
-        _Arranger(arch, attention, choose=not loader.has_weights),
-        loader.has_weights,
-        set[str](),
-    )
+    update = loader.has_weights
+    arranger = _Arranger(arch, attention, choose=not update)
+    seen: set[str] = set()
 
     def destinations(name: str, tensor: torch.Tensor) -> Iterator[Destination]:
         seen.add(name)
