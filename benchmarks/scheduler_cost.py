@@ -3,13 +3,15 @@
 A model of 24 layers of 24 heads, pages of 64 tokens. In decode 256 requests stand at 16k tokens: every step each
 asks for its slots, some cross a page boundary, and a report of dead pages comes back. In prefill every step reads
 8,192 tokens of a prompt, whose dead pages are reported in the next, and now and then a request ends. Both are
-measured without prefix caching; then decode with it, and what prompts cost that are found in the cache or not.
+measured without prefix caching; then decode with it, in both managers, and what prompts cost that are found in the
+cache or not.
 
     python -m benchmarks.scheduler_cost [--steps 512] [--out results/scheduler_cost.json]
 """
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from typing import Any
@@ -54,9 +56,9 @@ def fox_manager(num_blocks: int, max_model_len: int = 2 * TOKENS, caching: bool 
     return StreamPageManager(spec, **common(num_blocks, caching))
 
 
-def dense_manager(num_blocks: int) -> FullAttentionManager:
+def dense_manager(num_blocks: int, caching: bool = False) -> FullAttentionManager:
     spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=HEADS, head_size=DIM, dtype=torch.bfloat16)
-    return FullAttentionManager(spec, **common(num_blocks))
+    return FullAttentionManager(spec, **common(num_blocks, caching))
 
 
 def common(num_blocks: int, caching: bool = False) -> dict:
@@ -70,20 +72,25 @@ def common(num_blocks: int, caching: bool = False) -> dict:
 
 
 class Prompt:
-    """What the manager reads of a vLLM request."""
+    """What the managers read of a vLLM request."""
 
     skip_reading_prefix_cache = False
+    shared_prefix_boundary = 0
 
     def __init__(self, request_id: str, text: str, tokens: int) -> None:
         self.request_id, self.num_tokens = request_id, tokens
-        self.block_hashes = [f"{text}, page {page}" for page in range(tokens // PAGE)]
+        self.block_hashes = [
+            hashlib.sha256(f"{text}, page {page}".encode()).digest() for page in range(tokens // PAGE)
+        ]
 
 
-def ask(manager: SingleTypeKVCacheManager, request: str, tokens: int) -> None:
-    """What KVCacheManager.allocate_slots asks of a manager for one request."""
+def ask(manager: SingleTypeKVCacheManager, request: str, tokens: int, prompt: Prompt | None = None) -> None:
+    """What KVCacheManager.allocate_slots asks of a manager for one request; with ``prompt``, also to cache it."""
     manager.remove_skipped_blocks(request, tokens - 1)
     manager.get_num_blocks_to_allocate(request, tokens, (), tokens - 1, tokens - 1, tokens)
     manager.allocate_new_blocks(request, tokens, tokens)
+    if prompt is not None:
+        manager.cache_blocks(prompt, tokens, replay_boundaries=())  # type: ignore[arg-type]
 
 
 def live_windows(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,23 +106,18 @@ def reported(update: TableUpdate, rows: np.ndarray, lengths: np.ndarray, window:
 
 
 def decode(steps: int, caching: bool = False) -> dict[str, list[float]]:
-    """Times of each part, in ms per step. With prefix caching it counts what that adds to the manager's calls."""
+    """Times of each part, in ms per step."""
     blocks = REQUESTS * (TOKENS // PAGE + steps // PAGE + 2) + 1
-    fox, dense = fox_manager(blocks, caching=caching), dense_manager(blocks)
+    fox, dense = fox_manager(blocks, caching=caching), dense_manager(blocks, caching)
     names = [f"request-{i}" for i in range(REQUESTS)]
-    prompts = {name: Prompt(name, name, TOKENS + steps) for name in names}
-
-    def allocate(name: str, length: int) -> None:
-        ask(fox, name, length)
-        if caching:
-            fox.cache_blocks(prompts[name], length)  # type: ignore[arg-type]
+    prompts = [Prompt(name, name, TOKENS + steps) if caching else None for name in names]
 
     # Staggered lengths, so that requests cross page boundaries at different steps.
     lengths = TOKENS - np.arange(REQUESTS) % PAGE
-    for name, length in zip(names, lengths.tolist()):
+    for name, length, prompt in zip(names, lengths.tolist(), prompts):
         dense.num_cached_block[name] = 0
-        allocate(name, length)
-        ask(dense, name, length)
+        ask(fox, name, length, prompt)
+        ask(dense, name, length, prompt)
     window, phase = live_windows(np.random.default_rng(0), REQUESTS)
     row_of = np.zeros(REQUESTS + 1, dtype=np.int64)
     row_of[[fox._slot_of[name] for name in names]] = np.arange(REQUESTS)
@@ -128,13 +130,13 @@ def decode(steps: int, caching: bool = False) -> dict[str, list[float]]:
         t0 = time.perf_counter()
         fox.free_dead(report)
         t1 = time.perf_counter()
-        for name, length in zip(names, now.tolist()):
-            allocate(name, length)
+        for name, length, prompt in zip(names, now.tolist(), prompts):
+            ask(fox, name, length, prompt)
         t2 = time.perf_counter()
         update = fox.take_update(dict.fromkeys(names, 1))
         t3 = time.perf_counter()
-        for name, length in zip(names, now.tolist()):
-            ask(dense, name, length)
+        for name, length, prompt in zip(names, now.tolist(), prompts):
+            ask(dense, name, length, prompt)
         t4 = time.perf_counter()
         if step >= 0:  # the first report frees the prompts' dead pages at once
             for key, value in zip(times, (t2 - t1, t3 - t2, t1 - t0, t4 - t3)):
@@ -197,8 +199,7 @@ def prefix_caching(steps: int) -> dict[str, list[float]]:
             fox.add_local_computed_blocks(name, row, start, 0)
         times["hit" if start else "miss"].append(1e3 * (time.perf_counter() - now))
         for end in [TOKENS + PAGE] if start else range(CHUNK, TOKENS + 1, CHUNK):
-            ask(fox, name, end)
-            fox.cache_blocks(request, end)  # type: ignore[arg-type]
+            ask(fox, name, end, request)
             begun = time.perf_counter()
             update = fox.take_update({name: end - start})
             times["update"].append(1e3 * (time.perf_counter() - begun))

@@ -335,12 +335,15 @@ class StreamPageManager(SingleTypeKVCacheManager):
         """
         if not self.enable_caching:
             return NO_NUMBERS, NO_NUMBERS
-        for request_id, full in self._full_pages.items():
-            hashes = self._hashes[request_id][self._shared_pages[request_id] : full]
-            self.pool.offer(self._slot_of[request_id], hashes)
-            self._no_longer_under_way(request_id, hashes)
-            self._shared_pages[request_id] = full
-        self._full_pages.clear()
+        if self._full_pages:
+            keys: dict[int, Sequence[Hashable]] = {}
+            for request_id, full in self._full_pages.items():
+                hashes = self._hashes[request_id][self._shared_pages[request_id] : full]
+                keys[self._slot_of[request_id]] = hashes
+                self._no_longer_under_way(request_id, hashes)
+                self._shared_pages[request_id] = full
+            self.pool.offer(keys)
+            self._full_pages.clear()
         if not self.kv_cache_spec.release or not (slots.size or inside):
             return NO_NUMBERS, NO_NUMBERS
         at = np.array([slot for slot, low, high in inside for _ in range(low, high)], dtype=np.int64)

@@ -6,7 +6,7 @@ a long request thousands of pages. This module does not depend on vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -111,7 +111,8 @@ class PagePool:
         self.allocated_total = 0
         self.released_total = 0
         self.prefixes = PrefixCache(self.columns, cached_columns + 1) if cached_columns else None
-        # The cache's column of each entry of the page table, and how many of a slot's pages were offered to it.
+        # The cache's column of each entry of the page table, negative if some of the request's pages are copies of
+        # its own; and how many of a slot's pages were offered to the cache.
         self._column_of = np.zeros((num_chunks, TABLE_CHUNK), dtype=np.int32)
         self._offered = np.zeros(num_slots + 1, dtype=np.int32)
         # What a slot's request began with: the column of the end, and the table entries that the device lacks.
@@ -277,29 +278,35 @@ class PagePool:
         """Return how many of the slot's first pages it began with or has offered."""
         return int(self._offered[slot])
 
-    def offer(self, slot: int, keys: Sequence[Hashable]) -> None:
-        """Let later requests begin with more pages of ``slot``, which are full once the step under way is done.
+    def offer(self, keys: Mapping[int, Sequence[Hashable]]) -> None:
+        """Let later requests begin with more pages of some slots, which are full once the step under way is done.
 
         A page must be offered before live ranges are released that later pages have led to.
 
         Args:
-            keys: for each page that follows those offered before, the hash of the prefix up to its end.
+            keys: of each slot, for each page that follows those offered before, the hash of the prefix up to its
+                end.
         """
         assert self.prefixes is not None
-        done = self.offered(slot)
-        if len(keys) > self.prefixes.free_columns:
-            self._push_all(self.prefixes.evict([0] * self.ranks, columns=len(keys)))
-        page = np.arange(done, done + len(keys))
+        slots = np.fromiter(keys, dtype=np.int64, count=len(keys))
+        counts = np.fromiter(map(len, keys.values()), dtype=np.int64, count=len(keys))
+        total = int(counts.sum())
+        if total > self.prefixes.free_columns:
+            self._push_all(self.prefixes.evict([0] * self.ranks, columns=total))
+        slot = np.repeat(slots, counts)
+        page = np.arange(total) + np.repeat(self._offered[slots] - np.cumsum(counts) + counts, counts)
         chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], page % TABLE_CHUNK
-        ids = np.where(page[:, None] >= self.start[slot], self._entries[chunk, offset], GONE)
-        self._column_of[chunk, offset] = self.prefixes.add(keys, ids, self.start[slot])
-        self._offered[slot] += len(keys)
+        first = self.start[slot]
+        ids = np.where(page[:, None] >= first, self._entries[chunk, offset], GONE)
+        ends = [key for mine in keys.values() for key in mine]
+        self._column_of[chunk, offset] = self.prefixes.add(ends, ids, first)
+        self._offered[slots] += counts
 
     def cached_columns(self, slots: np.ndarray, pages: np.ndarray) -> np.ndarray:
         """Return the cache's columns of the last of each slot's first ``pages`` pages; 0 for those in none."""
         page = pages - 1
         columns = self._column_of[self._chunk_of[slots, page // TABLE_CHUNK], page % TABLE_CHUNK]
-        return np.where(pages <= self._offered[slots], columns, 0)
+        return np.where(pages <= self._offered[slots], np.abs(columns), 0)
 
     def forget_prefixes(self) -> None:
         """Empty the cache. Pages that requests hold stay theirs."""
@@ -396,7 +403,7 @@ class PagePool:
             dead = (page - start).view(np.uint32) < length
             ids = self._entries[chunk, :, columns]
             if self.prefixes is not None and self._column_of[chunk].any():
-                self._push(rank, self.prefixes.leave_rows(rank, self._column_of[chunk], dead, ids))
+                self._push(rank, self.prefixes.leave_rows(rank, np.abs(self._column_of[chunk]), dead, ids))
             else:
                 self._push(rank, ids[dead])
             page += TABLE_CHUNK
@@ -416,9 +423,21 @@ class PagePool:
             slot, stream = slot[which], stream[which]
         chunk = self._chunk_of[slot, page // TABLE_CHUNK].astype(np.int64)
         entry = chunk * TABLE_CHUNK + page % TABLE_CHUNK
-        ids = self._entries.ravel().take(entry * self._entries.shape[2] + stream)
+        columns = NO_NUMBERS
         if self.prefixes is not None:
-            ids = self.prefixes.leave(rank, self._column_of.ravel().take(entry), stream, ids)
+            columns = self._column_of.ravel().take(entry)
+            cached = columns > 0
+            if cached.all():
+                self.prefixes.leave(rank, columns, stream)
+                return
+            self.prefixes.leave(rank, columns[cached], stream[cached])
+            entry, stream, columns = entry[~cached], stream[~cached], -columns[~cached]
+        ids = self._entries.ravel().take(entry * self._entries.shape[2] + stream)
+        if columns.any():
+            assert self.prefixes is not None
+            cached = self.prefixes.holds(columns, stream, ids)
+            self.prefixes.leave(rank, columns[cached], stream[cached])
+            ids = ids[~cached]
         self._push(rank, ids)
 
     def _push(self, rank: int, ids: np.ndarray) -> None:

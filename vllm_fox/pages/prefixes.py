@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
+
+from .column_queue import ColumnQueue
 
 GONE = 0
 """Stands for a page id in a column whose page was given away. Page 0 is padding on every rank."""
@@ -83,8 +84,8 @@ class PrefixCache:
         self._column: dict[Hashable, int] = {}
         self._free = list(range(num_columns - 1, 0, -1))
         self._ends: OrderedDict[int, _End] = OrderedDict()  # least recently used first
-        # Columns in which pages may be that nobody needs: those left longest ago first.
-        self._left: dict[int, None] = {}
+        # Columns in which pages may be that nobody needs.
+        self._left = ColumnQueue(num_columns)
         self.idle = [0] * len(self._ranks)
         self.evicted_total = 0
 
@@ -99,38 +100,43 @@ class PrefixCache:
     # Pages come.
 
     def add(self, keys: Sequence[Hashable], ids: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """Take in full pages that a running request holds. Who comes first stays; later ones fill what is gone.
+        """Take in full pages that running requests hold. Who comes first stays; later ones fill what is gone.
 
         There must be as many free columns (:meth:`evict`), or some pages are not cached.
 
         Args:
             keys: hash of the prefix up to the end of each of the n pages.
             ids: [n, W] page ids; 0 where the request has none any more.
-            first: [W] first live page of the request now, which is a lower bound for all these boundaries.
+            first: [n, W] first live page of the request now, which is a lower bound for all these boundaries.
 
         Returns:
-            [n] int32 the columns in which any of the ids is now; 0 where the request keeps its own copy.
+            [n] int32 the columns in which the request's ids are now: negative if some of them are not, because
+            another request came first, and 0 if none is.
         """
         columns = np.zeros(len(keys), dtype=np.int32)
-        new: list[int] = []
+        new: dict[int, int] = {}
         for index, key in enumerate(keys):
             column = self._column.get(key, 0)
+            if column in new:
+                continue  # two requests have come to the same boundary at once
             if column:
-                holes = (self._ids[column] == GONE) & (ids[index] != GONE)
+                mine = ids[index] != GONE
+                holes = (self._ids[column] == GONE) & mine
                 if holes.any():
                     self._ids[column, holes] = ids[index, holes]
                     self._busy[column, holes] = 1
-                    columns[index] = column
+                    columns[index] = column if holes.sum() == mine.sum() else -column
             elif self._free:
                 column = self._free.pop()
                 self._column[key], self._hash[column] = column, key
                 self._life[column] += 1
                 columns[index] = column
-                new.append(index)
+                new[column] = index
         if new:
-            made = columns[new]
-            self._ids[made], self._busy[made], self._needed[made] = ids[new], ids[new] != GONE, 0
-            self._first[made] = first
+            made, rows = list(new), list(new.values())
+            # Nobody needs a page of a column that was free.
+            self._ids[made], self._busy[made] = ids[rows], ids[rows] != GONE
+            self._first[made] = first[rows]
         return columns
 
     def lives(self, columns: np.ndarray) -> np.ndarray:
@@ -245,27 +251,26 @@ class PrefixCache:
         idle = cached & (busy == 0)
         self.idle[rank] += int(np.count_nonzero(idle))
         dead = (idle & (self._needed[columns, streams] == 0)).any(1)
-        self._leave(columns[dead].tolist())
+        self._left.put(columns[dead])
         return ids[left & ~cached]
 
-    def leave(self, rank: int, columns: np.ndarray, streams: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """The same for single pages [n], of any number of requests."""
-        cached = self._ids[columns, streams] == ids
-        if not cached.any():
-            return ids
-        width = self._ids.shape[1]
-        flat = columns[cached].astype(np.int64) * width + streams[cached]
-        busy = self._busy.ravel()
-        np.subtract.at(busy, flat, np.int16(1))
-        idle = np.unique(flat[busy[flat] == 0])
-        self.idle[rank] += len(idle)
-        self._leave(np.unique(idle[self._needed.ravel()[idle] == 0] // width).tolist())
-        return ids[~cached]
+    def holds(self, columns: np.ndarray, streams: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Return whether each of the pages [n] of a running request is the cached one."""
+        return self._ids[columns, streams] == ids
 
-    def _leave(self, columns: Sequence[int]) -> None:
-        for column in columns:
-            self._left.pop(column, None)
-            self._left[column] = None
+    def leave(self, rank: int, columns: np.ndarray, streams: np.ndarray) -> None:
+        """Let running requests leave single cached pages [n]. A page is there once for each that leaves it."""
+        # Each look at these arrays is a miss of the CPU's caches, so there are as few as possible.
+        page = columns.astype(np.int64) * self._ids.shape[1] + streams
+        busy = self._busy.ravel()
+        holders = busy.take(page)
+        if (holders > 1).any():
+            alone, shared = page[holders == 1], page[holders > 1]
+            np.subtract.at(busy, shared, np.int16(1))
+            page = np.concatenate([alone, np.unique(shared[busy[shared] == 0])])
+        busy[page] = 0
+        self.idle[rank] += len(page)
+        self._left.put(page[self._needed.ravel().take(page) == 0] // self._ids.shape[1])
 
     def evict(self, shortage: Sequence[int], columns: int = 0) -> list[np.ndarray]:
         """Give pages away until there are as many as are short on each rank, and as many free columns.
@@ -276,22 +281,20 @@ class PrefixCache:
         short = list(shortage)
         found: list[list[np.ndarray]] = [[] for _ in short]
         while any(missing > 0 for missing in short) or len(self._free) < columns:
-            if not self._left:
+            wanted = max(max(short) // self._ids.shape[1], columns - len(self._free), 1)
+            which = self._left.take(min(wanted, COLUMNS_AT_ONCE))
+            if not which.size:
                 if not self._ends:
                     break
                 self._drop(next(iter(self._ends)))
                 continue
-            count = max(1, min(COLUMNS_AT_ONCE, max(short) // self._ids.shape[1]))
-            for rank, ids in enumerate(self._empty(list(islice(self._left, count)))):
+            for rank, ids in enumerate(self._empty(which)):
                 found[rank].append(ids)
                 short[rank] -= len(ids)
         return [np.concatenate(ids) if ids else np.empty(0, dtype=np.int32) for ids in found]
 
-    def _empty(self, columns: list[int]) -> list[np.ndarray]:
+    def _empty(self, which: np.ndarray) -> list[np.ndarray]:
         """Take what nobody needs out of columns; return the ids of each rank."""
-        for column in columns:
-            del self._left[column]
-        which = np.array(columns)
         ids = self._ids[which]
         dead = (ids != GONE) & (self._busy[which] == 0) & (self._needed[which] == 0)
         taken = [ids[:, streams][dead[:, streams]] for streams in self._ranks]
@@ -318,7 +321,7 @@ class PrefixCache:
         needed = self._needed[hit.columns] - hit.needed
         self._needed[hit.columns] = needed
         dead = ((needed == 0) & hit.needed & (self._busy[hit.columns] == 0)).any(1)
-        self._leave(hit.columns[dead].tolist())
+        self._left.put(hit.columns[dead])
 
     def held_ids(self, rank: int) -> np.ndarray:
         """Return the page ids of a rank that are in the cache (for checks and tests)."""
