@@ -3,8 +3,8 @@
 A model of 24 layers of 24 heads, pages of 64 tokens. In decode 256 requests stand at 16k tokens: every step each
 asks for its slots, some cross a page boundary, and a report of dead pages comes back. In prefill every step reads
 8,192 tokens of a prompt, whose dead pages are reported in the next, and now and then a request ends. Both are
-measured without prefix caching; then decode with it, in both managers, and what prompts cost that are found in the
-cache or not.
+measured without prefix caching; then decode with it, in both managers, what prompts cost that are found in the
+cache or not, and conversations that take their turns at once.
 
     python -m benchmarks.scheduler_cost [--steps 512] [--out results/scheduler_cost.json]
 """
@@ -222,21 +222,80 @@ def prefix_caching(steps: int) -> dict[str, list[float]]:
     return times
 
 
+def chat(rounds: int) -> dict[str, list[float]]:
+    """Times of each part in ms per request: conversations with a system prompt in common, whose turns come at once.
+
+    Steps read as many turns as fit into :data:`CHUNK` tokens. Nothing has to be given away.
+    """
+    conversations, turns, shared, asked, answered = 32, 8, 2048, 512, 128
+    fox = fox_manager(conversations * (shared + turns * (asked + answered)) // PAGE, caching=True)
+    window, phase = live_windows(np.random.default_rng(0), 1)
+    times: dict[str, list[float]] = {key: [] for key in ("look up", "allocate", "update", "report", "free")}
+
+    def learn(update: TableUpdate) -> float:
+        lengths = np.concatenate([fox.pool.num_pages[update.slots], update.boundary_pages])[:, None] * PAGE
+        first = np.maximum((lengths - window - phase) // PAGE, 0).astype(np.int32)
+        report = PageReport(update.step, update.slots, update.epochs, 0, torch.from_numpy(first), None)
+        begun = time.perf_counter()
+        fox.free_dead(report)
+        return time.perf_counter() - begun
+
+    for number in range(rounds):
+        fox.forget_prefixes()
+        system = Prompt("", f"system {number}", shared).block_hashes
+        texts = [f"conversation {number}.{index}" for index in range(conversations)]
+        for turn in range(turns):
+            length = shared + turn * (asked + answered) + asked
+            prompts = [Prompt(f"{text}, turn {turn}", text, length + answered) for text in texts]
+            for prompt in prompts:
+                prompt.block_hashes[: len(system)] = system
+            reading = CHUNK // (asked + PAGE)
+            for group in (prompts[first : first + reading] for first in range(0, conversations, reading)):
+                taken = dict.fromkeys(times, 0.0)
+                scheduled = {}
+                for prompt in group:
+                    name, t0 = prompt.request_id, time.perf_counter()
+                    (row,), start = fox.find_longest_cache_hit(prompt.block_hashes, length - 1)
+                    t1 = time.perf_counter()
+                    fox.get_num_blocks_to_allocate(name, length, row, start, start, length)
+                    fox.add_local_computed_blocks(name, row, start, 0)
+                    ask(fox, name, length, prompt)
+                    taken["look up"] += t1 - t0
+                    taken["allocate"] += time.perf_counter() - t1
+                    scheduled[name] = length - start
+                begun = time.perf_counter()
+                update = fox.take_update(scheduled)
+                taken["update"] = time.perf_counter() - begun
+                taken["report"] = learn(update)
+                for prompt in group:
+                    ask(fox, prompt.request_id, length + answered, prompt)
+                learn(fox.take_update(dict.fromkeys(scheduled, answered)))
+                begun = time.perf_counter()
+                for prompt in group:
+                    fox.pop_blocks_for_free(prompt.request_id)
+                taken["free"] = time.perf_counter() - begun
+                if turn:
+                    for part, seconds in taken.items():
+                        times[part].append(1e3 * seconds / len(group))
+    return times
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=positive_int, default=512)
     parser.add_argument("--out", default="results/scheduler_cost.json")
     args = parser.parse_args()
-    print(f"ms per step; {LAYERS} layers of {HEADS} heads, pages of {PAGE} tokens")
+    print(f"ms per step, or per request; {LAYERS} layers of {HEADS} heads, pages of {PAGE} tokens")
     figures: dict[str, Any] = {}
     measured = {
         "decode": decode(args.steps),
         "decode, caching": decode(args.steps, caching=True),
         "prefill": prefill(args.steps),
         "prefix caching": prefix_caching(max(args.steps // 8, 16)),
+        "chat, each turn": chat(max(args.steps // 128, 1)),
     }
     for phase, times in measured.items():
-        if phase != "prefix caching":  # whose parts do not belong to steps
+        if any(key.startswith("dense") for key in times):  # parts of steps
             ours = [values for key, values in times.items() if not key.startswith("dense")]
             vllm = [values for key, values in times.items() if key.startswith("dense")]
             times["total"] = [sum(parts) for parts in zip(*ours)]

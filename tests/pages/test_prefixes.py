@@ -62,7 +62,8 @@ class PrefixMachine(RuleBasedStateMachine):
         assert self.pool.prefixes is not None
         hit = self.pool.prefixes.find(self.keys(prompt)[:-1])
         begun = hit.pages if hit else 0
-        woken = max(-(-idle // count) for idle, count in zip(hit.idle, STREAMS)) if hit else 0
+        idle = self.pool.prefixes.idle_of(hit) if hit else [0] * len(STREAMS)
+        woken = max(-(-pages // count) for pages, count in zip(idle, STREAMS))
         new = len(prompt) - begun
         if new + woken > self.room():
             return
@@ -229,7 +230,7 @@ def test_a_report_of_an_earlier_prefix_is_ignored() -> None:
     cache, ids, zeros = PrefixCache([slice(0, 2)], 2), np.array([[5, 6]]), np.zeros(2, dtype=np.int32)
     columns = cache.add(["one"], ids, zeros[None])
     lives = cache.lives(columns)
-    assert cache.leave_rows(0, columns, np.ones((1, 2), dtype=bool), ids).size == 0
+    cache.leave_rows(0, columns, np.ones((1, 2), dtype=bool))
     assert sorted(cache.evict([2])[0].tolist()) == [5, 6]
     assert cache.add(["two"], ids, zeros[None]).tolist() == columns.tolist()
     cache.tighten(columns, lives, np.array([[3, 3]]))

@@ -34,7 +34,7 @@ FEW_REQUESTS = 16
 """Running requests from which on decode steps report together. With fewer requests every step reports."""
 
 
-COLUMNS_PER_BLOCK = 4
+COLUMNS_PER_BLOCK = 16
 """Columns of the prefix cache for each block. Most pages of a column are dead, so that a block holds several."""
 
 
@@ -135,7 +135,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
             missing = pages - hit.pages
             if not self.pool.has_free_slot or not self.pool.chunks_available_after(hit, missing):
                 return self.block_pool.num_gpu_blocks
-            return missing + self._blocks_woken(hit)
+            return missing + self._blocks_woken(hit, missing)
         missing = pages - room // self.block_size
         if not (slot or self.pool.has_free_slot) or not self.pool.chunks_available(slot, missing):
             # No slot or no page-table chunk is free. The answer is more than the pool has, so the request waits.
@@ -372,9 +372,20 @@ class StreamPageManager(SingleTypeKVCacheManager):
             if self._under_way.get(key) == request_id:
                 del self._under_way[key]
 
-    def _blocks_woken(self, hit: Hit) -> int:
-        """Blocks that the pages of a hit fill which count as free as long as no request holds them."""
-        return max(cdiv(idle, streams) for idle, streams in zip(hit.idle, self.pool.streams.tolist()))
+    def _blocks_woken(self, hit: Hit, others: int) -> int:
+        """Blocks that the pages of a hit fill which count as free as long as no request holds them.
+
+        This is an upper bound, and exact unless so many are free anyway, besides the ``others`` that are needed.
+        """
+        assert self.pool.prefixes is not None
+        most = self._blocks_of(self.pool.prefixes.size(hit))
+        if others + most <= self.block_pool.get_num_free_blocks():
+            return most
+        return self._blocks_of(self.pool.prefixes.idle_of(hit))
+
+    def _blocks_of(self, pages: list[int]) -> int:
+        """Blocks that so many pages of each rank fill on the fullest."""
+        return max(cdiv(mine, streams) for mine, streams in zip(pages, self.pool.streams.tolist()))
 
     def _reports_now(self) -> bool:
         """Return whether a step without prompts reports. It does whenever few blocks are free."""
@@ -390,7 +401,10 @@ class StreamPageManager(SingleTypeKVCacheManager):
         request, which will cross a page boundary sooner or later. Without release no page comes back early, so
         vLLM's own rule applies: the whole prompt must fit.
         """
-        whole = pages if hit is None else pages - hit.pages + self._blocks_woken(hit)
+        whole = pages
+        if hit is not None:
+            whole -= hit.pages
+            whole += self._blocks_woken(hit, whole + len(self._slot_of))
         if not self.kv_cache_spec.release:
             return whole
         need = min(whole, self.live_share.peak(pages, self._chunk_pages))

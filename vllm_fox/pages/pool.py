@@ -18,11 +18,14 @@ from .prefixes import GONE, Hit, PrefixCache
 Int32 = np.ndarray
 
 MIN_PAGES_TO_SEARCH = 4
-"""If a request frees at least this many pages per stream at once, whole table chunks are searched for them instead
-of looking up each page."""
+"""If a request frees at least this many pages per stream at once, whole rows of the page table are searched for
+them instead of looking up each page."""
 
 MAX_SEARCHED_PER_FREED = 16
-"""Whole chunks are not searched if fewer than one in this many of the entries searched would be freed."""
+"""Whole rows are not searched if fewer than one in this many of the entries searched would be freed."""
+
+ROWS_AT_ONCE = 128
+"""So many rows of the page table are searched together: what is worked out of them stays in the CPU's cache."""
 
 
 NO_NUMBERS = np.empty(0, dtype=np.int32)
@@ -111,8 +114,8 @@ class PagePool:
         self.allocated_total = 0
         self.released_total = 0
         self.prefixes = PrefixCache(self.columns, cached_columns + 1) if cached_columns else None
-        # The cache's column of each entry of the page table, negative if some of the request's pages are copies of
-        # its own; and how many of a slot's pages were offered to the cache.
+        # The cache's column of each row of the page table, negative if some of the request's pages may be its own
+        # copies; and how many of a slot's pages were offered to the cache.
         self._column_of = np.zeros((num_chunks, TABLE_CHUNK), dtype=np.int32)
         self._offered = np.zeros(num_slots + 1, dtype=np.int32)
         # What a slot's request began with: the column of the end, and the table entries that the device lacks.
@@ -269,7 +272,7 @@ class PagePool:
         self._column_of[chunk, offset] = hit.columns
         self.start[slot] = hit.first
         self.num_pages[slot] = self._offered[slot] = hit.pages
-        self.live_pages[slot] = [(hit.pages - hit.first[streams]).sum(dtype=np.int64) for streams in self.columns]
+        self.live_pages[slot] = self.prefixes.size(hit)
         self._began_with[slot] = hit.last
         index = np.arange(first_chunk, last_chunk)
         self._adopted[slot] = Columns(np.full_like(index, slot), index, chunks, chunk, offset, ids)
@@ -311,6 +314,8 @@ class PagePool:
     def forget_prefixes(self) -> None:
         """Empty the cache. Pages that requests hold stay theirs."""
         assert self.prefixes is not None
+        # What running requests hold can be found no longer: it is as if these were copies of their own.
+        np.negative(np.abs(self._column_of), out=self._column_of)
         self._push_all(self.prefixes.clear())
 
     def release(self, rank: int, slots: np.ndarray, epochs: np.ndarray, starts: np.ndarray) -> int:
@@ -347,8 +352,7 @@ class PagePool:
         self.released_total += freed
         many = counts >= MIN_PAGES_TO_SEARCH * streams
         for index in np.flatnonzero(many).tolist():
-            mine = row == index
-            self._free_block(rank, int(slots[index]), stream[mine], low[mine], high[mine])
+            self._free_block(rank, int(slots[index]), old[index], self.start[slots[index], columns])
         few = ~many[row] if many.any() else slice(None)
         self._free_ranges(rank, slot[few], stream[few], low[few], high[few])
         crossed = low // TABLE_CHUNK != high // TABLE_CHUNK
@@ -367,15 +371,20 @@ class PagePool:
         """
         began_with = self._began_with.pop(slot, 0)
         if self.prefixes is not None:
-            self.prefixes.keep(keys[: int(self._offered[slot])], began_with)
+            offered, first = int(self._offered[slot]), self.start[slot]
+            page = np.arange(min(int(first.min()), offered), offered)
+            columns = self._column_of[self._chunk_of[slot, page // TABLE_CHUNK], page % TABLE_CHUNK]
+            # Pages that are copies of its own may not be in the cache.
+            known = columns if (columns > 0).all() else NO_NUMBERS
+            self.prefixes.keep(keys[:offered], known, first, began_with)
         if reserved := self.reserved(slot):
             del self._reserved[slot]
             self._num_reserved -= reserved
             self._chunks_reserved -= self._chunks_missing(slot, reserved)
         count = int(self.num_pages[slot])
-        for rank, columns in enumerate(self.columns):
-            low, streams = self.start[slot, columns], np.arange(columns.start, columns.stop)
-            self._free_block(rank, slot, streams, low, np.full_like(low, count))
+        for rank, streams in enumerate(self.columns):
+            low = self.start[slot, streams]
+            self._free_block(rank, slot, low, np.full_like(low, count))
         self._free_chunks_between(slot, -(-count // TABLE_CHUNK))
         self._first_chunk[slot] = 0
         self._offered[slot] = 0
@@ -386,27 +395,41 @@ class PagePool:
         self.epoch[slot] += 1
         self._free_slots.append(slot)
 
-    def _free_block(self, rank: int, slot: int, stream: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        """Free pages ``low:high`` of many streams of one slot: a prompt's dead pages, or all of a request's."""
-        first, last = int(low.min()) // TABLE_CHUNK, -(-int(high.max()) // TABLE_CHUNK)
-        total = int((high - low).sum())
-        if total * MAX_SEARCHED_PER_FREED < (last - first) * TABLE_CHUNK * len(stream):
-            self._free_ranges(rank, np.full(len(stream), slot), stream, low, high)
+    def _free_block(self, rank: int, slot: int, low: np.ndarray, high: np.ndarray) -> None:
+        """Free pages ``low:high`` [streams of the rank] of a slot: a prompt's dead pages, or all of a request's."""
+        length = high - low
+        streams = np.flatnonzero(length)
+        if not streams.size:
             return
-        columns, streams = self.columns[rank], self._per_block[rank]
-        start, length = np.zeros(streams, dtype=np.int32), np.zeros(streams, dtype=np.uint32)
-        start[stream - columns.start], length[stream - columns.start] = low, high - low
-        page = np.arange(first * TABLE_CHUNK, (first + 1) * TABLE_CHUNK, dtype=np.int32)[:, None]
-        # One table chunk at a time: its entries stay in the CPU's cache, and no temporary needs fresh memory.
-        for chunk in self._chunk_of[slot, first:last].tolist():
-            # start <= page < start + length in one comparison: a negative difference is a huge unsigned number.
-            dead = (page - start).view(np.uint32) < length
-            ids = self._entries[chunk, :, columns]
-            if self.prefixes is not None and self._column_of[chunk].any():
-                self._push(rank, self.prefixes.leave_rows(rank, np.abs(self._column_of[chunk]), dead, ids))
-            else:
-                self._push(rank, ids[dead])
-            page += TABLE_CHUNK
+        columns, start, stop = self.columns[rank], int(low[streams].min()), int(high[streams].max())
+        if int(length.sum()) * MAX_SEARCHED_PER_FREED < (stop - start) * len(streams):
+            stream = streams + columns.start
+            self._free_ranges(rank, np.full(len(stream), slot), stream, low[streams], high[streams])
+            return
+        length = length.view(np.uint32)
+        for page in range(start, stop, ROWS_AT_ONCE):
+            pages = np.arange(page, min(page + ROWS_AT_ONCE, stop), dtype=np.int32)
+            # low <= page < low + length in one comparison: a negative difference is a huge unsigned number.
+            dead = (pages[:, None] - low).view(np.uint32) < length
+            self._free_rows(rank, self._chunk_of[slot, pages // TABLE_CHUNK], pages % TABLE_CHUNK, dead)
+
+    def _free_rows(self, rank: int, chunk: np.ndarray, offset: np.ndarray, dead: np.ndarray) -> None:
+        """Free those pages of n rows of the page table that are ``dead``: [n, streams of the rank]."""
+        streams = self.columns[rank]
+        if self.prefixes is None:
+            self._push(rank, self._entries[chunk, offset, streams][dead])
+            return
+        cached = self._column_of[chunk, offset]
+        own = np.flatnonzero(cached <= 0)
+        if not own.size:
+            self.prefixes.leave_rows(rank, cached, dead)
+            return
+        ids, mine = self._entries[chunk[own], offset[own], streams], dead[own]
+        # The page id of column 0 is no request's.
+        shared = mine & self.prefixes.holds(-cached[own], streams, ids)
+        dead[own] = shared
+        self.prefixes.leave_rows(rank, np.abs(cached), dead)
+        self._push(rank, ids[mine & ~shared])
 
     def _free_ranges(
         self, rank: int, slot: np.ndarray, stream: np.ndarray, low: np.ndarray, high: np.ndarray

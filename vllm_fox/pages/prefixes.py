@@ -25,6 +25,9 @@ GONE = 0
 COLUMNS_AT_ONCE = 32
 """So many columns are searched together for pages to give away."""
 
+MOST_ENDS = np.iinfo(np.int16).max
+"""Most ends that are kept: so many ends can be counted of a page."""
+
 
 @dataclass
 class Hit:
@@ -34,20 +37,19 @@ class Hit:
         pages: pages of the prefix.
         low: first page that any stream needs.
         columns: [pages - low] numbers of the columns of pages ``low : pages``.
-        first: [W] first page that each stream needs.
-        idle: pages of each rank that are needed and that no running request holds.
+        first: [W] int32 first page that each stream needs.
     """
 
     pages: int
     low: int
     columns: np.ndarray
     first: np.ndarray
-    idle: list[int]
 
     @property
     def needed(self) -> np.ndarray:
         """Whether each stream needs each page: [pages - low, W]."""
-        return np.arange(self.low, self.pages)[:, None] >= self.first
+        # In the dtype of ``first``: comparing numbers of two dtypes takes three times as long.
+        return np.arange(self.low, self.pages, dtype=np.int32)[:, None] >= self.first
 
     @property
     def last(self) -> int:
@@ -77,7 +79,7 @@ class PrefixCache:
         self._first = np.zeros((num_columns, width), dtype=np.int32)
         # Running requests that hold the page, and ends that need it.
         self._busy = np.zeros((num_columns, width), dtype=np.int16)
-        self._needed = np.zeros((num_columns, width), dtype=np.int32)
+        self._needed = np.zeros((num_columns, width), dtype=np.int16)
         # Tells the prefixes apart that a column number was used for.
         self._life = np.zeros(num_columns, dtype=np.int64)
         self._hash: list[Hashable] = [None] * num_columns
@@ -156,7 +158,7 @@ class PrefixCache:
                     self._forget_needs(end.hit)
                     keep = self._first[column].copy()
                     low = int(keep.min())
-                    end.hit = Hit(end.hit.pages, low, end.hit.columns[low - end.hit.low :], keep, [])
+                    end.hit = Hit(end.hit.pages, low, end.hit.columns[low - end.hit.low :], keep)
                     self._needed[end.hit.columns] += end.hit.needed
 
     # Prefixes are found.
@@ -168,94 +170,117 @@ class PrefixCache:
         if not known.size:
             return None
         pages = int(known[-1]) + 1
-        hit = self._hit(columns, pages)
-        if hit is not None:
+        if end := self._ends.get(int(columns[pages - 1])):
+            return end.hit
+        hit = self._boundary(columns[:pages])
+        if self._is_whole(hit):
             return hit
         # Some page is gone. One pass finds for every boundary where the last page is that is gone before it.
         columns = columns[:pages]
-        page = np.arange(1, pages + 1)[:, None]
-        gone = np.maximum.accumulate(np.where(self._ids[columns] == GONE, page, 0), axis=0)
+        page = np.arange(1, pages + 1, dtype=np.int32)[:, None]
+        gone = np.maximum.accumulate(page * (self._ids[columns] == GONE), axis=0)
         whole = np.flatnonzero((gone <= self._first[columns]).all(1) & (columns > 0))
-        return self._hit(columns, int(whole[-1]) + 1) if whole.size else None
+        return self._boundary(columns[: whole[-1] + 1]) if whole.size else None
 
-    def _hit(self, columns: np.ndarray, pages: int) -> Hit | None:
-        first = self._first[columns[pages - 1]].copy()
+    def _boundary(self, columns: np.ndarray) -> Hit:
+        """The prefix that ends with the last of columns [pages], whether it is whole or not."""
+        first = self._first[columns[-1]].copy()
         low = int(first.min())
-        hit = Hit(pages, low, columns[low:pages], first, [])
-        ids, needed = self._ids[hit.columns], hit.needed
-        if (needed & (ids == GONE)).any():
-            return None
-        idle = needed & (self._busy[hit.columns] == 0)
-        hit.idle = [int(np.count_nonzero(idle[:, rank])) for rank in self._ranks]
-        return hit
+        return Hit(len(columns), low, columns[low:], first)
+
+    def _is_whole(self, hit: Hit) -> bool:
+        """Return whether all pages are there that a prefix needs."""
+        return not (hit.needed & (self._ids[hit.columns] == GONE)).any()
+
+    def size(self, hit: Hit) -> list[int]:
+        """Return the number of pages of each rank that a hit needs."""
+        return [int((hit.pages - hit.first[streams]).sum(dtype=np.int64)) for streams in self._ranks]
+
+    def idle_of(self, hit: Hit) -> list[int]:
+        """Return the number of pages of each rank that a hit needs and that no running request holds."""
+        return self._count(hit.needed & (self._busy[hit.columns] == 0))
+
+    def _count(self, pages: np.ndarray) -> list[int]:
+        return [int(np.count_nonzero(pages[:, streams])) for streams in self._ranks]
 
     def ids(self, hit: Hit) -> np.ndarray:
-        """Return the page ids [pages - low, W] of a hit; 0 where a page is not needed."""
-        return np.where(hit.needed, self._ids[hit.columns], GONE)
+        """Return the page ids [pages - low, W] of a hit. Those of pages that are not needed mean nothing."""
+        return self._ids[hit.columns]
 
     def hold(self, hit: Hit) -> None:
         """Let one more running request hold the hit's pages, and keep the hit as an end."""
         needed = hit.needed
         busy = self._busy[hit.columns]
-        for rank, streams in enumerate(self._ranks):
-            self.idle[rank] -= int(np.count_nonzero(needed[:, streams] & (busy[:, streams] == 0)))
-        self._busy[hit.columns] = busy + needed
-        end = self._ends.pop(hit.last, None)
-        if end is None:
-            self._needed[hit.columns] += needed
-            end = _End(hit)
+        self.idle = [idle - woken for idle, woken in zip(self.idle, self._count(needed & (busy == 0)))]
+        busy += needed
+        self._busy[hit.columns] = busy
+        end = self._ends.pop(hit.last, None) or self._new_end(hit)
         end.uses += 1
         self._ends[hit.last] = end
 
-    def keep(self, keys: Sequence[Hashable], replaces: int = 0) -> None:
+    def keep(self, keys: Sequence[Hashable], columns: np.ndarray, first: np.ndarray, replaces: int = 0) -> None:
         """Make an end of a boundary, if it is still whole.
 
         Args:
             keys: hashes of all its pages.
+            columns: [n] the columns, if they are known, of the last n pages.
+            first: [W] first page that a running request holds, in these columns.
             replaces: the column of the end that the request began with. If nobody else has used that, it is the
                 first to be given away: a conversation goes on from its last turn.
         """
         column = self._column.get(keys[-1], 0) if keys else 0
         end = self._ends.pop(column, None)
         if end is None and column:
-            low = int(self._first[column].min())
-            columns = np.zeros(len(keys), dtype=np.int32)
-            columns[low:] = [self._column.get(key, 0) for key in keys[low:]]
-            hit = self._hit(columns, len(keys))
-            if hit is not None:
-                self._needed[hit.columns] += hit.needed
-                end = _End(hit)
+            low = len(keys) - len(columns)
+            if len(columns) and columns[-1] == column and (self._first[column] >= first).all():
+                every = np.concatenate([np.zeros(low, dtype=np.int32), columns])
+                end = self._new_end(self._boundary(every))
+            else:
+                every = np.fromiter((self._column.get(key, 0) for key in keys), dtype=np.int32, count=len(keys))
+                hit = self._boundary(every)
+                if self._is_whole(hit):
+                    end = self._new_end(hit)
         if end is not None:
             self._ends[column] = end
         if replaces != column and replaces in self._ends and self._ends[replaces].uses <= 1:
             self._ends.move_to_end(replaces, last=False)
 
+    def _new_end(self, hit: Hit) -> _End:
+        if len(self._ends) >= MOST_ENDS:
+            self._drop(next(iter(self._ends)))
+        needed = self._needed[hit.columns]
+        needed += hit.needed
+        self._needed[hit.columns] = needed
+        return _End(hit)
+
     # Pages go.
 
-    def leave_rows(self, rank: int, columns: np.ndarray, left: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Let a running request leave pages of different columns.
+    def leave_rows(self, rank: int, columns: np.ndarray, left: np.ndarray) -> None:
+        """Let a running request leave cached pages of different columns.
 
         Args:
             rank: whose pages these are.
-            columns: [n] the columns, 0 for pages that are in none.
-            left: [n, streams of the rank] whether each is left.
-            ids: [n, streams of the rank] the ids that the request has.
-
-        Returns:
-            The ids that are the request's own, to be freed.
+            columns: [n] the columns.
+            left: [n, streams of the rank] whether each of their pages is left.
         """
         streams = self._ranks[rank]
-        cached = left & (self._ids[columns, streams] == ids)
-        busy = self._busy[columns, streams] - cached
+        busy = self._busy[columns, streams]
+        busy -= left
         self._busy[columns, streams] = busy
-        idle = cached & (busy == 0)
+        idle = busy == 0
+        idle &= left
         self.idle[rank] += int(np.count_nonzero(idle))
-        dead = (idle & (self._needed[columns, streams] == 0)).any(1)
-        self._left.put(columns[dead])
-        return ids[left & ~cached]
+        idle &= self._needed[columns, streams] == 0
+        self._left.put(columns[idle.any(1)])
 
-    def holds(self, columns: np.ndarray, streams: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Return whether each of the pages [n] of a running request is the cached one."""
+    def holds(self, columns: np.ndarray, streams: np.ndarray | slice, ids: np.ndarray) -> np.ndarray:
+        """Return whether pages of a running request are the cached ones.
+
+        Args:
+            columns: [n]
+            streams: [n] of each page; or a slice of S streams, of which all pages of the columns are meant.
+            ids: [n], or [n, S] the ids that the request has.
+        """
         return self._ids[columns, streams] == ids
 
     def leave(self, rank: int, columns: np.ndarray, streams: np.ndarray) -> None:
@@ -318,10 +343,13 @@ class PrefixCache:
         self._forget_needs(self._ends.pop(column).hit)
 
     def _forget_needs(self, hit: Hit) -> None:
-        needed = self._needed[hit.columns] - hit.needed
+        mask = hit.needed
+        needed = self._needed[hit.columns]
+        needed -= mask
         self._needed[hit.columns] = needed
-        dead = ((needed == 0) & hit.needed & (self._busy[hit.columns] == 0)).any(1)
-        self._left.put(hit.columns[dead])
+        mask &= needed == 0
+        mask &= self._busy[hit.columns] == 0
+        self._left.put(hit.columns[mask.any(1)])
 
     def held_ids(self, rank: int) -> np.ndarray:
         """Return the page ids of a rank that are in the cache (for checks and tests)."""
