@@ -236,3 +236,45 @@ def test_a_report_of_an_earlier_prefix_is_ignored() -> None:
     cache.tighten(columns, lives, np.array([[3, 3]]))
     hit = cache.find(["two"])
     assert hit is not None and hit.first.tolist() == [0, 0]
+
+
+def one_page_each(keys: list[str], busy_until: int) -> tuple[PrefixCache, np.ndarray]:
+    """A cache of one rank of two streams, whose request left the pages of stream 0 before ``busy_until``."""
+    cache = PrefixCache([slice(0, 2)], 5)
+    ids = np.arange(2, 2 + 2 * len(keys), dtype=np.int32).reshape(-1, 2)
+    columns = cache.add(keys, ids, np.zeros((len(keys), 2), dtype=np.int32))
+    left = columns[:busy_until]
+    cache.leave(0, left, np.zeros(len(left), dtype=np.int64))
+    assert len(cache.evict([len(left)])[0]) == len(left)
+    return cache, columns
+
+
+def test_columns_tell_which_pages_are_copies() -> None:
+    """A later request fills what is gone of a column, and keeps what is there as a copy of its own."""
+    cache, (column,) = one_page_each(["one"], 1)
+    assert cache.add(["one"], np.array([[8, 9]]), np.zeros((1, 2))).tolist() == [-column]
+    cache, (column,) = one_page_each(["one"], 1)
+    assert cache.add(["one"], np.array([[8, 0]]), np.zeros((1, 2))).tolist() == [column]
+    assert cache.add(["one"], np.array([[10, 11]]), np.zeros((1, 2))).tolist() == [0]
+
+
+def test_no_end_of_pages_that_were_given_away() -> None:
+    """The range at the boundary is known from earlier, and the request has left a page since that is gone now."""
+    cache, columns = one_page_each(["one", "two"], 1)
+    cache.keep(["one", "two"], columns, first=np.array([1, 0]))
+    assert cache.find(["one", "two"]) is None
+
+
+def test_what_was_computed_before_a_reset_is_not_found() -> None:
+    pool = PagePool(num_blocks=9, streams=(2,), num_slots=2, num_chunks=3, max_chunks=1, cached_columns=8)
+    slot, keys = pool.open(), ["one", "two", "three"]
+    pool.reserve(slot, 2)
+    pool.hand_out()
+    pool.offer({slot: keys[:2]})
+    pool.forget_prefixes()
+    pool.reserve(slot, 1)
+    pool.hand_out()
+    pool.offer({slot: keys[2:]})
+    pool.close(slot, keys)
+    assert pool.prefixes is not None and pool.prefixes.find(keys) is None
+    assert pool.used_total == 0
