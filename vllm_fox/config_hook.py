@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm.config import CompilationConfig, KVTransferConfig
@@ -13,7 +14,7 @@ from .family import Family
 from .refusals import check_overrides, unsupported_environment, unsupported_options
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger(__name__)
 
@@ -70,6 +71,28 @@ class PagedConfigHook(VerifyAndUpdateConfig):
 def config_hook_of(family: Family) -> type[PagedConfigHook]:
     """Make the hook class that vLLM calls for a family's models."""
     return type("FamilyConfigHook", (PagedConfigHook,), {"family": family})
+
+
+class LookalikeHook(VerifyAndUpdateConfig):
+    """Refuses checkpoints that vLLM takes for a model of its own, and that belong to a family.
+
+    Attributes:
+        refusal: the family's function (:attr:`Family.lookalikes`).
+    """
+
+    refusal: ClassVar[Callable[[ModelConfig], str | None]]
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Check the model's configuration. vLLM calls this before it loads anything."""
+        sentence = cls.refusal(vllm_config.model_config)
+        if sentence is not None:
+            raise ValueError(sentence)
+
+
+def lookalike_hook_of(refusal: Callable[[ModelConfig], str | None]) -> type[LookalikeHook]:
+    """Make the hook class that vLLM calls for an architecture of its own."""
+    return type("FamilyLookalikeHook", (LookalikeHook,), {"refusal": staticmethod(refusal)})
 
 
 def _check_ranks(vllm_config: VllmConfig) -> None:

@@ -6,7 +6,7 @@ docs/adding_a_family.md shows how to add one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from .settings import PageSettings
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 
 def _nothing_refused(vllm_config: VllmConfig) -> Iterable[tuple[object, str]]:
@@ -45,6 +45,9 @@ class Family:
         refusals: function that returns what the models cannot do besides what no family can, given an engine's
             configuration. It returns pairs: whether the feature is asked for (any true value), and the name of the
             feature, for the error "NAME do not support WHAT".
+        lookalikes: maps the name of an architecture of vLLM's own to a function that is given an engine's model
+            configuration. It returns None, or a sentence that refuses a checkpoint: one of this family's that vLLM
+            would take for its own model and serve wrong.
         prepare: function that registers whatever else transformers must know, such as a tokenizer; safe to call
             again.
     """
@@ -59,4 +62,5 @@ class Family:
     shares_pages: bool = False
     float8_pages: bool = False
     refusals: Callable[[VllmConfig], Iterable[tuple[object, str]]] = _nothing_refused
+    lookalikes: Mapping[str, Callable[[ModelConfig], str | None]] = field(default_factory=dict)
     prepare: Callable[[], None] = _nothing_to_do

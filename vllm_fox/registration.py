@@ -28,7 +28,7 @@ def register_plugin() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from .config_hook import config_hook_of
+    from .config_hook import config_hook_of, lookalike_hook_of
 
     register_configs()
     _register_pages()
@@ -38,6 +38,8 @@ def register_plugin() -> None:
             if name not in MODELS_CONFIG_MAP:
                 ModelRegistry.register_model(name, model)
                 MODELS_CONFIG_MAP[name] = hook
+        for name, refusal in family.lookalikes.items():
+            MODELS_CONFIG_MAP.setdefault(name, lookalike_hook_of(refusal))
 
 
 @cache

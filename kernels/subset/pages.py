@@ -102,6 +102,23 @@ class SubsetPages:
         return self.k.device
 
 
+@dataclass(frozen=True)
+class Evictions:
+    """What is decided, at each token of a step, about a token: whether it goes when it leaves its window.
+
+    Attributes:
+        evicts: [T, S] bool, dense within a token.
+        window: W from 1 on: an evicted token at position j is visible to the queries up to ``j + W``, so its end is
+            ``j + W + 1``.
+        lag: 0 if a token decides about itself, 1 if about the token before it. Nothing is decided about the token
+            before the first.
+    """
+
+    evicts: torch.Tensor
+    window: int
+    lag: int
+
+
 def rows_of(batch: Batch) -> Iterator[tuple[int, slice, int]]:
     """Rows with queries: (row, its tokens, tokens of the request after the step)."""
     start = 0

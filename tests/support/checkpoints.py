@@ -91,7 +91,7 @@ def make_checkpoint(
     config.save_pretrained(folder)
     tensors = {n: t.to(dtype) for n, t in make_weights(config, seed).items() if n not in drop} | (extra or {})
     _save_weights(folder, tensors, shards)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     return folder
 
 
@@ -115,7 +115,7 @@ def make_sparse_gpt2(seed: int = 0, score: float = 2.4, **config: Any) -> Sparse
 def save_sparse_gpt2(folder: Path, **options: Any) -> Path:
     """A checkpoint of :func:`make_sparse_gpt2`, with a byte-level tokenizer."""
     make_sparse_gpt2(vocab_size=VOCAB_SIZE, **options).save_pretrained(folder)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     return folder
 
 
@@ -180,7 +180,7 @@ def _save_weights(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -
     (folder / "model.safetensors.index.json").write_text(text)
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     end = "<|endoftext|>"
     pieces = [end, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))

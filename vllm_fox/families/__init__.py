@@ -8,10 +8,11 @@ from transformers import PretrainedConfig
 
 from vllm_fox.family import Family
 
+from .evicting import EVICTING
 from .fox import FOX
 from .sparse_gpt2 import SPARSE_GPT2
 
-FAMILIES: tuple[Family, ...] = (FOX, SPARSE_GPT2)
+FAMILIES: tuple[Family, ...] = (FOX, SPARSE_GPT2, EVICTING)
 
 ENTRY_POINT = "vllm_fox.families"
 """Group of entry points through which other packages add families: each names a :class:`Family`."""

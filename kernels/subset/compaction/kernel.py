@@ -50,19 +50,22 @@ def _free_places(
     return ids, (written & (ends <= length)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "max_chunks", "streams"])
+@triton.jit(
+    do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "period", "max_chunks", "streams"]
+)
 def _compact(
     k_pages, v_pages, int_pages, begin_pages, end_pages, chunk_of, entries, first_live,
-    query_start, seq_lens, slots, slot_stride, max_chunks, streams,
+    query_start, seq_lens, slots, slot_stride, period, max_chunks, streams,
     PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, N: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     stream, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row * slot_stride)
-    if (slot == 0) | (tl.load(query_start + row + 1) == tl.load(query_start + row)):
-        return
+    new = tl.load(query_start + row + 1) - tl.load(query_start + row)
     length = tl.load(seq_lens + row)
+    if (slot == 0) | (length // period == (length - new) // period):
+        return
     newest = (length - 1) // P
     remembered = first_live + slot.to(tl.int64) * streams + stream
     first = tl.minimum(tl.load(remembered), newest)
@@ -134,7 +137,7 @@ def _compact(
 _launch = Launcher(_compact)
 
 
-def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
+def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1) -> None:
     """See :func:`.reference.compact`."""
     width, r = pages.k.shape[2] * pages.k.shape[3], pages.int_k.shape[2]
     streams, size, item = table.first_live.shape[1], pages.page_size, pages.k.element_size()
@@ -144,7 +147,8 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
             pages.k, pages.v, pages.int_k, pages.begin, pages.end, table.chunk_of, table.entries, table.first_live,
         ),
         (
-            batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), table.chunk_of.shape[1], streams,
+            batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), period, table.chunk_of.shape[1],
+            streams,
         ),
         (),
         (

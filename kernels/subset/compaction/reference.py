@@ -6,7 +6,7 @@ from ...paged import Batch, PageTable
 from ..pages import SubsetPages, places, rows_of
 
 
-def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
+def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1) -> None:
     """Empty as many of the oldest pages of every stream as there are places for in newer ones.
 
     A token is dropped once the next query, which stands at the request's length, does not see it. Places of dropped
@@ -19,12 +19,14 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch) -> None:
         pages: the page pool after the step's last layer, written.
         table: the page table, of which ``first_live`` moves forward past the emptied pages.
         batch: the step's requests.
+        period: a request waits until it has reached or passed a multiple of so many tokens, and may hold as many
+            dropped ones more until then.
     """
     size, streams = pages.page_size, table.first_live.shape[1]
     fields = (pages.k, pages.v, pages.int_k, pages.begin, pages.end)
-    for row, _, length in rows_of(batch):
-        slot = batch.slots[row]
-        if int(slot) == 0:
+    for row, tokens, length in rows_of(batch):
+        slot, before = batch.slots[row], length - (tokens.stop - tokens.start)
+        if int(slot) == 0 or length // period == before // period:
             continue
         for stream in range(streams):
             at = places(pages, table, slot, length, stream)

@@ -9,17 +9,18 @@ import triton.language as tl
 from ...common import page_id, row_of
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
-from ..pages import NEVER, SubsetPages
+from ..pages import NEVER, Evictions, SubsetPages
 
 
-@triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "first", "max_chunks", "streams",
-                               "rows"])  # fmt: skip
+@triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "evicts", "slot_stride", "evict_stride",
+                               "window", "first", "max_chunks", "streams", "rows"])  # fmt: skip
 def _write(
     k_pages, v_pages, int_pages, begin_pages, end_pages, chunk_of, entries, k, v, int_k,
-    query_start, seq_lens, slots, slot_stride, first, max_chunks, streams, rows,
+    query_start, seq_lens, slots, evicts, slot_stride, evict_stride, window, first, max_chunks, streams, rows,
     k_stride, v_stride, int_stride,
     PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, NEVER: tl.constexpr,
+    DECIDES: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     token, nth = tl.program_id(0), tl.program_id(1)
     row = row_of(query_start, rows, token)
@@ -39,7 +40,20 @@ def _write(
         key = tl.load(int_k + at * int_stride + nth * R + r, mask=r < R)
         tl.store(int_pages + page * PAGE + offset * R + r, key, mask=r < R)
     tl.store(begin_pages + page * PAGE_INTS + offset, position)
-    tl.store(end_pages + page * PAGE_INTS + offset, NEVER)
+    end = NEVER
+    if DECIDES:
+        # Every end is written by the program of its token, which looks ahead. Only what the row's first token
+        # decides about is of an earlier step.
+        decider = token + LAG
+        goes = tl.load(evicts + decider.to(tl.int64) * evict_stride + nth, mask=decider < stop, other=0) != 0
+        end = tl.where(goes, position + window + 1, NEVER)
+        if LAG == 1:
+            before = (token == tl.load(query_start + row)) & (position > 0)
+            goes = tl.load(evicts + at * evict_stride + nth, mask=before, other=0) != 0
+            if before & goes:
+                last = page_id(chunk_of, entries, slot, stream, (position - 1) // P, max_chunks, streams, CHUNK)
+                tl.store(end_pages + last * PAGE_INTS + (position - 1) % P, position + window)
+    tl.store(end_pages + page * PAGE_INTS + offset, end)
 
 
 _launch = Launcher(_write)
@@ -54,25 +68,29 @@ def subset_write(
     k: torch.Tensor,
     v: torch.Tensor,
     int_k: torch.Tensor | None,
+    evictions: Evictions | None = None,
 ) -> None:
     """See :func:`.reference.subset_write`. Inputs are dense within a token."""
     (_, streams, heads, dim), r = k.shape, pages.int_k.shape[2]
     width = heads * dim
     if int_k is None:
         int_k = k  # not read
+    evicts, window, lag = batch.slots, 0, 0  # not read
+    if evictions is not None:
+        evicts, window, lag = evictions.evicts, evictions.window, evictions.lag
     _launch(
         (batch.num_tokens, streams, 1),
         (
             pages.k, pages.v, pages.int_k, pages.begin, pages.end, table.chunk_of, table.entries, k, v, int_k,
         ),
         (
-            batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), layer * streams,
-            table.chunk_of.shape[1], table.entries.shape[1], batch.num_rows,
+            batch.query_start, batch.seq_lens, batch.slots, evicts, batch.slots.stride(0), evicts.stride(0), window,
+            layer * streams, table.chunk_of.shape[1], table.entries.shape[1], batch.num_rows,
         ),
         (k.stride(0), v.stride(0), int_k.stride(0)),
         (
             pages.k.stride(0), pages.begin.stride(0), pages.page_size, width, r, TABLE_CHUNK,
-            triton.next_power_of_2(width), max(1, triton.next_power_of_2(r)), NEVER,
+            triton.next_power_of_2(width), max(1, triton.next_power_of_2(r)), NEVER, evictions is not None, lag,
         ),
         num_warps=4,
     )  # fmt: skip

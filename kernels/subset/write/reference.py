@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...paged import Batch, PageTable
-from ..pages import NEVER, SubsetPages
+from ..pages import NEVER, Evictions, SubsetPages
 
 
 def subset_write(
@@ -17,8 +17,11 @@ def subset_write(
     k: torch.Tensor,
     v: torch.Tensor,
     int_k: torch.Tensor | None,
+    evictions: Evictions | None = None,
 ) -> None:
-    """Write T new tokens, each to the place of its position in every stream of the layer. No query drops them yet.
+    """Write T new tokens, each to the place of its position in every stream of the layer.
+
+    No query drops them yet, unless that is decided already.
 
     Args:
         pages: the page pool, written.
@@ -27,6 +30,8 @@ def subset_write(
         layer: index of the layer on this worker.
         k, v: [T, S, H, d] in the model's dtype.
         int_k: [T, S, r] interaction keys in the model's dtype; None where streams have none.
+        evictions: what the new tokens decide; None if nothing is decided as tokens are written. The token that is
+            decided about stands at the place of its position, as tokens do until they have left the newest page.
     """
     size, device = pages.page_size, k.device
     query_start, seq_lens = batch.query_start.long(), batch.seq_lens.long()
@@ -41,3 +46,10 @@ def subset_write(
         pages.int_k[at] = int_k
     pages.begin[at] = position.int()[:, None]
     pages.end[at] = NEVER
+    if evictions is None:
+        return
+    decided = position - evictions.lag
+    token, stream = (evictions.evicts & (decided >= 0)[:, None]).nonzero(as_tuple=True)
+    decided = decided[token]
+    ids = table.page_ids(batch.slots[row][token], decided // size, streams[stream])
+    pages.end[ids, decided % size] = (decided + evictions.window + 1).int()

@@ -1,0 +1,313 @@
+"""Turn published checkpoints that evict tokens into such as this family serves."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, PretrainedConfig
+
+from .config import EvictingDecoderConfig
+
+BASES = ("llama", "mistral", "qwen2", "qwen3")
+KVZAP_WINDOW = 128
+"""The window of KVzap's authors."""
+DMS_DEFAULTS: dict[str, Any] = {
+    "dms_alpha_scale": 100.0,
+    "dms_initial_alpha_offset": 5.0,
+    "dms_window_size": 512,
+    "dms_separate_alpha": False,
+    "dms_alpha_per": "head",
+    "dms_disable_eviction": False,
+}
+"""Fields that say what a checkpoint with DMS computes, and their values where they are left out, as in
+Model-Optimizer."""
+DMS_OTHER = frozenset(
+    ["dms_chunked_prefill", "dms_compile_limit", "dms_cr", "dms_manual_inference_mode", "dms_tau"]
+    + ["dms_paged_attention_block_size", "dms_preallocate_for_tokens"]
+)
+"""Fields of Model-Optimizer that say how it computes, or how the checkpoint was trained."""
+LEFT_BEHIND = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".py", ".safetensors")
+"""Endings of files that are not copied as they are: weights, and code, of which none is needed."""
+TEXT_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") + (
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config",
+)  # fmt: skip
+"""Fields that mean the same in all bases and here."""
+
+
+def convert(
+    source: Path,
+    out: Path,
+    predictor: Path | None = None,
+    threshold: float | None = None,
+    window: int | None = None,
+) -> Iterator[str]:
+    """Write ``out``, and yield sentences about what has been done.
+
+    Args:
+        source: folder of a checkpoint with DMS, or of one to go with the predictor.
+        out: folder that is made; nothing is left of it after an error.
+        predictor: folder of a KVzap predictor.
+        threshold: of its scores: a token with a lower one is evicted.
+        window: W, tokens for which an evicted one stays; :data:`KVZAP_WINDOW` unless given.
+
+    Raises:
+        ValueError: the checkpoint is none that evicts tokens, or not one that can be served. The message says why.
+        OSError: a file cannot be read or written.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: name a folder that does not.")
+    given = _json_of(source, "config.json")
+    base = _base_of(source, given)
+    dms = any(name.startswith("dms_") for name in given)
+    if dms and predictor is not None:
+        raise ValueError(f"{source} evicts tokens by DMS: leave --predictor out.")
+    if not dms and predictor is None:
+        raise ValueError(
+            f"{source / 'config.json'} has no dms_ fields, so nothing says what is evicted: give a KVzap predictor "
+            "by --predictor."
+        )
+    files = _weight_files(source)
+    extra: dict[str, torch.Tensor] = {}
+    if predictor is None:
+        if threshold is not None or window is not None:
+            raise ValueError("A checkpoint with DMS says its window itself: leave --threshold and --window out.")
+        eviction = _dms(source, given, base, files)
+    else:
+        if threshold is None or not math.isfinite(threshold):
+            raise ValueError(
+                f"--threshold is {threshold}: a predictor needs a number. Its authors use -4 and others."
+            )
+        eviction, extra = _kvzap(predictor, base)
+        eviction |= {"threshold": threshold, "window": KVZAP_WINDOW if window is None else window}
+    config = _config(given, base, eviction)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        made = Path(folder, out.name)
+        made.mkdir()
+        _write_weights(made, files, extra)
+        copied = _copy_others(source, made)
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        made.rename(out)
+    yield f"{out} is a {given['model_type']} that evicts tokens: {_described(eviction)}."
+    yield f"Weights: {sum(len(names) for _, names in files)} tensors copied, {len(extra)} of the predictor added."
+    yield f"Other files copied: {', '.join(copied) or 'none'}."
+    yield f"Serve it with: vllm serve {out}"
+
+
+def _base_of(source: Path, given: dict[str, Any]) -> PretrainedConfig:
+    """The config as transformers completes it."""
+    kind = given.get("model_type")
+    if kind not in BASES:
+        raise ValueError(f"{source / 'config.json'}: model_type is {kind!r}: it must be one of {', '.join(BASES)}.")
+    known = {name: value for name, value in given.items() if not name.startswith("dms_") and name != "auto_map"}
+    try:
+        base = AutoConfig.for_model(**known)
+    except Exception as error:  # whatever transformers and its checks say to a value
+        raise ValueError(f"{source / 'config.json'}: {error}") from None
+    sliding = "sliding_attention" in (getattr(base, "layer_types", None) or [])
+    if kind == "mistral":
+        sliding = base.sliding_window is not None
+    if sliding:
+        raise ValueError(
+            f"{source / 'config.json'}: sliding_window is {base.sliding_window}: layers with a sliding window are "
+            "not supported."
+        )
+    if base.hidden_act != "silu":
+        raise ValueError(f"{source / 'config.json'}: hidden_act is {base.hidden_act!r}: only 'silu' is supported.")
+    return base
+
+
+def _weight_files(source: Path) -> list[tuple[Path, list[str]]]:
+    """The checkpoint's safetensors files and the names of their tensors."""
+    index = source / "model.safetensors.index.json"
+    if index.exists():
+        paths = sorted({source / name for name in _json_of(source, index.name)["weight_map"].values()})
+    else:
+        paths = [source / "model.safetensors"]
+    return [(path, list(_shapes(path))) for path in paths]
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of a file's tensors, which are not read."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from None
+
+
+def _dms(
+    source: Path, given: dict[str, Any], base: PretrainedConfig, files: list[tuple[Path, list[str]]]
+) -> dict[str, Any]:
+    """The eviction of a checkpoint with Dynamic Memory Sparsification."""
+    for name in given:
+        if name.startswith("dms_") and name not in DMS_DEFAULTS and name not in DMS_OTHER:
+            raise ValueError(
+                f"{source / 'config.json'}: {name} (value {given[name]!r}) is unknown, so the checkpoint may evict "
+                "otherwise than is known here."
+            )
+    value = {name: given.get(name, default) for name, default in DMS_DEFAULTS.items()}
+    found = {name for _, names in files for name in names if ".dms_" in name}
+    separate = value["dms_separate_alpha"]
+    expected = set()
+    for layer in range(base.num_hidden_layers) if separate else ():
+        prefix = f"model.layers.{layer}.self_attn.dms_proj_alpha"
+        expected |= {f"{prefix}.weight", f"{prefix}_norm.weight"}
+        expected |= {f"{prefix}.bias"} if base.attention_bias else set()
+    if found != expected:
+        wrong = sorted(found ^ expected)
+        raise ValueError(
+            f"{source}: dms_separate_alpha is {separate}, which does not go with the tensors: "
+            f"{'unexpected' if wrong[0] in found else 'missing'} {wrong[0]}, and {len(wrong) - 1} more such."
+        )
+    return {
+        "method": "dms_adapter" if separate else "dms_borrowed_neuron",
+        "window": value["dms_window_size"],
+        "shift": 1,
+        "scale": float(value["dms_alpha_scale"]),
+        "offset": float(value["dms_initial_alpha_offset"]),
+        **({"bias": True} if separate and base.attention_bias else {}),
+        "decides": value["dms_alpha_per"],
+        "disabled": value["dms_disable_eviction"],
+        "prefill": "masked",
+    }
+
+
+def _kvzap(predictor: Path, base: PretrainedConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The eviction of a KVzap predictor, without its threshold and window; and its tensors under our names."""
+    given = _json_of(predictor, "config.json")
+    expected = {
+        "model_type": "kvzap",
+        "input_dim": base.hidden_size,
+        "output_dim": base.num_key_value_heads,
+        "n_modules": base.num_hidden_layers,
+    }
+    for name, wanted in expected.items():
+        if given.get(name) != wanted:
+            raise ValueError(
+                f"{predictor / 'config.json'}: {name} is {given.get(name)!r}: this model needs {wanted!r}."
+            )
+    hidden = given.get("hidden_dim")
+    if hidden is not None and (isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1):
+        raise ValueError(
+            f"{predictor / 'config.json'}: hidden_dim is {hidden!r}: it must be null or an integer from 1."
+        )
+    sizes = {"": (base.hidden_size, base.num_key_value_heads)}
+    if hidden is not None:
+        sizes = {".0": (base.hidden_size, hidden), ".2": (hidden, base.num_key_value_heads)}
+    wanted_shapes = {}
+    for layer in range(base.num_hidden_layers):
+        for part, (inner, outer) in sizes.items():
+            wanted_shapes[f"layers.{layer}{part}.weight"] = [outer, inner]
+            wanted_shapes[f"layers.{layer}{part}.bias"] = [outer]
+    path = predictor / "model.safetensors"
+    shapes = _shapes(path)
+    for name in sorted(wanted_shapes.keys() | shapes.keys()):
+        if shapes.get(name) != wanted_shapes.get(name):
+            raise ValueError(f"{path}: {name} is {shapes.get(name)}, expected {wanted_shapes.get(name)}.")
+    tensors = {}
+    with safe_open(path, framework="pt") as file:
+        for name in wanted_shapes:
+            _, number, *rest = name.split(".")
+            tensors[f"model.layers.{number}.self_attn.kvzap.{'.'.join(rest)}"] = file.get_tensor(name)
+    eviction = {
+        "method": "kvzap",
+        "window": 0,
+        "shift": 0,
+        "threshold": 0.0,
+        "hidden_dim": hidden,
+        "prefill": "masked",
+    }
+    return eviction, tensors
+
+
+def _config(given: dict[str, Any], base: PretrainedConfig, eviction: dict[str, Any]) -> dict[str, Any]:
+    """The config.json to write."""
+    kind = given["model_type"]
+    values = {name: getattr(base, name) for name in TEXT_FIELDS if getattr(base, name, None) is not None}
+    bias = bool(getattr(base, "attention_bias", False))
+    values |= {
+        "head_dim": getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads,
+        "attention_bias": bias,
+        # Qwen2 has biases there always, and none behind its attention.
+        "qkv_bias": bias or kind == "qwen2",
+        "mlp_bias": bool(getattr(base, "mlp_bias", False)),
+        "qk_norm": kind == "qwen3",
+        "base_model_type": kind,
+        "eviction": eviction,
+    }
+    EvictingDecoderConfig(**values)
+    dtype = given.get("dtype") or given.get("torch_dtype")
+    return {
+        "architectures": ["EvictingDecoderForCausalLM"],
+        "model_type": EvictingDecoderConfig.model_type,
+        **({"dtype": dtype} if dtype else {}),
+        **values,
+    }
+
+
+def _write_weights(made: Path, files: list[tuple[Path, list[str]]], extra: dict[str, torch.Tensor]) -> None:
+    """Copy the weights, and write the predictor's and the index of all."""
+    total, where, size = len(files) + bool(extra), dict[str, str](), 0
+    for number, (path, names) in enumerate(files, 1):
+        name = f"model-{number:05}-of-{total:05}.safetensors"
+        shutil.copyfile(path, made / name)
+        where |= dict.fromkeys(names, name)
+        size += path.stat().st_size
+    if extra:
+        name = f"model-{total:05}-of-{total:05}.safetensors"
+        save_file(extra, made / name, metadata={"format": "pt"})
+        where |= dict.fromkeys(extra, name)
+        size += (made / name).stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (made / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_others(source: Path, made: Path) -> list[str]:
+    """Copy the tokenizer and whatever else is neither weights nor code; return the names."""
+    names = []
+    for path in sorted(source.iterdir()):
+        if (
+            path.is_file()
+            and not path.name.startswith("config.")
+            and not path.name.endswith((*LEFT_BEHIND, ".index.json"))
+        ):
+            shutil.copyfile(path, made / path.name)
+            names.append(path.name)
+    return names
+
+
+def _json_of(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path} is missing.")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold an object.")
+    return found
+
+
+def _described(eviction: dict[str, Any]) -> str:
+    what = {
+        "dms_borrowed_neuron": "by a neuron of each KV head's first query (DMS)",
+        "dms_adapter": "by an adapter (DMS)",
+        "kvzap": f"where a predicted score is less than {eviction.get('threshold')} (KVzap)",
+    }[eviction["method"]]
+    if eviction.get("disabled"):
+        return f"{what}, but its config says to evict none"
+    return f"{what}, each {eviction['window']} tokens after it was read"
