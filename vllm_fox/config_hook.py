@@ -22,8 +22,11 @@ CONNECTOR = "FoxPageConnector"
 """Name of the plugin's KV connector."""
 ATTENTION_OPERATOR = "vllm_fox::paged_attention"
 """Name of the operator that represents an attention layer of any family in compiled graphs."""
-CAPTURED_TOKENS = 1024
-"""Tokens of the largest step that is captured as a CUDA graph, unless the engine is configured otherwise."""
+ALWAYS_CAPTURED = 1024
+"""Steps of so many tokens are captured as CUDA graphs whatever the model's size, as vLLM does on newer GPUs."""
+LAYER_LAUNCH_S, GPU_FLOPS = 1e-3, 5e14
+"""Seconds that a host needs for the launches of one layer while it also schedules, and what a Hopper GPU computes
+in a second: longer steps do not wait for the host, so they need no graph."""
 
 
 class PagedConfigHook(VerifyAndUpdateConfig):
@@ -57,7 +60,7 @@ class PagedConfigHook(VerifyAndUpdateConfig):
         # The connector carries page-table changes to the workers, and reports of dead pages back.
         vllm_config.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
         _split_graphs(vllm_config.compilation_config)
-        _capture_short_prompts(vllm_config.compilation_config)
+        _capture_prompts(vllm_config)
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching and family.shares_pages:
             logger.info(
@@ -139,11 +142,29 @@ def _split_graphs(compilation: CompilationConfig) -> None:
         compilation.splitting_ops.append(ATTENTION_OPERATOR)
 
 
-def _capture_short_prompts(compilation: CompilationConfig) -> None:
-    """Capture steps of up to ``CAPTURED_TOKENS`` tokens as CUDA graphs, unless the user has set the sizes.
+def _capture_prompts(vllm_config: VllmConfig) -> None:
+    """Capture the steps that wait for the host rather than for the GPU, unless the user has set the sizes.
 
-    Such a step waits for the host rather than for the GPU, and replaying a graph spares the host.
-    On newer GPUs vLLM captures as many tokens by itself; on older ones it stops at 512.
+    These are steps of few tokens, and in small models those of whole prompts. Replaying a graph spares the host.
     """
+    compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
     if compilation.cudagraph_capture_sizes is None and compilation.max_cudagraph_capture_size is None:
-        compilation.max_cudagraph_capture_size = CAPTURED_TOKENS
+        size, ranks = vllm_config.model_config.get_hidden_size(), vllm_config.parallel_config.tensor_parallel_size
+        most = min(waits_for_host(size) * ranks, scheduler.max_num_batched_tokens)
+        compilation.cudagraph_capture_sizes = captured_sizes(most)
+
+
+def waits_for_host(hidden_size: int) -> int:
+    """Tokens of the largest step whose layers a GPU computes faster than a host launches them."""
+    flops_per_token = 2 * 12 * hidden_size**2
+    return max(ALWAYS_CAPTURED, int(LAYER_LAUNCH_S * GPU_FLOPS / flops_per_token) // 256 * 256)
+
+
+def captured_sizes(most: int) -> list[int]:
+    """Tokens of the steps to capture, up to ``most``: vLLM's own sizes first, and coarser ones for prompts.
+
+    A step is padded to the next size: from 1,024 tokens on by a quarter at most.
+    """
+    short = [1, 2, 4, *range(8, 256, 8), *range(256, ALWAYS_CAPTURED + 1, 16)]
+    long = [*range(1280, 2048, 256), *range(2048, most + 1, 512)]
+    return [size for size in [*short, *long] if size < most] + [most]

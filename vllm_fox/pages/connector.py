@@ -64,7 +64,8 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         attention = [layers[name] for name in kv_caches]
         scheduler, compilation = self._vllm_config.scheduler_config, self._vllm_config.compilation_config
         # A CUDA graph's batch is padded to the next captured size.
-        max_rows = max(scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
+        padded = [size for size in compilation.cudagraph_capture_sizes or () if size >= scheduler.max_num_seqs]
+        max_rows = min(padded, default=scheduler.max_num_seqs)
         attention[0].bind_page_table(attention, self._tables.table, max_rows)
         self._follow_weights = attention[0].watch_weights(attention)
         self._first_live_at = attention[0].first_live_at
