@@ -33,6 +33,9 @@ from benchmarks.engines import (
 from tests.support import ROOT, patience
 from tests.support.checkpoints import VARIANTS, make_checkpoint, save_sparse_gpt2
 from tests.support.collector import keep_imports_from_the_collector
+from tests.support.evicting import VARIANTS as EVICTING
+from tests.support.evicting import make_evicting
+from tests.support.reference_evicting import reference_logits as evicting_logits
 from tests.support.reference_model import reference_logits
 from tests.support.reference_sparse_gpt2 import reference_logits as sparse_gpt2_logits
 
@@ -123,6 +126,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, fox_tiny: Path) -> dict[str
         "two_kv_heads": make_checkpoint(folder / "two", **VARIANTS["fla_gqa_bias_qk_norm"]),
         # Both ranks drop the same tokens, each of its own head.
         "sparse": save_sparse_gpt2(folder / "sparse", block_size=2048, score=2.8),
+        # A KV head a rank, each with its own rows of the adapters that decide.
+        "evicting": make_evicting(folder / "evicting", EVICTING["llama-adapter"], num_hidden_layers=4).served,
         # The only KV head is on both ranks, each with its own query heads' gates.
         "one_kv_head": make_checkpoint(folder / "one", **VARIANTS["fla_gqa_gate"]),
     }
@@ -146,7 +151,13 @@ def by_two(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     "name, forgetting",
     # In the grouped checkpoints the last query heads hardly forget. Where heads can be dealt out to ranks, neither
     # gets such heads in all layers.
-    [("official", [0, 1]), ("two_kv_heads", [0, 1]), ("sparse", [0, 1]), ("one_kv_head", [0])],
+    [
+        ("official", [0, 1]),
+        ("two_kv_heads", [0, 1]),
+        ("sparse", [0, 1]),
+        ("evicting", [0, 1]),
+        ("one_kv_head", [0]),
+    ],
 )
 def test_two_ranks_answer_as_one(
     name: str,
@@ -171,8 +182,11 @@ def test_two_ranks_answer_as_one(
         assert sum(two["used"]) == one["used"][0]
     # Both compute the right thing, not only the same: the first answer by the formulas.
     prompt, answer = one["prompts"][0], one["answers"][0]
-    formula = sparse_gpt2_logits if name == "sparse" else reference_logits
-    assert answer == formula(models[name], prompt + answer)[len(prompt) - 1 : -1].argmax(-1).tolist()
+    if name == "evicting":
+        logits, _ = evicting_logits(models[name].parent / "published", prompt + answer)
+    else:
+        logits = (sparse_gpt2_logits if name == "sparse" else reference_logits)(models[name], prompt + answer)
+    assert answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def test_a_dead_worker_is_an_error_not_a_hang(by_two: dict[str, dict[str, Any]]) -> None:
@@ -181,15 +195,24 @@ def test_a_dead_worker_is_an_error_not_a_hang(by_two: dict[str, dict[str, Any]])
     assert killed["seconds"] < 30
 
 
+@pytest.fixture(scope="module")
+def in_stages(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What two pipeline stages answered, with one layer on the first and three on the second."""
+    names = ["official", "evicting"]
+    runs = [{"model": str(models[name]), "stages": 2} for name in names]
+    folder = tmp_path_factory.mktemp("two_stages")
+    return dict(zip(names, serve_in_two_processes(runs, folder, VLLM_PP_LAYER_PARTITION="1,3")))
+
+
+@pytest.mark.parametrize("name", ["official", "evicting"])
 def test_two_stages_answer_as_one(
-    models: dict[str, Path], alone: Callable[[str], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+    name: str, in_stages: dict[str, dict[str, Any]], alone: Callable[[str], dict[str, Any]]
 ) -> None:
-    """One layer on the first stage and three on the second: each counts and releases its own streams."""
-    one, run = alone("official"), {"model": str(models["official"]), "stages": 2}
-    (two,) = serve_in_two_processes([run], tmp_path_factory.mktemp("two_stages"), VLLM_PP_LAYER_PARTITION="1,3")
+    """Each stage counts and releases its own streams."""
+    one, two = alone(name), in_stages[name]
     assert two["answers"] == one["answers"]
     assert two["dense"] == [one["dense"][0] // 4, one["dense"][0] * 3 // 4]
-    print(f"pages in use {one['used']} of {one['dense']}, {two['used']} of {two['dense']}")
+    print(f"{name}: pages in use {one['used']} of {one['dense']}, {two['used']} of {two['dense']}")
     # Stages take turns, so the moments differ at which the two runs are looked at, but only by a few tokens.
     assert sum(two["used"]) == pytest.approx(one["used"][0], rel=0.05)
     assert all(used < dense for used, dense in zip(two["used"], two["dense"]))

@@ -94,10 +94,10 @@ class Made:
     window: int
 
 
-def make_evicting(folder: Path, variant: Variant, seed: int = 0) -> Made:
+def make_evicting(folder: Path, variant: Variant, **config_fields: Any) -> Made:
     """Write a checkpoint of random weights, of which most tokens are evicted, and convert it."""
-    torch.manual_seed(seed)
-    sizes = SIZES | variant.config
+    torch.manual_seed(0)
+    sizes = SIZES | variant.config | config_fields
     if variant.base == "qwen2":
         del sizes["head_dim"]  # Qwen2 has no such field
     published = folder / "published"

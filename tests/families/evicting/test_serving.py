@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -76,6 +77,19 @@ def test_likelihoods_are_the_formulas(llm: LLM, made: Made) -> None:
     live = live_tokens(evicted, made.window, length)
     # Pages that are begun, and evicted tokens that wait for the next compaction.
     assert live.sum() / PAGE <= held <= (live / PAGE + 3).sum()
+    assert_all_free(llm)
+
+
+def test_memory_falls_while_a_request_decodes(llm: LLM, made: Made) -> None:
+    """vLLM's own gauge: it rises as pages are begun, and falls as compaction empties others."""
+    generate(llm, [[1]], greedy(1))
+    llm.llm_engine.add_request("one", {"prompt_token_ids": random_prompt(60, seed=3)}, greedy(200))
+    run_until_decoding(llm, tokens=made.window)
+    seen = []
+    for _ in until_finished(llm):
+        seen.append(usage(llm))
+    falls = sum(after < before for before, after in itertools.pairwise(seen[:-1]))
+    assert falls == 0 if made.published.parent.name.startswith("llama-disabled") else falls > 1
     assert_all_free(llm)
 
 
