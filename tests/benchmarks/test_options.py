@@ -16,7 +16,7 @@ SERVING = ["serving", "run", "--system=fox"]
 
 @pytest.mark.parametrize("script", scripts("benchmarks"))
 def test_every_number_has_a_range(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if script in ("dcp", "live_pages"):
+    if script in ("cached_pages", "dcp", "live_pages"):
         pytest.importorskip("matplotlib")
     assert check_ranges(f"benchmarks.{script}", monkeypatch)
 
@@ -79,6 +79,24 @@ def test_room_for_prompt_and_answer(
     pytest.importorskip("matplotlib")
     said = refused("benchmarks.live_pages", ["--prompt=8000", "--answer=200"], monkeypatch, capsys, tmp_path)
     assert "--prompt 8000 and --answer 200 are together more than 8192 tokens." in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--turns=20"], "--turns 20 are together 11264 tokens, which is more than 8192."),
+        (["--turns=3", "--crowded=4"], "--crowded is 4: it must be at most --turns 3."),
+    ],
+)
+def test_room_for_all_turns(
+    argv: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert expected in refused("benchmarks.cached_pages", argv, monkeypatch, capsys, tmp_path)
 
 
 def test_figures_are_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

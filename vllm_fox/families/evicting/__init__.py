@@ -25,8 +25,8 @@ def _refusals(vllm_config: VllmConfig) -> Iterable[tuple[object, str]]:
     needed = rows * max(1, heads // ranks) * longest * 4
     if needed > LIST_BYTES:
         raise ValueError(
-            f"--max-num-seqs {rows} with --max-model-len {longest}: lists of the tokens that each KV head keeps would "
-            f"take {needed / 2**30:.1f} GiB, and {LIST_BYTES / 2**30:.1f} are the most: lower one of the two."
+            f"--max-num-seqs {rows} with --max-model-len {longest}: lists of the tokens that each KV head keeps "
+            f"would take {needed / 2**30:.1f} GiB, and {LIST_BYTES / 2**30:.1f} are the most: lower one of the two."
         )
     borrowed = eviction.method == "dms_borrowed_neuron"
     # The query head that decides is on one rank only.
