@@ -5,7 +5,8 @@
 For each of two small models, a Forgetting Transformer and a GPT-2 with Dynamic Context Pruning: starts the real
 server (``vllm serve``) on a free port of this machine, sends it a few long prompts at once through the OpenAI
 client, prints what the model wrote, and then what happened to the KV pages, as read from the server's /metrics.
-Exits with 1 if a request failed, the server died or nothing was released, and always stops the server.
+Where prefix caching is on, a short conversation comes last, with what each turn found in the cache. Exits with 1 if
+a request failed, the server died, nothing was released or nothing was found, and always stops the server.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ MODELS = (HERE / "fox-tiny", HERE / "dcp-tiny")
 MODEL_NAME = "demo"
 # Files of the standard library, and the beginning that is sent, as a share of the context.
 PROMPTS = {"argparse": 0.49, "fractions": 0.55, "difflib": 0.61, "configparser": 0.67, "tarfile": 0.73}
+# A conversation: the file whose beginning is its system text, as a share of the context, and what the user says.
+SYSTEM, SYSTEM_SHARE = "textwrap", 0.6
+TURNS = ("\n\ndef first_line(text):\n", "\n\ndef longest_word(text):\n", "\n\ndef count_lines(text):\n")
+# An answer of the conversation has at most so many tokens, and at most this share of the context.
+ANSWER, ANSWER_SHARE = 48, 0.08
 # Loopback only, whatever proxy the environment names.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -141,6 +147,7 @@ def server_command(model: Model, port: int) -> list[str]:
     command = [*vllm, "serve", str(model.folder), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-model-len", str(model.context), "--max-num-seqs", "16"]
     command += ["--kv-cache-memory-bytes", str(model.kv_bytes), "--disable-uvicorn-access-log"]
+    command.append("--enable-prompt-tokens-details")  # says how many tokens were found in the cache
     if "cpu" in importlib.metadata.version("vllm"):
         command.append("--enforce-eager")  # compiling takes a CPU longer than the whole demo
     return command
@@ -238,6 +245,16 @@ def total(text: str, name: str) -> float:
     return sum(value for _, value in found)
 
 
+def cache_config(metrics: str) -> dict[str, str]:
+    """What the server says of its KV cache; raises DemoError if it says nothing."""
+    info = samples_of(metrics, "vllm:cache_config_info")
+    if not info:
+        raise DemoError(
+            "the server's /metrics have no vllm:cache_config_info: is this a vLLM that vllm-fox supports?"
+        )
+    return info[0][0]
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Streams, tokens per page, and pages that the KV memory holds."""
@@ -248,12 +265,7 @@ class Geometry:
 
     @classmethod
     def read(cls, model: Model, metrics: str) -> Geometry:
-        info = samples_of(metrics, "vllm:cache_config_info")
-        if not info:
-            raise DemoError(
-                "the server's /metrics have no vllm:cache_config_info: is this a vLLM that vllm-fox supports?"
-            )
-        labels = info[0][0]
+        labels = cache_config(metrics)
         # vLLM keeps one block as padding.
         blocks = int(labels["num_gpu_blocks"]) - 1
         return cls(model.streams, int(labels["block_size"]), model.streams * blocks)
@@ -306,14 +318,16 @@ class Watcher(threading.Thread):
 
 @dataclass
 class Request:
-    """One prompt and what became of it. Times are of time.monotonic()."""
+    """One prompt and what became of it. Times are of time.monotonic(); ``first`` is that of the first token."""
 
     name: str
     prompt: str
     text: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int = 0
     begin: float = 0.0
+    first: float = 0.0
     end: float = 0.0
     error: str = ""
 
@@ -322,16 +336,20 @@ class Request:
         return self.output_tokens / max(self.end - self.begin, 1e-9)
 
 
+def beginning(server: Server, name: str, length: int) -> list[str]:
+    """The lines of about the first ``length`` tokens of a module of the standard library."""
+    source = inspect.getsource(importlib.import_module(name))[: 8 * length]
+    for _ in range(3):  # text has no fixed number of tokens per character
+        count = json.loads(server.get("/tokenize", {"model": MODEL_NAME, "prompt": source}))["count"]
+        source = source[: int(len(source) * min(1.0, length / count))]
+    return source.splitlines(keepends=True)[:-1]
+
+
 def make_requests(server: Server, context: int) -> list[Request]:
     """The beginnings of a few modules of the standard library, each cut off where a function begins."""
     requests = []
     for name, share in PROMPTS.items():
-        length = int(share * context)
-        source = inspect.getsource(importlib.import_module(name))[: 8 * length]
-        for _ in range(3):  # text has no fixed number of tokens per character
-            count = json.loads(server.get("/tokenize", {"model": MODEL_NAME, "prompt": source}))["count"]
-            source = source[: int(len(source) * min(1.0, length / count))]
-        lines = source.splitlines(keepends=True)[:-1]
+        lines = beginning(server, name, int(share * context))
         heads = [i for i, line in enumerate(lines) if re.fullmatch(r"\s*def .*:\n", line)]
         requests.append(Request(name, "".join(lines[: heads[-1] + 1] if heads else lines)))
     return requests
@@ -361,10 +379,14 @@ def send(server: Server, request: Request, max_tokens: int) -> None:
             extra_body={"min_tokens": max_tokens // 2},  # else it may find that a file should end here
         )
         for chunk in stream:
+            if chunk.choices and not request.first:
+                request.first = time.monotonic()
             request.text += "".join(choice.text for choice in chunk.choices)
             if chunk.usage:
                 request.prompt_tokens = chunk.usage.prompt_tokens
                 request.output_tokens = chunk.usage.completion_tokens
+                details = chunk.usage.prompt_tokens_details
+                request.cached_tokens = (details and details.cached_tokens) or 0
     except openai.APIError as error:
         request.error = str(error)
     else:
@@ -389,6 +411,28 @@ def send_all(server: Server, requests: list[Request], max_tokens: int, watcher: 
     for job in jobs:
         job.result()
     status(f"{len(jobs)} requests done", end=True)
+
+
+def check_answers(server: Server, requests: list[Request]) -> None:
+    """Raise DemoError if a request failed."""
+    failed = [f"{r.name}: {r.error}" for r in requests if r.error]
+    if failed:
+        server.check(patience=10)  # the usual reason
+        raise DemoError("a request failed: " + "; ".join(failed))
+
+
+def converse(server: Server, context: int, max_tokens: int) -> list[Request]:
+    """The turns of a conversation, one after the other. Each prompt is all that was said before, and a bit more."""
+    text, turns = "".join(beginning(server, SYSTEM, int(SYSTEM_SHARE * context))), list[Request]()
+    for number, said in enumerate(TURNS, 1):
+        status(f"a conversation: turn {number} of {len(TURNS)}")
+        turn = Request(f"turn {number}", text + said)
+        send(server, turn, min(max_tokens, ANSWER, int(ANSWER_SHARE * context)))
+        check_answers(server, [turn])
+        turns.append(turn)
+        text = turn.prompt + turn.text
+    status(f"a conversation of {len(turns)} turns done", end=True)
+    return turns
 
 
 # --- what is printed ----------------------------------------------------------------------------------------
@@ -453,6 +497,16 @@ def print_tables(requests: list[Request], samples: list[Sample], geometry: Geome
         print(f"\n{share:.0%} of all pages were given back while their request was running.")
 
 
+def print_conversation(turns: list[Request]) -> None:
+    """A line for each turn."""
+    print(f"\n{'conversation':<20}{'prompt tokens':>15}{'in the cache':>15}{'seconds to the first token':>30}")
+    for turn in turns:
+        row = f"{turn.name:<20}{turn.prompt_tokens:>15,}{turn.cached_tokens:>15,}"
+        print(f"{row}{turn.first - turn.begin:>30.2f}")
+    share = turns[-1].cached_tokens / turns[-1].prompt_tokens
+    print(f"\nThe last turn found {share:.0%} of its prompt in the cache, and computed the rest.")
+
+
 # --- all of it ----------------------------------------------------------------------------------------------
 
 
@@ -476,25 +530,29 @@ def run(model: Model, max_tokens: int, log: Path) -> None:
         try:
             wait_until_healthy(server, timeout=600)
             requests = make_requests(server, model.context)
-            geometry = Geometry.read(model, server.get("/metrics").decode())
+            metrics = server.get("/metrics").decode()
+            geometry = Geometry.read(model, metrics)
+            caching = cache_config(metrics).get("enable_prefix_caching") == "True"
             watcher = Watcher(server)
             watcher.start()
             send_all(server, requests, max_tokens, watcher)
-            failed = [f"{r.name}: {r.error}" for r in requests if r.error]
-            if failed:
-                server.check(patience=10)  # the usual reason
-                raise DemoError("a request failed: " + "; ".join(failed))
+            check_answers(server, requests)
             watcher.finish()
+            turns = converse(server, model.context, max_tokens) if caching else []
         except OSError as error:
             server.check(patience=10)
             raise DemoError(f"the server does not answer: {error}; its log is {log}") from error
     print_completions(requests)
     print_tables(requests, watcher.samples, geometry, model.page)
+    if turns:
+        print_conversation(turns)
     last = watcher.samples[-1]
     if not last.released:
         raise DemoError("no page was released while its request was running.")
     if last.live:
         raise DemoError(f"{last.live} pages are still held after the last request.")
+    if not all(turn.cached_tokens for turn in turns[1:]):
+        raise DemoError("a turn of the conversation found nothing in the cache.")
 
 
 def interrupt(*_: object) -> None:

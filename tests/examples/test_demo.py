@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -83,6 +85,53 @@ def test_without_release_a_request_holds_all_it_was_ever_given_until_its_end(dem
     ]
     assert demo.dense_peak(samples, [early, late], geometry) == 60
     assert demo.dense_peak([], [], geometry) == 0
+
+
+class CountingServer:
+    """Counts a token for each character, and never ends."""
+
+    def get(self, path: str, body: dict[str, str]) -> bytes:
+        assert path == "/tokenize"
+        return json.dumps({"count": len(body["prompt"])}).encode()
+
+    def check(self, patience: float) -> None:
+        pass
+
+
+def test_each_turn_of_a_conversation_goes_on_from_the_last_and_has_a_line(
+    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def send(server: CountingServer, turn: Any, max_tokens: int) -> None:
+        assert max_tokens == 5
+        turn.text = f"    # {turn.name}"
+        turn.prompt_tokens, turn.cached_tokens = len(turn.prompt), 64 * (turn.name != "turn 1")
+        turn.begin, turn.first = 1.0, 1.25
+
+    monkeypatch.setattr(demo, "send", send)
+    turns = demo.converse(CountingServer(), context=1000, max_tokens=5)
+    system = turns[0].prompt.removesuffix(demo.TURNS[0])
+    assert 500 < len(system) <= 600 and system.endswith("\n")
+    for (before, turn), said in zip(itertools.pairwise(turns), demo.TURNS[1:], strict=True):
+        assert turn.prompt == before.prompt + before.text + said
+
+    capsys.readouterr()
+    demo.print_conversation(turns)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[2:5]] == [
+        ["turn", "1", str(len(turns[0].prompt)), "0", "0.25"],
+        ["turn", "2", str(len(turns[1].prompt)), "64", "0.25"],
+        ["turn", "3", str(len(turns[2].prompt)), "64", "0.25"],
+    ]
+    assert f"found {64 / len(turns[2].prompt):.0%} of its prompt in the cache" in lines[-1]
+
+
+def test_a_turn_that_fails_ends_the_conversation(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(server: CountingServer, turn: Any, max_tokens: int) -> None:
+        turn.error = "out of order"
+
+    monkeypatch.setattr(demo, "send", send)
+    with pytest.raises(demo.DemoError, match="a request failed: turn 1: out of order"):
+        demo.converse(CountingServer(), context=1000, max_tokens=5)
 
 
 def test_a_server_that_ends_is_reported_with_the_end_of_its_log(demo: ModuleType, tmp_path: Path) -> None:
