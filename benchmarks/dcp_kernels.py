@@ -18,6 +18,7 @@ from benchmarks.options import Parser, inner_fraction, integer, positive_int
 from benchmarks.peers import copy_bandwidth
 from benchmarks.record import save
 from vllm_fox.kernels.subset.attention import make_workspace, subset_attention
+from vllm_fox.kernels.subset.attention.workspace import SeenTokens
 from vllm_fox.kernels.subset.compaction import compact
 from vllm_fox.kernels.subset.drop_times import drop_times
 from vllm_fox.kernels.subset.pages import SubsetPageFormat
@@ -41,12 +42,12 @@ def bias_of(live: float, context: int) -> float:
 def decode(rows: int, context: int, live: float, bandwidth: float) -> dict[str, Any]:
     """Milliseconds of each kernel for ``rows`` requests of ``context`` tokens, and of copying their bytes."""
     pages_each = -(-context // PAGE)
-    form = SubsetPageFormat(PAGE, HEADS, DIM, INTS, torch.bfloat16)
+    form = SubsetPageFormat(PAGE, HEADS, DIM, INTS, torch.bfloat16, torch.bfloat16)
     pages = form.view(torch.zeros((rows * pages_each + 1) * form.page_bytes, dtype=torch.uint8, device="cuda"))
     pool, table = pool_and_table(1, rows, rows * pages_each + 1, pages_each + 16)
     bias = torch.tensor([bias_of(live, context)], device="cuda")
-    workspace = make_workspace(rows, 1, context, pages.end.device)
-    assert workspace is not None
+    workspace = make_workspace(pages, layers=1, streams=1, groups=1, max_rows=rows, max_model_len=context)
+    assert isinstance(workspace, SeenTokens)
     slots = [pool.open() for _ in range(rows)]
     for slot in slots:
         extend(pool, table, slot, context, PAGE)

@@ -34,6 +34,13 @@ def row_of(query_start, rows, token):
     return low
 
 
+@triton.jit
+def power_of_two_above(x):
+    """See :func:`.float8.power_of_two_above`."""
+    bits = tl.maximum(x, 1.1754943508222875e-38).to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["number"])
 def trial_kernel(out, number, stride, CONSTANT: tl.constexpr):
     """What ``launch.py`` tries out: ``number * CONSTANT`` plus the program's number at every stride-th place."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..float8 import FP8
+
 HEAD_DIMS = (32, 64, 128, 256)
 """Head sizes d that the kernels of forgetting attention are made for."""
 
@@ -15,9 +17,6 @@ found a fraction of a page late."""
 
 PLAIN_EXP_BOUND = 60.0
 """Logits within +-60 can be exponentiated and summed over a million keys in float32 and bfloat16 as they are."""
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 
 GATE_FLOOR = -1024.0
 """Smallest log f that is stored. Below it every weight across the gate is zero in float32 anyhow, and a larger

@@ -16,7 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..float8 import FP8
 from ..paged import QUERY_BLOCK, Batch, PageTable
+
+SCALE_DTYPE = torch.bfloat16
+"""It has all powers of two that float32 has."""
 
 NEVER = 2**31 - 1
 """This is the end of a token that nothing has been decided about: no query drops it yet."""
@@ -24,7 +28,7 @@ NEVER = 2**31 - 1
 
 @dataclass(frozen=True)
 class SubsetPageFormat:
-    """Bytes of one page: ``[K | V | interaction keys | begin | end]``, padded to 128 bytes.
+    """Bytes of one page: ``[K | V | interaction keys | begin | end | scales]``, padded to 128 bytes.
 
     Args:
         page_size: tokens per page.
@@ -32,6 +36,8 @@ class SubsetPageFormat:
         head_dim: d.
         int_dim: r, size of an interaction key; 0 where streams have none.
         dtype: the model's.
+        kv_dtype: of K and V in the page: ``dtype``, or float8 e4m3 with a scale for each token's K and V of each
+            head. Tokens move from page to page, so they cannot share one.
     """
 
     page_size: int
@@ -39,12 +45,13 @@ class SubsetPageFormat:
     head_dim: int
     int_dim: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
 
     @property
     def page_bytes(self) -> int:
-        values = 2 * self.heads * self.head_dim + self.int_dim
-        size = self.page_size * (values * self.dtype.itemsize + 8)
-        return -(-size // 128) * 128
+        kv, keys = 2 * self.heads * self.head_dim * self.kv_dtype.itemsize, self.int_dim * self.dtype.itemsize
+        scales = 2 * self.heads * SCALE_DTYPE.itemsize if self.kv_dtype == FP8 else 0
+        return -(-self.page_size * (kv + keys + 8 + scales) // 128) * 128
 
     def view(self, pool: torch.Tensor) -> SubsetPages:
         """Cut a flat pool of bytes into pages.
@@ -64,11 +71,12 @@ class SubsetPageFormat:
             return piece
 
         return SubsetPages(
-            k=part(self.dtype, self.heads, self.head_dim),
-            v=part(self.dtype, self.heads, self.head_dim),
+            k=part(self.kv_dtype, self.heads, self.head_dim),
+            v=part(self.kv_dtype, self.heads, self.head_dim),
             int_k=part(self.dtype, self.int_dim),
             begin=part(torch.int32),
             end=part(torch.int32),
+            scales=part(SCALE_DTYPE, self.heads, 2) if self.kv_dtype == FP8 else None,
         )
 
 
@@ -81,10 +89,12 @@ class SubsetPages:
     hold anything until a token has been written to them; in all other pages every place has been written.
 
     Attributes:
-        k, v: [P, N, H, d].
+        k, v: [P, N, H, d], the model's dtype or float8.
         int_k: [P, N, r].
         begin: [P, N] int32, the token's position.
         end: [P, N] int32, position of the first query that does not see it; :data:`NEVER` while none is known.
+        scales: [P, N, H, 2] of :data:`SCALE_DTYPE`, powers of two. With float8 pages K is ``k * scales[..., 0]``
+            and V is ``v * scales[..., 1]``. None otherwise.
     """
 
     k: torch.Tensor
@@ -92,6 +102,7 @@ class SubsetPages:
     int_k: torch.Tensor
     begin: torch.Tensor
     end: torch.Tensor
+    scales: torch.Tensor | None
 
     @property
     def page_size(self) -> int:
@@ -100,6 +111,21 @@ class SubsetPages:
     @property
     def device(self) -> torch.device:
         return self.k.device
+
+    def keys(self, page: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """K of tokens as float32: [\\*page, H, d]."""
+        return self._scaled(self.k, page, offset, 0)
+
+    def values(self, page: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """V of tokens as float32: [\\*page, H, d]."""
+        return self._scaled(self.v, page, offset, 1)
+
+    def _scaled(self, stored: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, which: int) -> torch.Tensor:
+        if self.scales is None:
+            return stored[page, offset].float()
+        # PyTorch has no indexing of float8.
+        raw = stored.view(torch.uint8)[page, offset].view(stored.dtype).float()
+        return raw * self.scales[page, offset, :, which].float()[..., None]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.one_layer import OneLayer
 from tests.support.harness import cut, formula, random_inputs
-from vllm_fox.kernels.forgetting.pages import FP8
+from vllm_fox.kernels.float8 import FP8
 from vllm_fox.pages.geometry import PageGeometry
 from vllm_fox.pages.messages import TableUpdate
 from vllm_fox.pages.pool import PagePool

@@ -12,7 +12,7 @@ import torch
 from benchmarks.one_layer import DEVICE, OneLayer
 from tests.support.harness import cut, formula, random_inputs
 from vllm_fox.kernels.acp import pruning_threshold
-from vllm_fox.kernels.forgetting.pages import FP8
+from vllm_fox.kernels.float8 import FP8
 from vllm_fox.kernels.paged import TABLE_CHUNK, PageTable
 from vllm_fox.kernels.table_update import table_update
 

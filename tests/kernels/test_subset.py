@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.one_layer import DEVICE, batch_of, extend, pool_and_table
 from vllm_fox.families.sparse_gpt2.attention import SubsetFormula, SubsetState
+from vllm_fox.kernels.float8 import FP8
 from vllm_fox.kernels.paged import Batch
 from vllm_fox.kernels.subset.attention import make_workspace, subset_attention
 from vllm_fox.kernels.subset.compaction import compact
@@ -40,6 +41,7 @@ class Layers:
         lag: 1 if a token decides about the one before it.
         decisions: names which tokens go (:data:`DECISIONS`).
         period: of compaction.
+        kv_dtype: of K and V in the pages; None: ``dtype``.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Layers:
         period: int = 1,
         page_size: int = 16,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
         propagate: bool = True,
         num_slots: int = 4,
         num_pages: int = 400,
@@ -64,13 +67,20 @@ class Layers:
         self.sizes, self.bias, self.propagate = (streams, heads, group, dim, int_dim), bias, propagate
         self.window, self.lag, self.decisions, self.period = window, lag, decisions, period
         self.page_size, self.dtype = page_size, dtype
-        form = SubsetPageFormat(page_size, heads, dim, int_dim, dtype)
+        form = SubsetPageFormat(page_size, heads, dim, int_dim, dtype, kv_dtype or dtype)
         raw = torch.full((num_pages * form.page_bytes,), 0xFF, dtype=torch.uint8, device=DEVICE)  # NaN bytes
         self.pages, self.raw = form.view(raw), raw.view(num_pages, form.page_bytes)
         self.pool, self.table = pool_and_table(len(bias) * streams, num_slots, num_pages, -(-MAX_LEN // page_size))
-        self.state = SubsetState(self.table, self.pages, num_slots, MAX_LEN, propagate)
+        self.state = SubsetState(self.table, self.pages, len(bias), num_slots, MAX_LEN, propagate)
         self.below = torch.full((num_slots, streams, MAX_LEN), NEVER, dtype=torch.int32, device=DEVICE)
-        self.workspace = make_workspace(num_slots, streams, MAX_LEN, self.table.device)
+        self.workspace = make_workspace(
+            self.pages,
+            layers=len(bias),
+            streams=streams,
+            groups=group,
+            max_rows=num_slots,
+            max_model_len=MAX_LEN,
+        )
         self.lengths: dict[int, int] = {}
 
     def open(self) -> int:
@@ -88,6 +98,9 @@ class Layers:
             seqs.append(self.lengths[slot])
             extend(self.pool, self.table, slot, seqs[-1], self.page_size)
         batch = batch_of(lens, seqs, [slot for slot, _ in work], self.page_size)
+        self.state.begin_step(batch)
+        if self.workspace is not None:
+            self.workspace.update(self.table, batch)
         outs = [
             self.attend(layer, values.to(DEVICE, self.dtype), batch)
             for layer, values in enumerate(torch.cat([inputs for _, inputs in work], dim=1))
@@ -133,8 +146,8 @@ class Layers:
             mine = torch.from_numpy(self.pool.held_ids(slot, 0)).long()
             seen = self.pages.end[mine] > self.lengths[slot]
             for field in (self.pages.k, self.pages.v, self.pages.int_k):
-                kept = seen.view(*seen.shape, *[1] * (field.dim() - 2))
-                field[mine] = torch.where(kept, field[mine], float("nan"))
+                kept, raw = seen.view(*seen.shape, *[1] * (field.dim() - 2)), field.view(torch.uint8)
+                raw[mine] = torch.where(kept, raw[mine], 0xFF)  # NaN bytes
 
 
 def positions_of(batch: Batch) -> torch.Tensor:
@@ -286,6 +299,36 @@ def test_dtypes_and_sizes(heads: int, dim: int, int_dim: int, dtype: torch.dtype
     out += [layers.step([(slot, inputs[:, t : t + 1])])[0] for t in range(140, 150)]
     # sqrt(2/3) u: weights and output.
     close(torch.cat(out, 1), formula(layers, inputs)[0], 3.2e-3 if dtype == torch.bfloat16 else 4e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, group, dim", [(1, 4, 64), (3, 1, 24)])
+def test_float8_pages(heads: int, group: int, dim: int, dtype: torch.dtype) -> None:
+    """Each token has its own scales, which travel with it: small ones beside large ones stay precise."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter has no bfloat16 dot product")
+    layers = Layers(
+        (0.0,), heads=heads, group=group, dim=dim, int_dim=0, window=20, period=16, dtype=dtype, kv_dtype=FP8
+    )
+    inputs = inputs_of(layers, 190)
+    values = cut_up(inputs[0], layers.sizes)[2]
+    values[60:] *= 2.0**-10  # where the window has moved on, only a few large ones are left
+    rounded = inputs.clone()
+    for part in cut_up(rounded[0], layers.sizes)[1:3]:
+        part[:] = as_float8(part)
+    # The interpreter rounds to float8 towards zero, so it gets numbers that need no rounding.
+    given, slot = rounded if INTERPRETED else inputs, layers.open()
+    out = [layers.step([(slot, part)])[0] for part in given.split([50, 90, *[1] * 50], dim=1)]
+    assert layers.pool.released_total > 0
+    # K and V as they are in the pages; weights and output are rounded.
+    close(torch.cat(out, 1), formula(layers, rounded)[0], 8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+def as_float8(x: torch.Tensor) -> torch.Tensor:
+    """[..., d] as a page holds it: numbers of at most 448 with three bits after the first, times a power of two."""
+    wide = x.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / 448).log2().ceil().exp2()
+    return ((wide / scale).to(FP8).float() * scale).to(x.dtype)
 
 
 def test_a_request_of_nan_stays_alone() -> None:

@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import page_id
+from ...common import page_id, power_of_two_above
+from ...float8 import FP8, FP8_MAX
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
-from ..pages import FP8, FP8_MAX, GATE_FLOOR, ForgettingPages
+from ..pages import GATE_FLOOR, ForgettingPages
 
 BLOCK_ELEMENTS = 4096
 """A program handles at most so many elements of K, and of V, at once."""
@@ -23,12 +24,6 @@ def _log_sigmoid(x):
     # log(1 + s) loses s itself where s is small.
     series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0)))
     return tl.minimum(x, 0.0) - tl.where(small < 0.01, series, tl.log(1.0 + small))
-
-
-@triton.jit
-def _power_of_two_above(x):
-    bits = tl.maximum(x, 1.1754943508222875e-38).to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -85,7 +80,7 @@ def _new_keys(
 def _grown_scale(scales, old_exists, largest, FP8_LARGEST: tl.constexpr):
     """The page's scale before and after the step."""
     old = tl.load(scales, mask=old_exists, other=0.0)
-    return old, tl.maximum(old, _power_of_two_above(largest / FP8_LARGEST))
+    return old, tl.maximum(old, power_of_two_above(largest / FP8_LARGEST))
 
 
 @triton.jit

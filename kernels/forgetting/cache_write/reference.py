@@ -5,16 +5,11 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import logsigmoid
 
+from ...float8 import FP8_MAX, power_of_two_above
 from ...paged import Batch, PageTable
 from ...rope import rotate
 from ...segments import sums_since
-from ..pages import FP8_MAX, GATE_FLOOR, ForgettingPages
-
-
-def power_of_two_above(x: torch.Tensor) -> torch.Tensor:
-    """The smallest normal power of two that is at least ``x`` (float32, not negative)."""
-    bits = x.clamp(min=torch.finfo(torch.float32).tiny).view(torch.int32)
-    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+from ..pages import GATE_FLOOR, ForgettingPages
 
 
 def cache_write(

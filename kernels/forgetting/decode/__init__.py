@@ -10,8 +10,8 @@ from ...leaf import LazyKernel, leaf, use_triton
 from . import reference
 
 if TYPE_CHECKING:
+    from ...shares.plan import DecodePlan
     from . import kernel as _kernel
-    from .plan import DecodePlan
 else:
     _kernel = LazyKernel(__name__)
 
@@ -44,7 +44,7 @@ def make_workspace(
     """
     if not use_triton(device):
         return None
-    from .plan import DecodePlan
+    from ...shares.plan import DecodePlan
 
     return DecodePlan(
         layers=layers,

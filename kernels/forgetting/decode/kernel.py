@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 
 from ...common import LOG2E, page_id
+from ...float8 import FP8
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
-from ..pages import FP8, ForgettingPages
-from .plan import DecodePlan
-
-SPLITS_PER_BLOCK = 16
-"""The reduction joins so many stretches of one item together."""
+from ...shares.plan import DecodePlan
+from ...shares.reduction import join_stretches
+from ..pages import ForgettingPages
 
 
 @triton.jit(
@@ -128,43 +127,7 @@ def _decode(
     tl.store(open_item + program, to_open)
 
 
-@triton.jit(do_not_specialize=["query_start", "item_start", "items"])
-def _reduce(
-    out, open_item, partials, query_start, item_start, items,
-    D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, SPLITS_PER_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Join the stretches of the item that begins, but does not end, in a program's share."""
-    program, g = tl.program_id(0), tl.program_id(1)
-    programs = tl.num_programs(0)
-    item = tl.load(open_item + program)
-    if item < 0:
-        return
-    share = tl.cdiv(tl.load(item_start + items), programs)
-    last = (tl.load(item_start + item + 1) - 1) // share
-    row, head = item // H, item % H
-    dim = tl.arange(0, D)
-    peak, mass, decay = float("-inf"), 0.0, 0.0
-    value = tl.zeros([D], tl.float32)
-    for start in range(program, last + 1, SPLITS_PER_BLOCK):
-        source = start + tl.arange(0, SPLITS_PER_BLOCK)
-        valid = source <= last
-        part = partials + ((source * 2 + (source == program).to(tl.int32)) * G + g) * (D + 3)
-        values = tl.load(part[:, None] + dim[None, :], mask=valid[:, None], other=0.0)
-        stretch = tl.load(part + D + 2, mask=valid, other=0.0)
-        before = decay + tl.cumsum(stretch, 0) - stretch
-        peaks = tl.load(part + D, mask=valid, other=float("-inf")) + before
-        new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        weights = tl.exp2(peaks - new_peak)
-        shrink = tl.exp2(peak - new_peak)
-        mass = mass * shrink + tl.sum(weights * tl.load(part + D + 1, mask=valid, other=0.0), 0)
-        value = value * shrink + tl.sum(weights[:, None] * values, 0)
-        peak = new_peak
-        decay += tl.sum(stretch, 0)
-    token = tl.load(query_start + row).to(tl.int64)
-    tl.store(out + (token * H * G + head * G + g) * D + dim, (value / mass).to(out.dtype.element_ty))
-
-
-_launch_decode, _launch_reduce = Launcher(_decode), Launcher(_reduce)
+_launch = Launcher(_decode)
 
 
 def decode_attention(
@@ -184,7 +147,7 @@ def decode_attention(
     _, heads, groups, dim = q.shape
     size, items = pages.page_size, batch.num_rows * heads
     item_start = plan.item_start[layer]
-    _launch_decode(
+    _launch(
         (plan.programs, 1, 1),
         (
             pages.k, pages.v, pages.gates, pages.gates if pages.scales is None else pages.scales, table.chunk_of,
@@ -202,11 +165,4 @@ def decode_attention(
         ),
         num_warps=plan.launch.warps,
     )  # fmt: skip
-    _launch_reduce(
-        (plan.programs, groups, 1),
-        (out, plan.open_item, plan.partials),
-        (batch.query_start, item_start, items),
-        (),
-        (dim, heads, groups, SPLITS_PER_BLOCK),
-        num_warps=1,
-    )
+    join_stretches(plan, batch, layer, out)

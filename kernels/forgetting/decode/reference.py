@@ -11,7 +11,7 @@ from ...segments import sums_since
 from ..pages import ForgettingPages
 
 if TYPE_CHECKING:
-    from .plan import DecodePlan
+    from ...shares.plan import DecodePlan
 
 MAX_GATHERED_ELEMENTS = 1 << 26
 """At most so many elements of K are gathered at once."""

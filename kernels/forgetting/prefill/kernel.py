@@ -12,9 +12,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...common import LOG2E
+from ...float8 import FP8
 from ...launch import Launcher
 from ...paged import QUERY_BLOCK, Batch, PageTable
-from ..pages import FP8, ForgettingPages
+from ..pages import ForgettingPages
 from .plan import PrefillPlan
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...paged import Batch, PageTable
 from ..pages import SubsetPages, places, query_blocks, rows_of
 from .workspace import SeenTokens
+
+if TYPE_CHECKING:
+    from ...shares.plan import DecodePlan
 
 
 def subset_attention(
@@ -19,7 +23,7 @@ def subset_attention(
     q: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-    workspace: SeenTokens | None,
+    workspace: DecodePlan | SeenTokens | None,
 ) -> None:
     """``o_i = sum_j softmax_j(scale * q_i . k_j) v_j`` over the tokens j with ``begin_j <= i < end_j``.
 
@@ -44,7 +48,7 @@ def subset_attention(
             query = position.to(at.device)[:, None]
             visible = (begin <= query) & (query < end)
             seen = visible.any(0).nonzero().squeeze(1)
-            k, v = (x[page[seen], offset[seen]].float() for x in (pages.k, pages.v))
+            k, v = pages.keys(page[seen], offset[seen]), pages.values(page[seen], offset[seen])
             logits = torch.einsum("ihgd,jhd->hgij", q[block, nth].float(), k) * scale
             weights = logits.masked_fill(~visible[:, seen], float("-inf")).softmax(-1)
             out[block, nth] = torch.einsum("hgij,jhd->ihgd", weights, v).to(out.dtype)

@@ -1,24 +1,29 @@
-"""What attention over live tokens keeps from step to step."""
+"""Lists of the tokens that are seen."""
 
 from __future__ import annotations
 
 import torch
 
+from ...paged import Batch, PageTable
+
 
 class SeenTokens:
-    """Room for the lists of tokens that rows with one query see. A CUDA graph holds its address.
+    """Room for the lists of tokens that tiles of queries see.
 
     Args:
-        max_rows: most rows that a step can have.
+        tiles: that have their lists at the same time.
         streams: S, of a layer.
-        max_model_len: longest request.
+        longest: most tokens of a list.
         device: of the pages.
 
     Attributes:
-        places: [max_rows, S, max_model_len] int32: places of the tokens, as page * page size + offset.
-        counts: [max_rows, S] int32: how many they are.
+        places: [tiles, S, longest] int32: places of the tokens, as page * page size + offset.
+        counts: [tiles, S] int32: how many they are.
     """
 
-    def __init__(self, max_rows: int, streams: int, max_model_len: int, device: torch.device) -> None:
-        self.places = torch.empty(max_rows, streams, max_model_len, dtype=torch.int32, device=device)
-        self.counts = torch.empty(max_rows, streams, dtype=torch.int32, device=device)
+    def __init__(self, tiles: int, streams: int, longest: int, device: torch.device) -> None:
+        self.places = torch.empty(tiles, streams, longest, dtype=torch.int32, device=device)
+        self.counts = torch.empty(tiles, streams, dtype=torch.int32, device=device)
+
+    def update(self, table: PageTable, batch: Batch) -> None:
+        """Prepare nothing: every layer makes its own lists."""

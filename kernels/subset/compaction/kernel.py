@@ -39,6 +39,15 @@ def _copy(
 
 
 @triton.jit
+def _copy_rows(pool, source, target, moved, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """WIDTH numbers of each token in ``moved`` [n] from an offset in the pool to another."""
+    w = tl.arange(0, BLOCK)
+    mask = moved[:, None] & (w < WIDTH)[None, :]
+    row = tl.load(pool + source[:, None] + w[None, :], mask=mask)
+    tl.store(pool + target[:, None] + w[None, :], row, mask=mask)
+
+
+@triton.jit
 def _free_places(
     end_pages, chunk_of, entries, slot, stream, place, length, max_chunks, streams,
     PAGE_INTS: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
@@ -54,11 +63,12 @@ def _free_places(
     do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "period", "max_chunks", "streams"]
 )
 def _compact(
-    k_pages, v_pages, int_pages, begin_pages, end_pages, chunk_of, entries, first_live,
+    k_pages, v_pages, int_pages, begin_pages, end_pages, scale_pages, chunk_of, entries, first_live,
     query_start, seq_lens, slots, slot_stride, period, max_chunks, streams,
-    PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, N: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_KEYS: tl.constexpr, PAGE_INTS: tl.constexpr, PAGE_SCALES: tl.constexpr,
+    P: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, SCALES: tl.constexpr, CHUNK: tl.constexpr,
+    N: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_SCALES: tl.constexpr,
 ):  # fmt: skip
     stream, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row * slot_stride)
@@ -111,10 +121,14 @@ def _compact(
             k_pages, v_pages, source_page * PAGE + offset * WIDTH, page * PAGE + to * WIDTH, moved, WIDTH, BLOCK,
         )  # fmt: skip
         if R > 0:
-            r = tl.arange(0, BLOCK_R)
-            keys = moved[:, None] & (r < R)[None, :]
-            key = tl.load(int_pages + source_page * PAGE + (offset * R)[:, None] + r[None, :], mask=keys)
-            tl.store(int_pages + (page * PAGE + to * R)[:, None] + r[None, :], key, mask=keys)
+            _copy_rows(
+                int_pages, source_page * PAGE_KEYS + offset * R, page * PAGE_KEYS + to * R, moved, R, BLOCK_R,
+            )  # fmt: skip
+        if SCALES > 0:
+            _copy_rows(
+                scale_pages, source_page * PAGE_SCALES + offset * SCALES, page * PAGE_SCALES + to * SCALES, moved,
+                SCALES, BLOCK_SCALES,
+            )  # fmt: skip
         begin = tl.load(begin_pages + source_page * PAGE_INTS + offset, mask=moved, other=0)
         tl.store(begin_pages + page * PAGE_INTS + to, begin, mask=moved)
         end = tl.load(end_pages + source_page * PAGE_INTS + offset, mask=moved, other=0)
@@ -141,10 +155,13 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1)
     """See :func:`.reference.compact`."""
     width, r = pages.k.shape[2] * pages.k.shape[3], pages.int_k.shape[2]
     streams, size, item = table.first_live.shape[1], pages.page_size, pages.k.element_size()
+    scales = pages.end if pages.scales is None else pages.scales  # not moved without scales
+    per_token = 0 if pages.scales is None else 2 * pages.k.shape[2]
     _launch(
         (streams, batch.num_rows, 1),
         (
-            pages.k, pages.v, pages.int_k, pages.begin, pages.end, table.chunk_of, table.entries, table.first_live,
+            pages.k, pages.v, pages.int_k, pages.begin, pages.end, scales, table.chunk_of, table.entries,
+            table.first_live,
         ),
         (
             batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), period, table.chunk_of.shape[1],
@@ -152,10 +169,10 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1)
         ),
         (),
         (
-            pages.k.stride(0), pages.begin.stride(0), size, width, r, TABLE_CHUNK, TOKENS_PER_BLOCK,
-            max(16, PAIRS_PER_BLOCK // size),
+            pages.k.stride(0), pages.int_k.stride(0), pages.begin.stride(0), scales.stride(0), size, width, r,
+            per_token, TABLE_CHUNK, TOKENS_PER_BLOCK, max(16, PAIRS_PER_BLOCK // size),
             min(triton.next_power_of_2(width), max(16, BYTES_PER_COPY // (size * item))),
-            max(1, triton.next_power_of_2(r)),
+            max(1, triton.next_power_of_2(r)), max(1, triton.next_power_of_2(per_token)),
         ),
         num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ...paged import Batch, PageTable
 from ..pages import SubsetPages, places, rows_of
 
@@ -23,7 +25,9 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1)
             dropped ones more until then.
     """
     size, streams = pages.page_size, table.first_live.shape[1]
-    fields = (pages.k, pages.v, pages.int_k, pages.begin, pages.end)
+    fields = [pages.k.view(torch.uint8), pages.v.view(torch.uint8), pages.int_k, pages.begin, pages.end]
+    if pages.scales is not None:
+        fields.append(pages.scales)
     for row, tokens, length in rows_of(batch):
         slot, before = batch.slots[row], length - (tokens.stop - tokens.start)
         if int(slot) == 0 or length // period == before // period:

@@ -101,7 +101,7 @@ def drop_times(
         ),
         (int_q.stride(0), *((0, 0) if below is None else below.stride()[:2])),
         (
-            pages.k.stride(0), pages.begin.stride(0), pages.page_size, r, TABLE_CHUNK, BLOCK_N,
+            pages.int_k.stride(0), pages.begin.stride(0), pages.page_size, r, TABLE_CHUNK, BLOCK_N,
             16 if batch.work is None else 64, max(16, triton.next_power_of_2(r)), below is not None, NEVER,
             "ieee" if int_q.dtype == torch.float32 else "tf32",
         ),

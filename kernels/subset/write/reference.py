@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...float8 import FP8_MAX, power_of_two_above
 from ...paged import Batch, PageTable
 from ..pages import NEVER, Evictions, SubsetPages
 
@@ -41,7 +42,13 @@ def subset_write(
     streams = layer * k.shape[1] + torch.arange(k.shape[1], device=device)
     ids = table.page_ids(batch.slots[row][:, None], (position // size)[:, None], streams)
     at = ids, (position % size)[:, None]  # [T, S]
-    pages.k[at], pages.v[at] = k, v
+    if pages.scales is None:
+        pages.k[at], pages.v[at] = k, v
+    else:
+        for which, (stored, new) in enumerate(((pages.k, k), (pages.v, v))):
+            scale = power_of_two_above(new.float().abs().amax(-1) / FP8_MAX)
+            pages.scales[(*at, slice(None), which)] = scale.to(pages.scales.dtype)
+            stored.view(torch.uint8)[at] = (new.float() / scale[..., None]).to(stored.dtype).view(torch.uint8)
     if int_k is not None:
         pages.int_k[at] = int_k
     pages.begin[at] = position.int()[:, None]

@@ -1,4 +1,4 @@
-"""What is refused before anything is loaded."""
+"""What is refused before anything is loaded, and what the pages are made of."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engines import engine
+from benchmarks.engines import assert_all_free, engine, generate, greedy, manager, source_tokens
 from tests.support.evicting import VARIANTS, Made, make_evicting
-from vllm_fox.families import evicting
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,17 @@ def test_a_borrowed_neuron_is_on_one_rank(made: Made) -> None:
     assert "do not support --tensor-parallel-size 4 with 2 KV heads and a borrowed neuron" in found
 
 
-def test_lists_that_take_too_much_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evicting, "LIST_BYTES", 2**18)
-    found = refusal(made.served, max_model_len=2048, max_num_seqs=32)
-    assert "--max-num-seqs 32 with --max-model-len 2048" in found and "lower one of the two" in found
+def test_float8_pages(made: Made) -> None:
+    """A number has 3 bits after its first, and what that costs averages out over a text."""
+    found = {}
+    for kind in ("auto", "fp8"):
+        options = {"dtype": "bfloat16", "max_model_len": 512, "max_num_batched_tokens": 160}
+        with engine(made.served, kv_cache_dtype=kind, **options) as llm:
+            tokens = source_tokens(llm, 400)
+            (out,) = generate(llm, [tokens], greedy(20, prompt_logprobs=0))
+            given = [at[token].logprob for at, token in zip(out.prompt_logprobs[1:], tokens[1:], strict=True)]
+            found[kind] = sum(given) / len(given), manager(llm).kv_cache_spec.page_format.page_bytes
+            assert_all_free(llm)
+    (plain, whole), (rounded, half) = found["auto"], found["fp8"]
+    assert rounded == pytest.approx(plain, abs=0.02) and rounded != plain
+    assert half < 0.56 * whole

@@ -13,21 +13,10 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 
-LIST_BYTES = 4 * 2**30
-"""Most memory of the lists of live tokens, which have room for the longest request in every row."""
-
-
 def _refusals(vllm_config: VllmConfig) -> Iterable[tuple[object, str]]:
     config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
     eviction = Eviction.from_dict(config.eviction)
     heads = config.num_key_value_heads
-    rows, longest = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
-    needed = rows * max(1, heads // ranks) * longest * 4
-    if needed > LIST_BYTES:
-        raise ValueError(
-            f"--max-num-seqs {rows} with --max-model-len {longest}: lists of the tokens that each KV head keeps "
-            f"would take {needed / 2**30:.1f} GiB, and {LIST_BYTES / 2**30:.1f} are the most: lower one of the two."
-        )
     borrowed = eviction.method == "dms_borrowed_neuron"
     # The query head that decides is on one rank only.
     yield (
@@ -59,6 +48,7 @@ EVICTING = Family(
     streams=lambda config: config.num_hidden_layers * config.num_key_value_heads,
     # A request holds up to three pages per stream beyond its live tokens.
     page_size=32,
+    float8_pages=True,
     refusals=_refusals,
     lookalikes=dict.fromkeys(
         (f"{name}{kind}" for name in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("ForCausalLM", "Model")),

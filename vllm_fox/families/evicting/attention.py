@@ -21,17 +21,32 @@ class EvictingState(WorkerState):
     Args:
         table: the worker's page table.
         pages: the page pool.
-        streams: KV heads of a layer on this worker.
+        layers: of the worker.
+        heads, groups: KV heads of a layer on this worker, and query heads for each.
         max_rows: most rows that a step can have.
         max_model_len: most tokens of a request.
     """
 
     def __init__(
-        self, table: PageTable, pages: SubsetPages, streams: int, max_rows: int, max_model_len: int
+        self,
+        table: PageTable,
+        pages: SubsetPages,
+        *,
+        layers: int,
+        heads: int,
+        groups: int,
+        max_rows: int,
+        max_model_len: int,
     ) -> None:
         super().__init__(table)
         self.pages = pages
-        self.workspace = attention.make_workspace(max_rows, streams, max_model_len, pages.device)
+        self.workspace = attention.make_workspace(
+            pages, layers=layers, streams=heads, groups=groups, max_rows=max_rows, max_model_len=max_model_len
+        )
+
+    def begin_step(self, batch: Batch) -> None:
+        if self.workspace is not None and batch.has_decode:
+            self.workspace.update(self.table, batch)
 
     def end_step(self, batch: Batch) -> None:
         """Move live tokens together, so that pages become free: whenever a request has filled a page."""

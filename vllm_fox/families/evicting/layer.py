@@ -6,6 +6,7 @@ import torch
 from vllm.config import VllmConfig
 
 from vllm_fox.attention.layer import PagedAttention
+from vllm_fox.kernels.float8 import FP8
 from vllm_fox.kernels.paged import PageTable
 from vllm_fox.kernels.subset.pages import SubsetPageFormat
 from vllm_fox.settings import PageSettings
@@ -42,10 +43,11 @@ class EvictingAttention(PagedAttention[EvictingState]):
         dtype = vllm_config.model_config.dtype
         assert isinstance(dtype, torch.dtype)
         page_size = vllm_config.cache_config.block_size
+        kv_dtype = FP8 if vllm_config.cache_config.cache_dtype.startswith("fp8") else dtype
         super().__init__(
             vllm_config,
             prefix,
-            page_format=SubsetPageFormat(page_size, 1, head_dim, 0, dtype),
+            page_format=SubsetPageFormat(page_size, 1, head_dim, 0, dtype, kv_dtype),
             streams=num_kv_heads,
             head_size=head_dim,
             release=PageSettings.from_vllm_config(vllm_config).release,
@@ -72,7 +74,15 @@ class EvictingAttention(PagedAttention[EvictingState]):
     def make_state(cls, layers: list[EvictingAttention], table: PageTable, max_rows: int) -> EvictingState:
         one = layers[0]
         pages = one.page_format.view(one.pool())
-        return EvictingState(table, pages, one._streams, max_rows, one.max_model_len)
+        return EvictingState(
+            table,
+            pages,
+            layers=len(layers),
+            heads=one._streams,
+            groups=one.num_heads // one._streams,
+            max_rows=max_rows,
+            max_model_len=one.max_model_len,
+        )
 
     def dry_inputs(self, tokens: int, device: torch.device) -> list[torch.Tensor]:
         dim, dtype = self.page_format.head_dim, self.page_format.dtype

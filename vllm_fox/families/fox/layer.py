@@ -11,7 +11,8 @@ from vllm.config import VllmConfig
 
 from vllm_fox.attention.layer import PagedAttention
 from vllm_fox.kernels.acp import pruning_threshold
-from vllm_fox.kernels.forgetting.pages import FP8, LIVE_RANGE_PERIOD, ForgettingPageFormat
+from vllm_fox.kernels.float8 import FP8
+from vllm_fox.kernels.forgetting.pages import LIVE_RANGE_PERIOD, ForgettingPageFormat
 from vllm_fox.kernels.paged import Batch, PageTable
 
 from .attention import ForgettingFormula, ForgettingState

@@ -22,20 +22,33 @@ class SubsetState(WorkerState):
     Args:
         table: the worker's page table.
         pages: the page pool.
+        layers: of the worker.
         max_rows: most rows that a step can have.
         max_model_len: most tokens of a request.
         propagate: whether what a layer drops is dropped in all layers above it.
     """
 
     def __init__(
-        self, table: PageTable, pages: SubsetPages, max_rows: int, max_model_len: int, propagate: bool
+        self,
+        table: PageTable,
+        pages: SubsetPages,
+        layers: int,
+        max_rows: int,
+        max_model_len: int,
+        propagate: bool,
     ) -> None:
         super().__init__(table)
         self.pages = pages
         device = pages.end.device
         shape = (max_rows, 1, max_model_len)
         self.ends = torch.full(shape, NEVER, dtype=torch.int32, device=device) if propagate else None
-        self.workspace = attention.make_workspace(max_rows, 1, max_model_len, device)
+        self.workspace = attention.make_workspace(
+            pages, layers=layers, streams=1, groups=1, max_rows=max_rows, max_model_len=max_model_len
+        )
+
+    def begin_step(self, batch: Batch) -> None:
+        if self.workspace is not None and batch.has_decode:
+            self.workspace.update(self.table, batch)
 
     def end_step(self, batch: Batch) -> None:
         """Move live tokens together, so that pages become free."""

@@ -47,7 +47,7 @@ class SubsetAttention(PagedAttention[SubsetState]):
         super().__init__(
             vllm_config,
             prefix,
-            page_format=SubsetPageFormat(page_size, num_heads, head_dim, int_dim, dtype),
+            page_format=SubsetPageFormat(page_size, num_heads, head_dim, int_dim, dtype, dtype),
             streams=1,
             head_size=num_heads * head_dim,
             release=PageSettings.from_vllm_config(vllm_config).release,
@@ -74,7 +74,8 @@ class SubsetAttention(PagedAttention[SubsetState]):
     @classmethod
     def make_state(cls, layers: list[SubsetAttention], table: PageTable, max_rows: int) -> SubsetState:
         one = layers[0]
-        return SubsetState(table, one.page_format.view(one.pool()), max_rows, one.max_model_len, one.propagate)
+        pages = one.page_format.view(one.pool())
+        return SubsetState(table, pages, len(layers), max_rows, one.max_model_len, one.propagate)
 
     def dry_inputs(self, tokens: int, device: torch.device) -> list[torch.Tensor]:
         form = self.page_format

@@ -4,6 +4,9 @@ Every (row, head) with one query is an *item* whose pages are numbered from the 
 pages stand in one line, and each of a fixed number of programs takes an equal stretch of it, wherever items begin
 and end. So programs are equally busy however much live lengths differ, and the grid is the same for any batch,
 which a CUDA graph needs.
+
+A program's share may begin and end in the middle of an item. It then hands on what it has summed up, which
+:mod:`.reduction` joins.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...launch import Launcher
-from ...leaf import num_processors
-from ...paged import Batch, PageTable
+from ..launch import Launcher
+from ..leaf import num_processors
+from ..paged import Batch, PageTable
 
 ITEMS_PER_BLOCK = 1024
 """The planning kernel counts so many items together."""
@@ -34,7 +37,7 @@ class Launch(NamedTuple):
 
 def launch(head_dim: int, groups: int, page_size: int, scaled: bool) -> Launch:
     """The launch for a shape; ``scaled``: float8 pages, which are converted in registers."""
-    block = min(page_size, max(16, 4096 // head_dim))
+    block = min(page_size, max(16, 4096 // triton.next_power_of_2(head_dim)))
     small = head_dim <= 64 and groups == 1 and not scaled
     return Launch(block, 2, 4, 6 if small else 4)
 
@@ -90,7 +93,7 @@ class DecodePlan:
     """The shares of one worker's layers, in buffers that stay where they are (CUDA graphs remember them).
 
     Args:
-        layers, heads, groups, head_dim: of the worker: KV heads, query heads a KV head, d.
+        layers, heads, groups, head_dim: of the worker: KV heads a layer, each a stream; query heads a KV head; d.
         page_size: tokens a page.
         scaled: whether pages are float8.
         max_rows: most rows that a step can have.
@@ -100,8 +103,12 @@ class DecodePlan:
         item_start: [layers, max_rows * heads + 1] int32: number of the first page of each item in the line, for
             the step's rows; then the number of all pages.
         program_item: [layers, programs] int32: item in which each program's share begins.
-        open_item: [programs] int32 and partials [programs, 2, groups, head_dim + 3] float32: scratch of one
-            layer at a time.
+        open_item: [programs] int32, of one layer at a time: the item that begins in a program's share and goes on
+            in the next one's, or -1.
+        partials: [programs, 2, groups, head_dim + 3] float32, of one layer at a time: what a program has summed up
+            of the items that are cut off at its share's ends. The one that goes on in the next program is at 1, the
+            one that came from the program before at 0. The numbers are the weighted sum of the values, the largest
+            logit, the sum of the weights, and the decay over the stretch. Logits and decay are to base 2.
     """
 
     def __init__(

@@ -1,0 +1,74 @@
+"""What programs have summed up of one item, joined."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import Launcher
+from ..paged import Batch
+from .plan import DecodePlan
+
+SPLITS_PER_BLOCK = 16
+"""So many stretches of one item are joined together."""
+
+
+@triton.jit(do_not_specialize=["query_start", "item_start", "items"])
+def _join(
+    out, open_item, partials, query_start, item_start, items,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, SPLITS_PER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the stretches of the item that begins, but does not end, in a program's share."""
+    program, g = tl.program_id(0), tl.program_id(1)
+    programs = tl.num_programs(0)
+    item = tl.load(open_item + program)
+    if item < 0:
+        return
+    share = tl.cdiv(tl.load(item_start + items), programs)
+    last = (tl.load(item_start + item + 1) - 1) // share
+    row, head = item // H, item % H
+    dim = tl.arange(0, BLOCK_D)
+    peak, mass, decay = float("-inf"), 0.0, 0.0
+    value = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(program, last + 1, SPLITS_PER_BLOCK):
+        source = start + tl.arange(0, SPLITS_PER_BLOCK)
+        valid = source <= last
+        part = partials + ((source * 2 + (source == program).to(tl.int32)) * G + g) * (D + 3)
+        values = tl.load(part[:, None] + dim[None, :], mask=valid[:, None] & (dim < D)[None, :], other=0.0)
+        stretch = tl.load(part + D + 2, mask=valid, other=0.0)
+        before = decay + tl.cumsum(stretch, 0) - stretch
+        peaks = tl.load(part + D, mask=valid, other=float("-inf")) + before
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))
+        weights = tl.exp2(peaks - new_peak)
+        shrink = tl.exp2(peak - new_peak)
+        mass = mass * shrink + tl.sum(weights * tl.load(part + D + 1, mask=valid, other=0.0), 0)
+        value = value * shrink + tl.sum(weights[:, None] * values, 0)
+        peak = new_peak
+        decay += tl.sum(stretch, 0)
+    token = tl.load(query_start + row).to(tl.int64)
+    result = (value / mass).to(out.dtype.element_ty)
+    tl.store(out + (token * H * G + head * G + g) * D + dim, result, mask=dim < D)
+
+
+_launch = Launcher(_join)
+
+
+def join_stretches(plan: DecodePlan, batch: Batch, layer: int, out: torch.Tensor) -> None:
+    """Write the output of every item that more than one program has worked on.
+
+    Args:
+        plan: for the batch. Its scratch holds what the programs have summed up (:attr:`.plan.DecodePlan.partials`).
+        batch: the step's requests.
+        layer: index of the layer on this worker.
+        out: [T, H, G, d], contiguous, written.
+    """
+    groups, dim = plan.partials.shape[2], out.shape[-1]
+    _launch(
+        (plan.programs, groups, 1),
+        (out, plan.open_item, plan.partials),
+        (batch.query_start, plan.item_start[layer], batch.num_rows * plan.heads),
+        (),
+        (dim, triton.next_power_of_2(dim), plan.heads, groups, SPLITS_PER_BLOCK),
+        num_warps=1,
+    )

@@ -1,0 +1,146 @@
+"""Decode over pages of single KV heads in Triton: equal shares of all pages for all programs, then one reduction.
+
+Programs read the ends of a page's tokens first, and then K and V of those that are seen. Compaction keeps nearly
+all places of nearly all pages full, so there is little to leave out.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...common import LOG2E, page_id
+from ...launch import Launcher
+from ...paged import TABLE_CHUNK, Batch, PageTable
+from ...shares.plan import DecodePlan
+from ...shares.reduction import join_stretches
+from ..pages import SubsetPages
+
+
+@triton.jit(
+    do_not_specialize=["query_start", "seq_lens", "slots", "item_start", "program_item", "slot_stride", "layer",
+                       "max_chunks", "streams", "items", "scale"],
+)  # fmt: skip
+def _decode(
+    k_pages, v_pages, end_pages, scale_pages, chunk_of, entries, q, out, open_item, partials,
+    query_start, seq_lens, slots, item_start, program_item,
+    slot_stride, layer, max_chunks, streams, items, scale, q_stride,
+    PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, PAGE_SCALES: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    total = tl.load(item_start + items)
+    share = tl.cdiv(total, programs)
+    at = program * share
+    end = tl.minimum(at + share, total)
+    item = tl.load(program_item + program)
+    SUB: tl.constexpr = P // BLOCK_N
+    g, n, dim = tl.arange(0, GROUP), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    asked = (g < G)[:, None] & (dim < D)[None, :]
+    to_open = -1
+    while at < end:
+        first = tl.load(item_start + item)
+        behind = tl.load(item_start + item + 1)
+        stop = tl.minimum(behind, end)
+        if stop > at:
+            row, head = item // H, item % H
+            slot = tl.load(slots + row * slot_stride)
+            length = tl.load(seq_lens + row)
+            token = tl.load(query_start + row).to(tl.int64)
+            stream = layer * H + head
+            newest = (length - 1) // P - (at - first)  # of this stretch
+            heads = (head * G + g)[:, None] * D + dim[None, :]
+            query = tl.load(q + token * q_stride + heads, mask=asked, other=0.0)
+            peak = tl.full([GROUP], float("-inf"), tl.float32)
+            mass = tl.zeros([GROUP], tl.float32)
+            value = tl.zeros([GROUP, BLOCK_D], tl.float32)
+            # The newest page holds the query's own token, so an item's first stretch sees something.
+            for step in tl.range(0, (stop - at) * SUB, num_stages=STAGES):
+                page = newest - step // SUB
+                offset = step % SUB * BLOCK_N + n
+                this = page_id(chunk_of, entries, slot, stream, page, max_chunks, streams, CHUNK)
+                written = page * P + offset < length
+                seen = tl.load(end_pages + this * PAGE_INTS + offset, mask=written, other=0) >= length
+                there = seen[:, None] & (dim < D)[None, :]
+                here = this * PAGE + offset[:, None] * D + dim[None, :]
+                k = tl.load(k_pages + here, mask=there, other=0.0)
+                v = tl.load(v_pages + here, mask=there, other=0.0)
+                if SCALED:
+                    scales = scale_pages + this * PAGE_SCALES + 2 * offset
+                    k_scale = tl.load(scales, mask=seen, other=0.0).to(tl.float32)
+                    v_scale = tl.load(scales + 1, mask=seen, other=0.0).to(tl.float32)
+                    k = k.to(query.dtype)
+                    # Not the weights: small ones times a small scale would underflow in float16.
+                    v = (v.to(tl.float32) * v_scale[:, None]).to(query.dtype)
+                logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+                if SCALED:
+                    logits = logits * k_scale[None, :]
+                logits = tl.where(seen[None, :], logits, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(logits, 1))
+                # A block of which nothing is seen leaves the peak at -inf.
+                anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+                weights = tl.exp2(logits - anchor[:, None])
+                shrink = tl.exp2(peak - anchor)
+                mass = mass * shrink + tl.sum(weights, 1)
+                value = tl.dot(weights.to(v.dtype), v, value * shrink[:, None], input_precision=PRECISION)
+                peak = new_peak
+            begins, ends = at == first, stop == behind
+            if begins & ends:
+                result = (value / mass[:, None]).to(out.dtype.element_ty)
+                tl.store(out + token * (H * G * D) + heads, result, mask=asked)
+            else:
+                part = partials + ((program * 2 + begins.to(tl.int32)) * G + g) * (D + 3)
+                tl.store(part[:, None] + dim[None, :], value, mask=asked)
+                tl.store(part + D, peak, mask=g < G)
+                tl.store(part + D + 1, mass, mask=g < G)
+                tl.store(part + D + 2, tl.zeros([GROUP], tl.float32), mask=g < G)
+                if begins:
+                    to_open = item
+            at = stop
+        item += 1
+    tl.store(open_item + program, to_open)
+
+
+_launch = Launcher(_decode)
+
+
+def decode_over_pages(
+    pages: SubsetPages,
+    table: PageTable,
+    batch: Batch,
+    layer: int,
+    q: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    plan: DecodePlan,
+) -> None:
+    """:func:`.reference.subset_attention` of rows with one query, over streams of one KV head.
+
+    Args:
+        plan: updated for the batch.
+    """
+    _, heads, _, groups, dim = q.shape
+    scales = pages.end if pages.scales is None else pages.scales  # not read without scales
+    _launch(
+        (plan.programs, 1, 1),
+        (
+            pages.k, pages.v, pages.end, scales, table.chunk_of, table.entries, q, out, plan.open_item,
+            plan.partials,
+        ),
+        (
+            batch.query_start, batch.seq_lens, batch.slots, plan.item_start[layer], plan.program_item[layer],
+            batch.slots.stride(0), layer, table.chunk_of.shape[1], table.entries.shape[1], batch.num_rows * heads,
+            scale,
+        ),
+        (q.stride(0),),
+        (
+            pages.k.stride(0), pages.end.stride(0), scales.stride(0), pages.page_size, dim,
+            triton.next_power_of_2(dim), heads, groups, TABLE_CHUNK, plan.launch.block,
+            max(16, triton.next_power_of_2(groups)), pages.scales is not None,
+            "ieee" if q.dtype == torch.float32 else "tf32", plan.launch.stages,
+        ),
+        num_warps=plan.launch.warps,
+    )  # fmt: skip
+    join_stretches(plan, batch, layer, out)
