@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -247,8 +247,11 @@ def write_sparse_gpt2(folder: Path, geometry: Geometry) -> None:
 
 # Folders.
 
+Size = TypeVar("Size")
+"""What tells a model's sizes."""
 
-def ready(folder: str | Path, write: Callable[[Path, Geometry], None], geometry: Geometry) -> Path:
+
+def ready(folder: str | Path, write: Callable[[Path, Size], None], geometry: Size) -> Path:
     """The folder, written if it has no config.json yet; it appears complete or not at all."""
     folder = Path(folder)
     if read_record(folder / "config.json") is not None:
