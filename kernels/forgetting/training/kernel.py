@@ -15,55 +15,21 @@ other of the row, and between two anchors it is one number for a whole block.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from ...common import LOG2E
 from ...launch import Launcher
+from ...whole_sequences import Launch, launches, load
 from .plan import ANCHOR
 from .plan_kernel import gate_gradient, key_tiles, query_tiles, running_sum
-
-
-class Launch(NamedTuple):
-    """How a kernel is compiled: rows of its tiles, of the blocks that it visits, warps, pipeline stages, and most
-    registers a thread."""
-
-    tile: int
-    block: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-@cache
-def launches(dim: int, dtype: torch.dtype) -> tuple[Launch, Launch, Launch]:
-    """The launches of the forward kernel, and of the backward kernels for queries and for keys."""
-    if dtype == torch.float32:
-        return (Launch(64, 32, 4, 2),) * 3 if dim <= 128 else (Launch(32, 16, 4, 1),) * 3
-    if dim <= 64:
-        # 168 registers let three programs share a processor, so that one's exponentials hide another's products.
-        return Launch(128, 64, 4, 3), Launch(64, 64, 4, 3, 168), Launch(64, 64, 4, 2, 168)
-    if dim <= 128:
-        return Launch(128, 64, 8, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)
-    return Launch(64, 32, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)
 
 
 @triton.jit
 def _between(c, rest, a, b):
     """(c_a - c_b) log2 e of two anchors."""
     return ((tl.load(c + a) - tl.load(c + b)) + (tl.load(c + rest + a) - tl.load(c + rest + b))) * LOG2E
-
-
-@triton.jit
-def _load(pointer, mask, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(pointer, mask=mask, other=0.0)
-    else:
-        return tl.load(pointer)
 
 
 @triton.jit
@@ -76,8 +42,8 @@ def _forward_block(
     where = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, D)[None, :]
     inside = keys < end
     first = (begin + at).to(tl.int64) * stride
-    key = _load(k + first + where, inside[:, None], MASKED)
-    lost = _load(c + 2 * rest + keys, inside, MASKED) + _between(c, rest, begin + at // ANCHOR * ANCHOR, anchor)
+    key = load(k + first + where, inside[:, None], MASKED)
+    lost = load(c + 2 * rest + keys, inside, MASKED) + _between(c, rest, begin + at // ANCHOR * ANCHOR, anchor)
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor - lost[None, :]
     if MASKED:
         logits = tl.where((query_pos[:, None] >= keys[None, :]) & inside[None, :], logits, float("-inf"))
@@ -85,7 +51,7 @@ def _forward_block(
     weights = tl.exp2(logits - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
     mass = mass * shrink + tl.sum(weights, 1)
-    v_block = _load(v + first + where, inside[:, None], MASKED)
+    v_block = load(v + first + where, inside[:, None], MASKED)
     value = tl.dot(weights.to(v_block.dtype), v_block, value * shrink[:, None], input_precision=PRECISION)
     return new_peak, mass, value
 
@@ -160,9 +126,9 @@ def _query_block(
     where = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, D)[None, :]
     inside = keys < end
     first = (begin + at).to(tl.int64) * stride
-    key = _load(k + first + where, inside[:, None], MASKED)
-    value = _load(v + first + where, inside[:, None], MASKED)
-    lost = _load(c + 2 * rest + keys, inside, MASKED) + _between(c, rest, begin + at // ANCHOR * ANCHOR, anchor)
+    key = load(k + first + where, inside[:, None], MASKED)
+    value = load(v + first + where, inside[:, None], MASKED)
+    lost = load(c + 2 * rest + keys, inside, MASKED) + _between(c, rest, begin + at // ANCHOR * ANCHOR, anchor)
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor + (bias[:, None] - lost[None, :])
     if MASKED:
         logits = tl.where((query_pos[:, None] >= keys[None, :]) & inside[None, :], logits, float("-inf"))
@@ -227,16 +193,16 @@ def _key_block(
     where = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, D)[None, :]
     inside = rows < end
     first = (begin + at).to(tl.int64) * stride
-    query = _load(q + first + where, inside[:, None], MASKED)
-    grad = _load(grad_out + first + where, inside[:, None], MASKED)
-    bias = _load(terms + rows, inside, MASKED) + _between(c, rest, begin + at // ANCHOR * ANCHOR, anchor)
+    query = load(q + first + where, inside[:, None], MASKED)
+    grad = load(grad_out + first + where, inside[:, None], MASKED)
+    bias = load(terms + rows, inside, MASKED) + _between(c, rest, begin + at // ANCHOR * ANCHOR, anchor)
     logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * factor + (bias[None, :] - lost[:, None])
     if MASKED:
         logits = tl.where((rows[None, :] >= keys[:, None]) & inside[None, :], logits, float("-inf"))
     weights = tl.exp2(logits)
     grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
     through = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
-    grad_logits = weights * (through - _load(terms + rest + rows, inside, MASKED)[None, :])
+    grad_logits = weights * (through - load(terms + rest + rows, inside, MASKED)[None, :])
     grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision=PRECISION)
     return grad_key, grad_value, column + tl.sum(grad_logits, 1)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...segments import tile_bounds
+
 ANCHOR = 128
 """One token in so many, counted from its sequence's first, is an anchor, from which decay is counted. The kernels'
 tiles and blocks divide this number, so that each has one anchor."""
@@ -47,17 +49,6 @@ def running_sum(log_forget: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Ten
     begin = cu_seqlens.long()[torch.searchsorted(cu_seqlens.long(), token, right=True) - 1]
     near = (c - c[:, token - (token - begin) % ANCHOR]) * math.log2(math.e)
     return torch.stack((high, (c - high).float(), near.float()))
-
-
-def tile_bounds(cu_seqlens: torch.Tensor, tokens: int, size: int) -> torch.Tensor:
-    """[tiles, 3] int64, as :class:`Tiles` has them."""
-    starts, ends = cu_seqlens.long()[:-1], cu_seqlens.long()[1:]
-    first = starts // size + torch.arange(len(starts), device=starts.device)
-    tile = torch.arange(tokens // size + len(starts), device=starts.device)
-    sequence = torch.searchsorted(first, tile, right=True) - 1
-    begin, end = starts[sequence], ends[sequence]
-    start = begin + (tile - first[sequence]) * size
-    return torch.stack((torch.minimum(start, end), begin, end), 1)
 
 
 def query_tiles(c: torch.Tensor, cu_seqlens: torch.Tensor, threshold: torch.Tensor, size: int, block: int) -> Tiles:
