@@ -6,11 +6,13 @@ here without their heads with ``AutoModel``.
 
 from transformers import AutoModel
 
+from vllm_fox.families.evicting.config import EvictingDecoderConfig
 from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
 from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
 from vllm_fox.registration import register_configs, register_transformers_models
 
 from .compiling import compile_layers
+from .evicting.modeling import EvictingDecoderForCausalLM, EvictingDecoderModel
 from .fox.cache import ForgettingCache
 from .fox.live_share import live_shares
 from .fox.modeling import (
@@ -24,10 +26,13 @@ from .sparse_gpt2.modeling import SparseGPT2LMHeadModel, SparseGPT2Model
 
 register_configs()
 register_transformers_models()
-for _model in (ForgettingTransformerModel, FlaForgettingTransformerModel, SparseGPT2Model):
+for _model in (ForgettingTransformerModel, FlaForgettingTransformerModel, SparseGPT2Model, EvictingDecoderModel):
     AutoModel.register(_model.config_class, _model, exist_ok=True)
 
 __all__ = [
+    "EvictingDecoderConfig",
+    "EvictingDecoderForCausalLM",
+    "EvictingDecoderModel",
     "FlaForgettingTransformerConfig",
     "FlaForgettingTransformerForCausalLM",
     "FlaForgettingTransformerModel",

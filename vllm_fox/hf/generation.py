@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import Cache, GenerationConfig, GenerationMixin
 
 
@@ -45,3 +46,31 @@ class PackingGenerationMixin(GenerationMixin):
         if mask is not None and positions is not None:
             updated["position_ids"] = torch.cat((positions[:, :-1], mask.sum(1, keepdim=True) - 1), 1)
         return updated
+
+
+class RecomputingMixin:
+    """``generate`` for models without a cache. It goes before :class:`PackingGenerationMixin` among the bases."""
+
+    if TYPE_CHECKING:
+
+        def get_input_embeddings(self) -> nn.Module: ...
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Any,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return all tokens: ``generate`` computes them anew for each new token, as only a server has a cache."""
+        if inputs_embeds is not None:
+            # The prompt may be given as input_ids as well.
+            new = kwargs["position_ids"].shape[1] - inputs_embeds.shape[1]
+            added = self.get_input_embeddings()(input_ids[:, input_ids.shape[1] - new :])
+            inputs_embeds = torch.cat((inputs_embeds, added), 1)
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, None, past_key_values, attention_mask, inputs_embeds, inputs_embeds is not None, **kwargs
+        )

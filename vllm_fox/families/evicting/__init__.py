@@ -43,7 +43,7 @@ def _as_published(model: ModelConfig) -> str | None:
 EVICTING = Family(
     name="Decoders that evict tokens",
     architectures={"EvictingDecoderForCausalLM": "vllm_fox.families.evicting.model:EvictingDecoderForCausalLM"},
-    configs={EvictingDecoderConfig: None},
+    configs={EvictingDecoderConfig: "vllm_fox.hf.evicting.modeling:EvictingDecoderForCausalLM"},
     stream="one KV head of one layer",
     streams=lambda config: config.num_hidden_layers * config.num_key_value_heads,
     # A request holds up to three pages per stream beyond its live tokens.

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.utils import can_return_tuple
 
 from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
-from vllm_fox.hf.generation import PackingGenerationMixin
+from vllm_fox.hf.generation import PackingGenerationMixin, RecomputingMixin
 from vllm_fox.hf.inputs import kept_positions, tokens_of, wants_hidden_states
 from vllm_fox.hf.line import NO_LABEL, Line
 
@@ -291,7 +291,7 @@ class SparseGPT2Model(SparseGPT2PreTrainedModel):
         )
 
 
-class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, PackingGenerationMixin):
+class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, RecomputingMixin, PackingGenerationMixin):
     """A GPT-2 that learns which tokens to drop. It can be trained, and computes the logits that a server will."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
@@ -361,26 +361,6 @@ class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, PackingGenerationMixin):
         for block in blocks:
             nn.init.constant_(block.attn.int_bias, int_bias)
         return model
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Any,
-        next_sequence_length: int | None = None,
-        past_key_values: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Return all tokens: ``generate`` computes them anew for each new token, as only a server has a cache."""
-        if inputs_embeds is not None:
-            # The prompt may be given as input_ids as well.
-            new = kwargs["position_ids"].shape[1] - inputs_embeds.shape[1]
-            added = self.transformer.wte(input_ids[:, input_ids.shape[1] - new :])
-            inputs_embeds = torch.cat((inputs_embeds, added), 1)
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, None, past_key_values, attention_mask, inputs_embeds, inputs_embeds is not None, **kwargs
-        )
 
     @torch.no_grad()
     def visible_shares(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Decoders that evict tokens (DMS, KVzap) for transformers."""

@@ -1,0 +1,239 @@
+"""Llama, Mistral, Qwen2 and Qwen3 that evict tokens (DMS, arXiv 2506.05345; KVzap, arXiv 2601.07891), as a
+transformers model.
+
+MLP, norms and RoPE are transformers' own Llama, whose parts these models share. Modules are named like the tensors
+of a checkpoint. A token's decision is hard when the model is evaluated. In training it is soft and noisy, so that
+what decides has gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from vllm_fox.families.evicting.config import EvictingDecoderConfig, Eviction
+from vllm_fox.hf.generation import PackingGenerationMixin, RecomputingMixin
+from vllm_fox.hf.line import Line
+from vllm_fox.hf.line_model import LineForCausalLM, LineModelMixin
+from vllm_fox.kernels.subset.training import fading_attention
+
+from .decisions import about, add_decisions, decision_logits, log_kept, noisy
+
+TEMPERATURE = 0.1
+"""Of the soft decision in training, as in DMS."""
+
+
+@dataclass
+class EvictingModelOutput(BaseModelOutput):
+    """Hidden states, and how much is evicted.
+
+    Attributes:
+        evicted: [layers] share of the decisions about tokens that evict. In training mode a soft decision has the
+            gradient (straight through).
+    """
+
+    evicted: torch.Tensor | None = None
+
+
+class EvictingSelfAttention(nn.Module):
+    """Projections, norms, RoPE and decisions around attention over what is not evicted.
+
+    Attributes:
+        evicts: whether tokens are evicted. If not, the layer attends to all of them: the dense model from which
+            one that evicts can learn. A borrowed neuron is no part of the query even then.
+    """
+
+    def __init__(self, config: EvictingDecoderConfig) -> None:
+        super().__init__()
+        size, dim = config.hidden_size, config.head_dim
+        self.head_dim, self.eviction = dim, Eviction.from_dict(config.eviction)
+        self.evicts = not self.eviction.disabled
+        self.q_proj = nn.Linear(size, config.num_attention_heads * dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(size, config.num_key_value_heads * dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(size, config.num_key_value_heads * dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * dim, size, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(dim, eps=config.rms_norm_eps)
+        self.normed = config.qk_norm
+        add_decisions(self, config, self.eviction)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, line: Line, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map normed x [N, hidden], the norm of ``residual``, to the attention's output [N, hidden].
+
+        Args:
+            rope: cosines and sines, [1, N, d].
+
+        Returns:
+            The output, and the share of what is decided that evicts, a scalar.
+        """
+        q, k, v = (y(x).unflatten(-1, (-1, self.head_dim)) for y in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.unflatten(1, (k.shape[1], -1))  # [N, KV heads, G, d]
+        kept, evicted = self._decide(x, residual, q, line)
+        borrowed = self.eviction.method == "dms_borrowed_neuron"
+        if borrowed:
+            q = self._without_neuron(q)
+        q, k = (y.transpose(0, 1) for y in (q.flatten(1, 2), k))
+        q, k = (y[0].transpose(0, 1) for y in apply_rotary_pos_emb(q[None], k[None], *rope))
+        if borrowed:
+            # RoPE has turned another number of the query into its place.
+            q = self._without_neuron(q.unflatten(1, (k.shape[1], -1))).flatten(1, 2)
+        window = self.eviction.window
+        out = fading_attention(q, k, v.to(q.dtype), kept, window=window, cu_seqlens=line.cu_seqlens)
+        return self.o_proj(out.flatten(1).to(x.dtype)), evicted
+
+    def decisions(self, x: torch.Tensor, residual: torch.Tensor, q: torch.Tensor, line: Line) -> torch.Tensor:
+        """Return what is decided about N tokens: [N, KV heads], more than 0 where a token goes. Nothing is decided
+        about the last token of a sequence if the next one would decide."""
+        logits = decision_logits(self, self.eviction, x, residual, q)
+        last = line.offsets + 1 == line.cu_seqlens.diff()[line.sequence]
+        return about(logits, self.eviction.shift, last, float("-inf"))
+
+    def _decide(
+        self, x: torch.Tensor, residual: torch.Tensor, q: torch.Tensor, line: Line
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log_kept [N, KV heads] for attention, and the share that is evicted."""
+        logits = self.decisions(x, residual, q, line)
+        if not self.evicts:
+            return torch.zeros_like(logits), torch.zeros((), dtype=logits.dtype, device=logits.device)
+        if not self.training:
+            gone = logits > 0
+            return torch.zeros_like(logits).masked_fill(gone, float("-inf")), gone.to(logits.dtype).mean()
+        logits = noisy(logits)
+        soft = (logits / TEMPERATURE).sigmoid()
+        hard = (logits > 0).to(soft.dtype)
+        return log_kept(logits, TEMPERATURE), (soft + (hard - soft).detach()).mean()
+
+    @staticmethod
+    def _without_neuron(q: torch.Tensor) -> torch.Tensor:
+        """Queries [N, KV heads, G, d] with 0 for the last number of each group's first one."""
+        mask = torch.ones_like(q[0])
+        mask[:, 0, -1] = 0
+        return q * mask
+
+
+class EvictingDecoderLayer(GradientCheckpointingLayer):
+    """One layer: normed attention and normed MLP, each added to the residual stream."""
+
+    def __init__(self, config: EvictingDecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = EvictingSelfAttention(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(
+        self, x: torch.Tensor, line: Line, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map x [N, hidden] to the output [N, hidden], and say what share is evicted."""
+        y, evicted = self.self_attn(self.input_layernorm(x), x, line, rope)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), evicted
+
+
+class EvictingPreTrainedModel(PreTrainedModel):
+    """The base class of the models that evict, for transformers."""
+
+    config_class = EvictingDecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EvictingDecoderLayer"]  # noqa: RUF012 (as transformers declares them)
+    _is_stateful = True  # generation cannot go back to an earlier token, which assistants need
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear) and getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
+
+
+class EvictingDecoderModel(LineModelMixin, EvictingPreTrainedModel):
+    """Embeddings, layers and final norm."""
+
+    def __init__(self, config: EvictingDecoderConfig) -> None:
+        config.check()
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(EvictingDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        llama: Any = config  # whose fields it has
+        self.rotary_emb = LlamaRotaryEmbedding(llama)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
+        self.embed_tokens = value
+
+    def context(self, x: torch.Tensor, line: Line, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return RoPE's cosines and sines, [1, N, d]."""
+        cos, sin = self.rotary_emb(x[None], line.positions[None])
+        return cos, sin
+
+    def run_layer(self, layer: nn.Module, x: torch.Tensor, line: Line, context: Any) -> tuple[torch.Tensor, Any]:
+        x, evicted = layer(x, line, context)
+        return x, evicted
+
+    def output(self, hidden: Any, cache: Any, states: tuple[Any, ...] | None, said: list[Any]) -> Any:
+        return EvictingModelOutput(last_hidden_state=hidden, hidden_states=states, evicted=torch.stack(said))
+
+
+class EvictingDecoderForCausalLM(
+    LineForCausalLM, EvictingPreTrainedModel, RecomputingMixin, PackingGenerationMixin
+):
+    """A decoder that evicts tokens. It loads, trains, generates and saves the checkpoints that a server serves."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: EvictingDecoderConfig) -> None:
+        super().__init__(config)
+        self.model = EvictingDecoderModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_evicts(self, evicts: bool) -> None:
+        """Switch eviction on, or off to have the dense model."""
+        for module in self.modules():
+            if isinstance(module, EvictingSelfAttention):
+                module.evicts = evicts
+
+    @torch.no_grad()
+    def evicted(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return which tokens of texts [B, T] go when they leave their window: [layers, B, KV heads, T] bool."""
+        found: list[torch.Tensor] = []
+        layers = [module for module in self.modules() if isinstance(module, EvictingSelfAttention)]
+
+        def record(layer: nn.Module, given: tuple[Any, ...], _: Any) -> None:
+            x, residual, line = given[:3]
+            assert isinstance(layer, EvictingSelfAttention)
+            q = layer.q_proj(x).unflatten(-1, (-1, layer.head_dim))
+            q = (layer.q_norm(q) if layer.normed else q).unflatten(1, (self.config.num_key_value_heads, -1))
+            decided = layer.decisions(x, residual, q, line) > 0
+            found.append(decided.view(*input_ids.shape, -1).transpose(1, 2) & layer.evicts)
+
+        training, watching = self.training, [layer.register_forward_hook(record) for layer in layers]
+        self.eval()
+        self.model(input_ids)
+        self.train(training)
+        for watch in watching:
+            watch.remove()
+        return torch.stack(found)
