@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from whole_files import Unreadable, files_under, pass_over, publish, read_record, read_text, refusal_said
 
 END = "<|endoftext|>"
+ENDS = (END, "<|end_of_text|>", "</s>")  # of tokenizers of other people, the first one that is known counts
 HELD_OUT = 50  # one file in so many, by a hash of its name, is for validation
 TOKENIZER_SAMPLE = 50_000_000  # characters that the tokenizer is trained on at most
 NAMED = 5  # files that are not read, of which each is named
@@ -69,7 +70,7 @@ def prepare(
     The folder that ``folder`` is in is not read, should it be under ``text``.
 
     Args:
-        tokenizer_file: a tokenizer.json with ``<|endoftext|>``; one of ``vocab_size`` is trained unless given.
+        tokenizer_file: a tokenizer.json with one of :data:`ENDS`; one of ``vocab_size`` is trained unless given.
         check: is called with the numbers of tokens to train on and held out, before anything is written.
 
     Raises:
@@ -87,7 +88,7 @@ def prepare(
         tokenizer = train_tokenizer(_sample(files, seed), vocab_size)
     else:
         tokenizer = load_tokenizer(tokenizer_file)
-    end = tokenizer.token_to_id(END)
+    end = end_of_text(tokenizer)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
     for start in range(0, len(files), 256):
@@ -184,9 +185,15 @@ def load_tokenizer(file: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # of no narrower type
         raise SystemExit(f"{file} is no tokenizer: {error}.") from None
-    if tokenizer.token_to_id(END) is None:
-        raise SystemExit(f"{file} has no token {END}, which stands between texts.")
+    if end_of_text(tokenizer) is None:
+        raise SystemExit(f"{file} has none of the tokens {', '.join(ENDS)}: one has to stand between texts.")
     return tokenizer
+
+
+def end_of_text(tokenizer: Tokenizer) -> int | None:
+    """The id of the token that stands between texts."""
+    found = (tokenizer.token_to_id(name) for name in ENDS)
+    return next((number for number in found if number is not None), None)
 
 
 def _sample(files: list[Path], seed: int) -> list[str]:

@@ -52,22 +52,28 @@ from vllm_fox.hf import compile_layers
 KEEP = 2  # checkpoints
 ARGUMENTS = "arguments.json"  # in OUTPUT
 
-FIXED = (
-    "text", "layers", "hidden", "heads", "vocab", "context", "batch", "micro_batch", "steps", "warmup", "optimizer",
-    "lr", "weight_decay", "seed", "compile",
+RUN = (
+    "text", "context", "batch", "micro_batch", "steps", "warmup", "optimizer", "lr", "weight_decay", "seed",
+    "compile",
 )  # fmt: skip
-"""What must be the same when a run goes on; the rest may change."""
+FIXED = (*RUN, "layers", "hidden", "heads", "vocab")
+"""What must be the same when a run goes on; the rest may change. ``RUN``: of a run that makes no new model."""
 
 
 def add_options(parser: Parser) -> None:
-    """What every training script takes."""
-    parser.add_argument("text", type=Path, help="folder of text files; all that are UTF-8 are read")
-    parser.add_argument("--output", type=Path, required=True, help="for data, checkpoints, logs and the model")
+    """What scripts take that may train a new model."""
+    add_run_options(parser)
     parser.add_argument("--layers", type=positive_int, default=12)
     parser.add_argument("--hidden", type=positive_int, default=768)
     parser.add_argument("--heads", type=positive_int, default=12)
     # One token a byte and the end of text are the least.
     parser.add_argument("--vocab", type=integer(257, 2**20), default=16384, help="of the tokenizer that is trained")
+
+
+def add_run_options(parser: Parser) -> None:
+    """What every training script takes."""
+    parser.add_argument("text", type=Path, help="folder of text files; all that are UTF-8 are read")
+    parser.add_argument("--output", type=Path, required=True, help="for data, checkpoints, logs and the model")
     parser.add_argument("--context", type=integer(2), default=8192, help="tokens of a training window")
     parser.add_argument("--batch", type=positive_int, default=32, help="windows a step, over all processes")
     parser.add_argument("--micro-batch", type=positive_int, default=2, help="windows at once on one device")
@@ -146,7 +152,7 @@ def begin(
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             check_same_run(args, fixed)
-            prepare(args.text, data, args.vocab, args.seed, tokenizer, enough)
+            prepare(args.text, data, getattr(args, "vocab", 0), args.seed, tokenizer, enough)
     corpus = Corpus.open(data)
     # Not only the same batches, the same sums: a run that went on cannot be told from one that never stopped.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -330,7 +336,7 @@ def make_optimizers(
     Args:
         rate_of: learning rate of a weight, by name, over --lr; AdamW's where it is not 1.
     """
-    named = list(model.named_parameters())
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     rates = {id(p): rate_of(name) for name, p in named}
     # QK-norm's gains decay too: they set ACP's bound on logits, and what has no other pull drifts up.
     decaying = {id(p) for name, p in named if p.dim() > 1 or "q_norm" in name or "k_norm" in name}

@@ -81,19 +81,20 @@ class Forks:
 
 @cache
 def forks() -> Forks:
-    """Those of this process: both scripts import the same."""
-    return Forks("train_fox", "finetune_dcp")
+    """Those of this process: the scripts import the same."""
+    return Forks("train_fox", "finetune_dcp", "retrofit")
 
 
 @dataclass(frozen=True)
 class Script:
-    """One of examples/, and the options that a test gives it."""
+    """One of examples/, the options that a test gives it, and what it is given before the folder of texts."""
 
     name: str
     options: tuple[str, ...]
+    first: tuple[str, ...] = ()
 
     def arguments(self, text: Path, output: Path, *more: str) -> list[str]:
-        return [str(text), "--output", str(output), *self.options, *more]
+        return [*self.first, str(text), "--output", str(output), *self.options, *more]
 
     def command(self, text: Path, output: Path, *more: str) -> list[str]:
         return [str(ROOT / "examples" / self.name), *self.arguments(text, output, *more)]

@@ -95,13 +95,31 @@ def convert(
         made = Path(folder, out.name)
         made.mkdir()
         _write_weights(made, files, extra)
-        copied = _copy_others(source, made)
+        copied = copy_others(source, made)
         (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         made.rename(out)
     yield f"{out} is a {given['model_type']} that evicts tokens: {_described(eviction)}."
     yield f"Weights: {sum(len(names) for _, names in files)} tensors copied, {len(extra)} of the predictor added."
     yield f"Other files copied: {', '.join(copied) or 'none'}."
     yield f"Serve it with: vllm serve {out}"
+
+
+def config_of(source: Path, eviction: dict[str, Any]) -> EvictingDecoderConfig:
+    """Return the config of a dense checkpoint that is to learn to evict.
+
+    Args:
+        source: folder of a Llama, Mistral, Qwen2 or Qwen3.
+        eviction: the fields of :class:`.config.Eviction`.
+
+    Raises:
+        ValueError: it is none of these, or evicts already. The message says so.
+    """
+    given = _json_of(source, "config.json")
+    base = _base_of(source, given)
+    for name in given:
+        if name.startswith("dms_"):
+            raise ValueError(f"{source / 'config.json'} has {name}: this checkpoint evicts tokens already.")
+    return EvictingDecoderConfig(**_config(given, base, eviction))
 
 
 def _base_of(source: Path, given: dict[str, Any]) -> PretrainedConfig:
@@ -275,8 +293,8 @@ def _write_weights(made: Path, files: list[tuple[Path, list[str]]], extra: dict[
     (made / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_others(source: Path, made: Path) -> list[str]:
-    """Copy the tokenizer and whatever else is neither weights nor code; return the names."""
+def copy_others(source: Path, made: Path) -> list[str]:
+    """Copy the tokenizer and whatever else is neither weights, config nor code; return the names."""
     names = []
     for path in sorted(source.iterdir()):
         if (

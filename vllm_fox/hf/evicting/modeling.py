@@ -216,9 +216,20 @@ class EvictingDecoderForCausalLM(
             if isinstance(module, EvictingSelfAttention):
                 module.evicts = evicts
 
-    @torch.no_grad()
+    def set_offset(self, offset: float) -> None:
+        """Change DMS's offset, in the config and in all layers: a higher one evicts less."""
+        self.config.eviction = {**self.config.eviction, "offset": offset}
+        for module in self.modules():
+            if isinstance(module, EvictingSelfAttention):
+                module.eviction = Eviction.from_dict(self.config.eviction)
+
     def evicted(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return which tokens of texts [B, T] go when they leave their window: [layers, B, KV heads, T] bool."""
+        return self.decisions(input_ids) > 0
+
+    @torch.no_grad()
+    def decisions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return what is decided about tokens of texts [B, T]: [layers, B, KV heads, T], more than 0 if they go."""
         found: list[torch.Tensor] = []
         layers = [module for module in self.modules() if isinstance(module, EvictingSelfAttention)]
 
@@ -227,8 +238,9 @@ class EvictingDecoderForCausalLM(
             assert isinstance(layer, EvictingSelfAttention)
             q = layer.q_proj(x).unflatten(-1, (-1, layer.head_dim))
             q = (layer.q_norm(q) if layer.normed else q).unflatten(1, (self.config.num_key_value_heads, -1))
-            decided = layer.decisions(x, residual, q, line) > 0
-            found.append(decided.view(*input_ids.shape, -1).transpose(1, 2) & layer.evicts)
+            decided = layer.decisions(x, residual, q, line)
+            decided = decided if layer.evicts else torch.full_like(decided, float("-inf"))
+            found.append(decided.view(*input_ids.shape, -1).transpose(1, 2))
 
         training, watching = self.training, [layer.register_forward_hook(record) for layer in layers]
         self.eval()
