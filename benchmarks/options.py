@@ -20,6 +20,7 @@ from command_line import (
     positive_int,
     refuse,
 )
+from text_corpus import find_texts
 from whole_files import (
     lines_of,
     pass_over,
@@ -34,6 +35,7 @@ from whole_files import (
 __all__ = [
     "Parser",
     "existing_file",
+    "find_texts",
     "fraction",
     "inner_fraction",
     "integer",
