@@ -1,7 +1,8 @@
 """Decode over pages of single KV heads in Triton: equal shares of all pages for all programs, then one reduction.
 
 Programs read the ends of a page's tokens first, and then K and V of those that are seen. Compaction keeps nearly
-all places of nearly all pages full, so there is little to leave out.
+all places of nearly all pages full, so there is little to leave out. What the loads of a block depend on is looked up
+a block ahead, so that several blocks are on their way at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,20 @@ from ...paged import TABLE_CHUNK, Batch, PageTable
 from ...shares.plan import DecodePlan
 from ...shares.reduction import join_stretches
 from ..pages import SubsetPages
+
+
+@triton.jit
+def _look_up(
+    end_pages, chunk_of, entries, slot, stream, newest, step, count, length, max_chunks, streams,
+    PAGE_INTS: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The page of a stretch's block of tokens, and which of them are seen; none if there is no such block."""
+    SUB: tl.constexpr = P // BLOCK_N
+    # Behind the stretch, its last page is looked up once more.
+    page, offset = newest - tl.minimum(step, count - 1) // SUB, step % SUB * BLOCK_N + tl.arange(0, BLOCK_N)
+    this = page_id(chunk_of, entries, slot, stream, page, max_chunks, streams, CHUNK)
+    written = page * P + offset < tl.where(step < count, length, 0)
+    return this, tl.load(end_pages + this * PAGE_INTS + offset, mask=written, other=0) >= length
 
 
 @triton.jit(
@@ -57,16 +72,22 @@ def _decode(
             mass = tl.zeros([GROUP], tl.float32)
             value = tl.zeros([GROUP, BLOCK_D], tl.float32)
             # The newest page holds the query's own token, so an item's first stretch sees something.
-            for step in tl.range(0, (stop - at) * SUB, num_stages=STAGES):
-                page = newest - step // SUB
+            count = (stop - at) * SUB
+            this, seen = _look_up(
+                end_pages, chunk_of, entries, slot, stream, newest, 0, count, length, max_chunks, streams,
+                PAGE_INTS, P, CHUNK, BLOCK_N,
+            )  # fmt: skip
+            for step in tl.range(0, count, num_stages=STAGES):
                 offset = step % SUB * BLOCK_N + n
-                this = page_id(chunk_of, entries, slot, stream, page, max_chunks, streams, CHUNK)
-                written = page * P + offset < length
-                seen = tl.load(end_pages + this * PAGE_INTS + offset, mask=written, other=0) >= length
                 there = seen[:, None] & (dim < D)[None, :]
                 here = this * PAGE + offset[:, None] * D + dim[None, :]
                 k = tl.load(k_pages + here, mask=there, other=0.0)
                 v = tl.load(v_pages + here, mask=there, other=0.0)
+                # On its way while this block is computed.
+                next_this, next_seen = _look_up(
+                    end_pages, chunk_of, entries, slot, stream, newest, step + 1, count, length, max_chunks,
+                    streams, PAGE_INTS, P, CHUNK, BLOCK_N,
+                )  # fmt: skip
                 if SCALED:
                     scales = scale_pages + this * PAGE_SCALES + 2 * offset
                     k_scale = tl.load(scales, mask=seen, other=0.0).to(tl.float32)
@@ -86,6 +107,7 @@ def _decode(
                 mass = mass * shrink + tl.sum(weights, 1)
                 value = tl.dot(weights.to(v.dtype), v, value * shrink[:, None], input_precision=PRECISION)
                 peak = new_peak
+                this, seen = next_this, next_seen
             begins, ends = at == first, stop == behind
             if begins & ends:
                 result = (value / mass[:, None]).to(out.dtype.element_ty)
@@ -139,7 +161,7 @@ def decode_over_pages(
             pages.k.stride(0), pages.end.stride(0), scales.stride(0), pages.page_size, dim,
             triton.next_power_of_2(dim), heads, groups, TABLE_CHUNK, plan.launch.block,
             max(16, triton.next_power_of_2(groups)), pages.scales is not None,
-            "ieee" if q.dtype == torch.float32 else "tf32", plan.launch.stages,
+            "ieee" if q.dtype == torch.float32 else "tf32", plan.launch.stages if dim <= 128 else 3,
         ),
         num_warps=plan.launch.warps,
     )  # fmt: skip
