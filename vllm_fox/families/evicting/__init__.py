@@ -59,6 +59,7 @@ EVICTING = Family(
     streams=lambda config: config.num_hidden_layers * config.num_key_value_heads,
     # A request holds up to three pages per stream beyond its live tokens.
     page_size=32,
+    quantized_weights=True,
     refusals=_refusals,
     lookalikes=dict.fromkeys(
         (f"{name}{kind}" for name in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("ForCausalLM", "Model")),
