@@ -11,7 +11,13 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from .family import Family
-from .refusals import check_overrides, unsupported_environment, unsupported_options
+from .refusals import (
+    check_overrides,
+    check_quantized_cache,
+    quantized_weights,
+    unsupported_environment,
+    unsupported_options,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -46,8 +52,12 @@ class PagedConfigHook(VerifyAndUpdateConfig):
         family = cls.family
         settings = family.settings.from_vllm_config(vllm_config)
         check_overrides(vllm_config)
+        if family.quantized_weights:
+            # First, as vLLM writes what the checkpoint asks for into --kv-cache-dtype.
+            check_quantized_cache(vllm_config, family.name)
         refusals = [
             *unsupported_options(vllm_config),
+            *quantized_weights(vllm_config.model_config, family.quantized_weights),
             *unsupported_environment(vllm_config),
             _unsupported_dtype(vllm_config, family.float8_pages),
             *family.refusals(vllm_config),

@@ -30,9 +30,14 @@ def main() -> None:
     parser.add_argument(
         "--window", type=int, help="tokens for which an evicted one stays, 128 by default; with --predictor"
     )
+    parser.add_argument(
+        "--original",
+        type=Path,
+        help="folder of the model beside which the predictor was trained, if SOURCE is quantised; with --predictor",
+    )
     args = parser.parse_args()
     try:
-        for line in convert(args.source, args.out, args.predictor, args.threshold, args.window):
+        for line in convert(args.source, args.out, args.predictor, args.threshold, args.window, args.original):
             print(line)
     except (OSError, ValueError) as error:
         sys.exit(str(error))

@@ -42,6 +42,8 @@ class Family:
             once they are full, and the state must tell live ranges of the past
             (:meth:`vllm_fox.attention.step.WorkerState.first_live_at`).
         float8_pages: whether the family's pages can hold float8 (e4m3).
+        quantized_weights: whether weights may be quantised. The models must then leave that to vLLM's linear
+            layers, whose names must be those of the checkpoint, as quantisation configs name layers.
         refusals: function that returns what the models cannot do besides what no family can, given an engine's
             configuration. It returns pairs: whether the feature is asked for (any true value), and the name of the
             feature, for the error "NAME do not support WHAT".
@@ -61,6 +63,7 @@ class Family:
     settings: type[PageSettings] = PageSettings
     shares_pages: bool = False
     float8_pages: bool = False
+    quantized_weights: bool = False
     refusals: Callable[[VllmConfig], Iterable[tuple[object, str]]] = _nothing_refused
     lookalikes: Mapping[str, Callable[[ModelConfig], str | None]] = field(default_factory=dict)
     prepare: Callable[[], None] = _nothing_to_do

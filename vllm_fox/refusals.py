@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from .strict_config import StrictConfig
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 PAGE_LAYOUT = "BLHNC"
 """vLLM's name of the only layout in which the whole KV cache is one array of pages."""
@@ -42,9 +42,6 @@ def _features(vllm_config: VllmConfig) -> Refusals:
         model.convert_type == "classify",
         "classification (--convert classify), as no weights are loaded for it",
     )
-    # vLLM makes its quant_config only after this.
-    yield model.quantization, f"quantised weights (--quantization {model.quantization})"
-    yield model.quantization_config, "quantised weights (--quantization-config)"
     yield vllm_config.aux_output_config.enabled, "routed experts (--enable-return-routed-experts)"
     yield vllm_config.kv_transfer_config, "a KV connector (--kv-transfer-config)"
     yield cache.kv_offloading_size, f"KV offloading (--kv-offloading-size {cache.kv_offloading_size})"
@@ -52,6 +49,21 @@ def _features(vllm_config: VllmConfig) -> Refusals:
     gib, group = offload.uva.cpu_offload_gb, offload.prefetch.offload_group_size
     yield gib, f"weights in CPU memory (--cpu-offload-gb {gib:g})"
     yield group, f"weights in CPU memory (--offload-group-size {group})"
+
+
+def quantized_weights(model: ModelConfig, supported: bool) -> Refusals:
+    """Yield what asks for quantised weights in vain. vLLM makes its quant_config only after this.
+
+    Args:
+        model: the engine's model configuration.
+        supported: whether weights may be quantised (:attr:`Family.quantized_weights`).
+    """
+    if supported:
+        alone = model.quantization_config and not model.quantization
+        yield alone, "--quantization-config without --quantization (vLLM would ignore it)"
+    else:
+        yield model.quantization, f"quantised weights (--quantization {model.quantization})"
+        yield model.quantization_config, "quantised weights (--quantization-config)"
 
 
 def _kv_cache(vllm_config: VllmConfig) -> Refusals:
@@ -127,3 +139,36 @@ def check_overrides(vllm_config: VllmConfig) -> None:
             type(model.hf_config)(**model.hf_config.to_dict())
         except ValueError as error:
             raise ValueError(f"--hf-overrides: {error}") from None
+
+
+CACHE_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")
+"""Fields of a quantisation config by which vLLM quantises keys and values unless it is told otherwise."""
+
+
+def check_quantized_cache(vllm_config: VllmConfig, family: str) -> None:
+    """Refuse a checkpoint that asks for quantised keys and values, unless the user asks for those of the model.
+
+    vLLM then ignores the checkpoint's scales of keys and values, and so does the plugin.
+
+    Args:
+        vllm_config: the engine's configuration.
+        family: plural name of the models.
+
+    Raises:
+        ValueError: the checkpoint asks for it, and ``--kv-cache-dtype`` does not name the model's dtype.
+    """
+    model = vllm_config.model_config
+    given = model.model_arch_config.quantization_config or {}
+    inner = given.get("quantization")
+    parts = [given, *([inner] if isinstance(inner, dict) else [])]
+    found = {name: part[name] for part in parts for name in CACHE_FIELDS if part.get(name)}
+    dtype = str(model.dtype).removeprefix("torch.")
+    if found and vllm_config.cache_config.cache_dtype != dtype:
+        (name, value), *_ = found.items()
+        # vLLM has no name for pages of float32.
+        fix = "--dtype bfloat16 --kv-cache-dtype bfloat16" if dtype == "float32" else f"--kv-cache-dtype {dtype}"
+        raise ValueError(
+            f"In vllm-fox, {family} do not support a quantised KV cache, and the quantisation config of "
+            f"{model.model} asks for one ({name} {value}): set {fix} to keep keys and values as the model "
+            "computes them."
+        )

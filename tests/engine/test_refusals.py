@@ -11,6 +11,7 @@ from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.platforms import current_platform
 
 from tests.support.checkpoints import make_checkpoint, save_sparse_gpt2
+from tests.support.evicting import VARIANTS, make_evicting
 from tests.support.startup import configure, refused
 from vllm_fox.refusals import unsupported_environment
 
@@ -32,6 +33,11 @@ def loose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_sparse_gpt2(tmp_path_factory.mktemp("sparse"), block_size=512)
+
+
+@pytest.fixture(scope="module")
+def evicting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_evicting(tmp_path_factory.mktemp("evicting"), VARIANTS["qwen3-borrowed"]).served
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -103,6 +109,25 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_options(fox: Path, what: str) -> None:
     sentence = f"In vllm-fox, Forgetting Transformers do not support {what}: leave it out."
     assert sentence in refused(fox, **REFUSED[what])
+
+
+QUANTISED = [name for name in REFUSED if name.startswith("quantised weights")]
+
+
+@pytest.mark.parametrize("what", QUANTISED)
+def test_quantised_weights_by_family(sparse: Path, evicting: Path, what: str) -> None:
+    """A family says whether vLLM's own linear layers have all of its weights that may be quantised."""
+    sentence = f"In vllm-fox, Sparse GPT-2 models do not support {what}: leave it out."
+    assert sentence in refused(sparse, **REFUSED[what])
+    if "quantization" in REFUSED[what]:
+        assert configure(evicting, **REFUSED[what]).quant_config is not None
+    else:
+        ignored = (
+            "do not support --quantization-config without --quantization (vLLM would ignore it): leave it out."
+        )
+        assert ignored in refused(evicting, **REFUSED[what])
+    both = REFUSED["quantised weights (--quantization-config)"] | {"quantization": "online"}
+    assert configure(evicting, **both).quant_config is not None
 
 
 REFUSED_VARIABLES = {

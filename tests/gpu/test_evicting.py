@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from benchmarks.engines import (
     manager,
     random_traffic,
 )
-from tests.support.evicting import THRESHOLD, VARIANTS, Made, make_evicting
+from tests.support.evicting import THRESHOLD, VARIANTS, Made, Variant, make_evicting
 from tests.support.reference_evicting import reference_logits
 
 pytestmark = [
@@ -76,3 +77,32 @@ def test_random_requests_are_answered_as_alone(llm: LLM) -> None:
     for (name, answer), out in zip(finished.items(), alone, strict=True):
         assert answer == list(out.outputs[0].token_ids), name
     print(f"{len(finished)} answers; {len(aborted)} requests aborted, preempted {preempted} times")
+
+
+def log_probabilities(model: Path, tokens: list[int], quantization: str | None) -> torch.Tensor:
+    """[T - 1] of a prompt's tokens, in bfloat16."""
+    graphs = {"cudagraph_capture_sizes": [1, 2, 4, 8]}
+    options = {"dtype": "bfloat16", "max_model_len": 2048, "compilation_config": graphs, **GPU_DEFAULTS}
+    with engine(model, quantization=quantization, **options) as llm:
+        (out,) = generate(llm, [tokens], greedy(1, prompt_logprobs=0))
+    found = [at[token].logprob for at, token in zip(out.prompt_logprobs[1:], tokens[1:], strict=True)]
+    return torch.tensor(found).double()
+
+
+@pytest.mark.parametrize("variant", [Variant("llama", "linear"), VARIANTS["mistral-mlp"]], ids=lambda one: one.base)
+def test_float8_weights_cost_no_more_than_in_the_dense_model(tmp_path: Path, variant: Variant) -> None:
+    """Quantised while they are loaded, in the model with a predictor beside it and in the same model without."""
+    made, tokens = make_evicting(tmp_path, variant), prompt(1500)
+    lost = []
+    for model in (made.published, made.served):
+        before, after = (log_probabilities(model, tokens, quantization) for quantization in (None, "fp8"))
+        assert not torch.equal(before, after)
+        lost.append(before - after)
+    dense, evicting = lost
+    # Rounding moves each token's log-probability up or down. The means of so many tokens differ by chance by about
+    # this much, and five times as much does not happen by chance.
+    chance = ((dense.var() + evicting.var()) / len(dense)).sqrt()
+    print(f"lost of the NLL: dense {dense.mean():.4f}, evicting {evicting.mean():.4f}; by chance {chance:.4f}")
+    assert evicting.mean() - dense.mean() < 5 * chance
+    # A token that is evicted because of rounding makes a difference that a dense model has not, but few are.
+    assert evicting.square().mean() < 2 * dense.square().mean()

@@ -7,7 +7,7 @@ checkpoints' tensors alone; it shares no code with the vLLM model or the convers
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,21 @@ def reference_logits(
     predictor: Path | None = None,
     threshold: float = 0.0,
     window: int = 0,
+    *,
+    evictions: torch.Tensor | None = None,
+    rounded: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Next-token logits of one sequence, and which tokens are evicted.
 
     Args:
         folder: a checkpoint with DMS as Model-Optimizer saves it, or one to go with the predictor.
         predictor, threshold, window: of KVzap.
+        evictions: [layers, KV heads, T] bool, which tokens to evict, if not those that the checkpoint decides.
+        rounded: what becomes of inputs [T, ...] of projections, if they are rounded.
 
     Returns:
-        [T, vocab] float64, and [layers, KV heads, T] bool: whether a token is evicted when it leaves its window.
+        [T, vocab] float64, and [layers, KV heads, T] bool: whether the checkpoint decides that a token is evicted
+        when it leaves its window.
     """
     given = json.loads((folder / "config.json").read_text())
     config: Any = AutoConfig.for_model(**given)
@@ -45,11 +51,12 @@ def reference_logits(
     heads, groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     borrowed = "dms_alpha_scale" in given and not given.get("dms_separate_alpha", False)
-    x, evictions = w["model.embed_tokens.weight"][ids], []
+    x, decisions = w["model.embed_tokens.weight"][ids], []
     for n in range(config.num_hidden_layers):
         layer = f"model.layers.{n}"
 
         def linear(name: str, y: torch.Tensor, layer: str = layer) -> torch.Tensor:
+            y = rounded(y) if name.endswith("_proj") else y
             return F.linear(y, w[f"{layer}.{name}.weight"], w.get(f"{layer}.{name}.bias"))
 
         def norm(name: str, y: torch.Tensor, layer: str = layer) -> torch.Tensor:
@@ -82,7 +89,8 @@ def reference_logits(
             evicted = torch.cat([decided[1:], torch.zeros(1, heads, dtype=torch.bool)]).T
             if given.get("dms_disable_eviction"):
                 evicted = torch.zeros_like(evicted)
-        evictions.append(evicted)
+        decisions.append(evicted)
+        evicted = evicted if evictions is None else evictions[n]
         q = _without_neuron(q, first, borrowed)
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
         q = _without_neuron(q, first, borrowed)
@@ -96,7 +104,7 @@ def reference_logits(
         x = x + linear("mlp.down_proj", F.silu(linear("mlp.gate_proj", y)) * linear("mlp.up_proj", y))
     x = F.rms_norm(x, x.shape[-1:], w["model.norm.weight"], config.rms_norm_eps)
     head = w["model.embed_tokens.weight"] if config.tie_word_embeddings else w["lm_head.weight"]
-    return x @ head.T, torch.stack(evictions)
+    return x @ head.T, torch.stack(decisions)
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -49,6 +49,7 @@ EVICTING = Family(
     # A request holds up to three pages per stream beyond its live tokens.
     page_size=32,
     float8_pages=True,
+    quantized_weights=True,
     refusals=_refusals,
     lookalikes=dict.fromkeys(
         (f"{name}{kind}" for name in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("ForCausalLM", "Model")),

@@ -39,9 +39,11 @@ LEFT_BEHIND = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".py"
 """Endings of files that are not copied as they are: weights, and code, of which none is needed."""
 TEXT_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") + (
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
-    "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config",
+    "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 """Fields that mean the same in all bases and here."""
+UNQUANTISED = ("F16", "BF16", "F32", "F64")
+"""Dtypes of safetensors in which a model is that is not quantised."""
 
 
 def convert(
@@ -50,6 +52,7 @@ def convert(
     predictor: Path | None = None,
     threshold: float | None = None,
     window: int | None = None,
+    original: Path | None = None,
 ) -> Iterator[str]:
     """Write ``out``, and yield sentences about what has been done.
 
@@ -59,6 +62,7 @@ def convert(
         predictor: folder of a KVzap predictor.
         threshold: of its scores: a token with a lower one is evicted.
         window: W, tokens for which an evicted one stays; :data:`KVZAP_WINDOW` unless given.
+        original: folder of the model beside which the predictor was trained. A quantised source needs it.
 
     Raises:
         ValueError: the checkpoint is none that evicts tokens, or not one that can be served. The message says why.
@@ -81,6 +85,8 @@ def convert(
     if predictor is None:
         if threshold is not None or window is not None:
             raise ValueError("A checkpoint with DMS says its window itself: leave --threshold and --window out.")
+        if original is not None:
+            raise ValueError("A checkpoint with DMS was trained as it is: leave --original out.")
         eviction = _dms(source, given, base, files)
     else:
         if threshold is None or not math.isfinite(threshold):
@@ -88,6 +94,7 @@ def convert(
                 f"--threshold is {threshold}: a predictor needs a number. Its authors use -4 and others."
             )
         eviction, extra = _kvzap(predictor, base)
+        _check_norms(source, files, original, base.num_hidden_layers)
         eviction |= {"threshold": threshold, "window": KVZAP_WINDOW if window is None else window}
     config = _config(given, base, eviction)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +108,8 @@ def convert(
     yield f"{out} is a {given['model_type']} that evicts tokens: {_described(eviction)}."
     yield f"Weights: {sum(len(names) for _, names in files)} tensors copied, {len(extra)} of the predictor added."
     yield f"Other files copied: {', '.join(copied) or 'none'}."
+    if "quantization_config" in config:
+        yield "Its weights are quantised, and stay as they are."
     yield f"Serve it with: vllm serve {out}"
 
 
@@ -179,6 +188,17 @@ def _dms(
     value = {name: given.get(name, default) for name, default in DMS_DEFAULTS.items()}
     found = {name for _, names in files for name in names if ".dms_" in name}
     separate = value["dms_separate_alpha"]
+    if separate and (_quantization(given) or {}).get("transform_config"):
+        raise ValueError(
+            f"{source / 'config.json'}: transform_config may rotate the residual stream, from which the adapter "
+            "decides: quantise the checkpoint without transforms."
+        )
+    scaled = sorted(name for name in found if not name.endswith(("dms_proj_alpha.weight", "_norm.weight", ".bias")))
+    if scaled:
+        raise ValueError(
+            f"{source}: {scaled[0]} belongs to a quantised adapter, which is not supported: quantise the "
+            "checkpoint again and leave the layers named dms_proj_alpha out (ignore, modules_to_not_convert)."
+        )
     expected = set()
     for layer in range(base.num_hidden_layers) if separate else ():
         prefix = f"model.layers.{layer}.self_attn.dms_proj_alpha"
@@ -251,6 +271,57 @@ def _kvzap(predictor: Path, base: PretrainedConfig) -> tuple[dict[str, Any], dic
     return eviction, tensors
 
 
+def _quantization(given: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantisation config in a config.json; older versions of compressed-tensors have another name for it."""
+    return given.get("quantization_config") or given.get("compression_config")
+
+
+def _check_norms(source: Path, files: list[tuple[Path, list[str]]], original: Path | None, layers: int) -> None:
+    """Check that a predictor reads in the source what it was trained to read.
+
+    Its input is the output of a layer's first norm. AWQ and SmoothQuant move factors from there into the
+    projections, and rotations change the residual stream and leave norms without weights, so that the model
+    computes the same and the predictor would not. Nothing but the norms shows it.
+    """
+    if original is None:
+        for path, _ in files:
+            for name, dtype in _dtypes(path).items():
+                if dtype not in UNQUANTISED:
+                    raise ValueError(
+                        f"{source} is quantised ({name} is {dtype}), and many ways to quantise change what a "
+                        "predictor reads: name the folder of the model beside which it was trained by --original, "
+                        "so that the norms can be compared."
+                    )
+        return
+    wanted = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(layers)]
+    found, before = _tensors(files, wanted), _tensors(_weight_files(original), wanted)
+    for name in wanted:
+        for folder, tensors in ((source, found), (original, before)):
+            if name not in tensors:
+                raise ValueError(f"{folder}: {name} is missing.")
+        if not torch.equal(found[name], before[name].to(found[name].dtype)):
+            raise ValueError(
+                f"{source}: {name} is not that of {original}, so the predictor would not read what it was trained "
+                "to read: quantise without AWQ, SmoothQuant and rotations, or convert the original and serve it "
+                "with --quantization fp8."
+            )
+
+
+def _dtypes(path: Path) -> dict[str, str]:
+    """Names and dtypes of a file's tensors, which are not read."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+
+
+def _tensors(files: list[tuple[Path, list[str]]], wanted: list[str]) -> dict[str, torch.Tensor]:
+    """Those of the wanted tensors that the files have."""
+    found: dict[str, torch.Tensor] = {}
+    for path, names in files:
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in names if name in wanted}
+    return found
+
+
 def _config(given: dict[str, Any], base: PretrainedConfig, eviction: dict[str, Any]) -> dict[str, Any]:
     """The config.json to write."""
     kind = given["model_type"]
@@ -266,6 +337,9 @@ def _config(given: dict[str, Any], base: PretrainedConfig, eviction: dict[str, A
         "base_model_type": kind,
         "eviction": eviction,
     }
+    quantization = _quantization(given)
+    if quantization:
+        values["quantization_config"] = quantization
     EvictingDecoderConfig(**values)
     dtype = given.get("dtype") or given.get("torch_dtype")
     return {

@@ -27,6 +27,8 @@ from .layer import EvictingAttention
 
 DECISION_TENSORS = (".self_attn.dms_proj_alpha", ".self_attn.kvzap.")
 """How the names of the tensors that decide begin, after the layer's."""
+DECISIONS = ".self_attn.decisions."
+"""Where they are in this model."""
 
 
 class EvictingSelfAttention(nn.Module):
@@ -135,14 +137,30 @@ class EvictingDecoderForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=EvictingDecoderLayer)
+        # Dummy weights are there from the start, for a trainer to replace them part by part.
+        self.has_weights = vllm_config.load_config.load_format == "dummy"
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint, or a part of one later."""
-        return super().load_weights((_name_here(name), tensor) for name, tensor in weights)
+        """Load a checkpoint, or a part of one later.
+
+        Raises:
+            ValueError: a checkpoint lacks tensors that decide. vLLM looks for missing tensors only where no weights
+                are quantised.
+        """
+        loaded = super().load_weights((_name_here(name), tensor) for name, tensor in weights)
+        if not self.has_weights:
+            missing = sorted({name for name, _ in self.named_parameters() if DECISIONS in name} - loaded)
+            if missing:
+                raise ValueError(
+                    f"The checkpoint lacks {missing[0].replace(DECISIONS, '.self_attn.')}, which decides what is "
+                    f"evicted, and {len(missing) - 1} more such: convert it again."
+                )
+            self.has_weights = True
+        return loaded
 
 
 def _name_here(name: str) -> str:
     """The name of a checkpoint's tensor in this model."""
     if any(part in name for part in DECISION_TENSORS):
-        return name.replace(".self_attn.", ".self_attn.decisions.")
+        return name.replace(".self_attn.", DECISIONS)
     return name

@@ -1,0 +1,168 @@
+"""Quantised copies of checkpoints that evict tokens, made by the formulas of the published formats alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+GROUP = 32
+"""Inputs of a row that share a scale."""
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+"""Which of eight outputs stands where in a number of AWQ, from the lowest bits on."""
+PROJECTIONS = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _grouped(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers -8 to 7 [N, K] and scales [N, K / GROUP] whose product is about the weight [N, K]."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    scale = (groups.abs().amax(-1) / 7).to(dtype)
+    return (groups / scale.float()[..., None]).round().clamp(-8, 7).int().flatten(1), scale
+
+
+def _packed(values: torch.Tensor) -> torch.Tensor:
+    """Eight numbers 0 to 15 of the last dimension in one int32, the first in the lowest bits."""
+    shifts = torch.arange(0, 32, 4)
+    return (values.long().unflatten(-1, (-1, 8)) << shifts).sum(-1).to(torch.uint32).view(torch.int32)
+
+
+def _gptq(weight: torch.Tensor, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:
+    values, scale = _grouped(weight, dtype)
+    stored = {
+        "qweight": _packed(values + 8).T.contiguous(),
+        # One less than the zero 8 of a symmetric code.
+        "qzeros": _packed(torch.full_like(scale.T, 7)),
+        "scales": scale.T.contiguous(),
+        "g_idx": (torch.arange(weight.shape[1]) // GROUP).int(),
+    }
+    return stored, values * scale.double().repeat_interleave(GROUP, 1)
+
+
+def _awq(weight: torch.Tensor, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:
+    groups = weight.unflatten(1, (-1, GROUP))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale = ((high - low) / 15).to(dtype)
+    zero = (-low / scale.float()).round().clamp(0, 15)
+    values = ((groups / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15)
+
+    def in_order(x: torch.Tensor) -> torch.Tensor:
+        return _packed(x.T.unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1))
+
+    stored = {
+        "qweight": in_order(values.flatten(1)),
+        "qzeros": in_order(zero),
+        "scales": scale.T.contiguous(),
+    }
+    return stored, ((values - zero[..., None]) * scale.double()[..., None]).flatten(1)
+
+
+def _packed_int4(weight: torch.Tensor, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:
+    values, scale = _grouped(weight, dtype)
+    stored = {
+        "weight_packed": _packed(values + 8),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    return stored, values * scale.double().repeat_interleave(GROUP, 1)
+
+
+def _int8(weight: torch.Tensor, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:
+    scale = (weight.abs().amax(1, keepdim=True) / 127).to(dtype)
+    values = (weight / scale.float()).round().clamp(-128, 127).to(torch.int8)
+    return {"weight": values, "weight_scale": scale}, values * scale.double()
+
+
+def _float8(weight: torch.Tensor, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:
+    # vLLM quantises what it has rounded to the model's dtype.
+    weight = weight.to(dtype).float()
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    values = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": values, "weight_scale": scale}, values.double() * scale.double()
+
+
+def _compressed_tensors(format: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    group = {
+        "targets": ["Linear"],
+        "weights": {"type": "int", "symmetric": True, "dynamic": False, **weights},
+        "input_activations": inputs,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }
+
+
+METHODS: dict[str, tuple[Callable[[torch.Tensor, torch.dtype], tuple[Tensors, torch.Tensor]], dict[str, Any]]] = {
+    "gptq": (
+        _gptq,
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "lm_head": False},
+    ),
+    "awq": (
+        _awq,
+        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    ),
+    "int4": (
+        _packed_int4,
+        _compressed_tensors("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None),
+    ),
+    "int8": (
+        _int8,
+        _compressed_tensors(
+            "int-quantized",
+            {"num_bits": 8, "strategy": "channel"},
+            {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+        ),
+    ),
+    "float8": (
+        _float8,
+        _compressed_tensors(
+            "float-quantized",
+            {"num_bits": 8, "type": "float", "strategy": "channel"},
+            {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
+        ),
+    ),
+}
+"""How a method stores a weight [N, K] with scales of a dtype and what that then is in float64; and its config.
+
+The last three are formats of compressed-tensors: "int8" and "float8" round a layer's inputs too, token by token."""
+
+
+def quantise(folder: Path, method: str, dtype: torch.dtype) -> tuple[Path, Path]:
+    """Write a checkpoint with quantised projections beside ``folder``, and one with the same weights in float64.
+
+    Args:
+        folder: a checkpoint in one file.
+        method: one of :data:`METHODS`.
+        dtype: of scales and of all that is not quantised, in both.
+    """
+    store, config = METHODS[method]
+    quantised, plain = (
+        folder.with_name(f"{folder.name}-{method}"),
+        folder.with_name(f"{folder.name}-{method}-plain"),
+    )
+    tensors: Tensors = {}
+    weights: Tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if PROJECTIONS.fullmatch(name):
+            stored, weights[name] = store(tensor.float(), dtype)
+            tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in stored.items()}
+        else:
+            tensors[name] = tensor.to(dtype)
+            weights[name] = tensors[name].double()
+    for out, kept, added in ((quantised, tensors, {"quantization_config": config}), (plain, weights, {})):
+        shutil.copytree(folder, out)
+        save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+        given = json.loads((out / "config.json").read_text()) | added | {"dtype": str(dtype).removeprefix("torch.")}
+        (out / "config.json").write_text(json.dumps(given))
+    return quantised, plain
