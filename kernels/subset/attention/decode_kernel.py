@@ -1,8 +1,8 @@
 """Decode over pages of single KV heads in Triton: equal shares of all pages for all programs, then one reduction.
 
 Programs read the ends of a page's tokens first, and then K and V of those that are seen. Compaction keeps nearly
-all places of nearly all pages full, so there is little to leave out. What the loads of a block depend on is looked up
-a block ahead, so that several blocks are on their way at a time.
+all places of nearly all pages full, so there is little to leave out. What the loads of a block depend on is looked
+up a block ahead, so that several blocks are on their way at a time.
 """
 
 from __future__ import annotations
