@@ -28,6 +28,8 @@ LONGEST = (
     "examples/test_ray.py",
     "engine/test_serving.py",
     "engine/test_switches.py",
+    "examples/test_retrofit.py",
+    "families/evicting/test_serving.py",
     "examples/test_train_fox.py",
     "engine/test_data_parallel.py",
     "families/sparse_gpt2/test_serving.py",

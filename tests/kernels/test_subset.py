@@ -236,7 +236,7 @@ def chunks_then_decode(layers: Layers, tolerance: float = EXACT) -> None:
 @pytest.mark.parametrize("bias", [(2.0, 2.5), (-9.0, 2.0), (9.0, 1.0)])
 def test_chunks_then_decode(bias: tuple[float, float], page_size: int, propagate: bool) -> None:
     """Any split into steps gives the formula's output, in no more pages than live tokens ask for."""
-    if INTERPRETED and page_size == 64:
+    if INTERPRETED and (page_size == 64 or (bias != (2.0, 2.5) and not propagate)):
         pytest.skip("left out of the interpreter's run to save time")
     layers = Layers(bias, page_size=page_size, propagate=propagate)
     chunks_then_decode(layers)
