@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +99,29 @@ def test_shards_and_code(dms: Made, tmp_path: Path) -> None:
     [
         ({"model_type": "gemma"}, "model_type is 'gemma': it must be one of llama, mistral, qwen2, qwen3"),
         ({"dms_window": 4}, r"dms_window \(value 4\) is unknown"),
-        ({"dms_window_size": 0}, "eviction.window is 0: it must be an integer from 1 on"),
-        ({"dms_alpha_per": "token"}, "eviction.decides is 'token': it must be 'head' or 'layer'"),
+        ({"dms_window_size": 0}, "dms_window_size is 0: it must be an integer from 1 on"),
+        ({"dms_window_size": "512"}, "dms_window_size is '512': it must be an integer from 1 on"),
+        ({"dms_alpha_scale": "100"}, "dms_alpha_scale is '100': it must be a number"),
+        ({"dms_initial_alpha_offset": [5]}, r"dms_initial_alpha_offset is \[5\]: it must be a number"),
+        ({"dms_initial_alpha_offset": float("nan")}, "dms_initial_alpha_offset is nan: it must be a number"),
+        ({"dms_separate_alpha": "true"}, "dms_separate_alpha is 'true': it must be true or false"),
+        ({"dms_disable_eviction": 1}, "dms_disable_eviction is 1: it must be true or false"),
+        ({"dms_alpha_per": "token"}, "dms_alpha_per is 'token': it must be 'head' or 'layer'"),
         (
             {"dms_separate_alpha": False},
             "dms_separate_alpha is False, .* unexpected model.layers.0",
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' is supported"),
         ({"num_hidden_layers": 3}, "missing model.layers.2.self_attn.dms_proj_alpha.bias"),
+        ({"num_key_value_heads": 4}, r"dms_proj_alpha.bias is \[2\]: by config.json it must be \[4\]"),
+        ({"intermediate_size": 64}, r"down_proj.weight is of another shape, \[64, 96\] and not \[64, 64\] \(and"),
+        ({"tie_word_embeddings": False}, "lm_head.weight is missing: the weights are not those of the llama"),
+        ({"hidden_size": "64"}, "config.json: Validation error for field 'hidden_size': TypeError: "),
+        (
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}},
+            "rope_type is 'spiral': it must be one of",
+        ),
+        ({"layer_types": ["chunked_attention"] * 2}, "layer_types has 'chunked_attention': only 'full_attention'"),
     ],
 )
 def test_refused_configs(dms: Made, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -122,9 +139,11 @@ def test_refused_arguments(dms: Made, kvzap: Made, tmp_path: Path) -> None:
         (dms.published, {"threshold": -4.0}, "leave --threshold and --window out"),
         (kvzap.published, {}, "nothing says what is evicted: give a KVzap predictor"),
         (kvzap.published, {"predictor": predictor}, "--threshold is None"),
-        (kvzap.published, {"predictor": predictor, "threshold": -4.0, "window": 0}, "eviction.window is 0"),
+        (kvzap.published, {"predictor": predictor, "threshold": -4.0, "window": 0}, "--window is 0"),
         (kvzap.published, {"predictor": kvzap.published, "threshold": -4.0}, "model_type is 'qwen2'"),
         (tmp_path, {}, "config.json is missing"),
+        (Path("nvidia/Qwen3-8B-DMS-8x"), {}, "is no folder: download the checkpoint"),
+        (kvzap.published, {"predictor": tmp_path / "none", "threshold": -4.0}, "none is no folder: download"),
     ]:
         with pytest.raises(ValueError, match=message):
             list(convert(source, out, **options))
@@ -137,6 +156,103 @@ def test_sliding_windows_are_refused(tmp_path: Path, dms: Made) -> None:
     folder = changed(dms, tmp_path, model_type="mistral", sliding_window=4096, dms_separate_alpha=None)
     with pytest.raises(ValueError, match="sliding_window is 4096: layers with a sliding window are not supported"):
         list(convert(folder, tmp_path / "out"))
+    folder = changed(dms, tmp_path / "2", model_type="mistral", sliding_window=None, dms_separate_alpha=None)
+    with pytest.raises(ValueError, match=r"is 4096, its value where it is left out \(null means none\)"):
+        list(convert(folder, tmp_path / "out"))
+
+
+def test_published_configs(kvzap: Made, tmp_path: Path) -> None:
+    """Real configs say that a sliding window is not used; and RoPE in the form of transformers 4."""
+    assert kvzap.predictor is not None
+    options = {"predictor": kvzap.predictor, "threshold": 0.0}
+    unused = {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28, "layer_types": None}
+    for number, (scaling, wanted) in enumerate(
+        [
+            (None, {"rope_type": "default"}),
+            ({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+            (
+                {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+                {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+            ),
+        ]
+    ):
+        fields = {"rope_theta": 1e6, "rope_scaling": scaling, "rope_parameters": None, "architectures": None}
+        folder, out = changed(kvzap, tmp_path / str(number), **unused, **fields), tmp_path / f"out-{number}"
+        list(convert(folder, out, **options))
+        found = AutoConfig.from_pretrained(out).rope_parameters
+        assert wanted.items() <= found.items() and found["rope_theta"] == 1e6
+
+
+def without_one(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.o_proj.weight"]
+    save_file(weights, folder / "model.safetensors")
+
+
+def with_one_more(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"score.weight": torch.ones(2, 64)}, folder / "model.safetensors")
+
+
+def index(content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(content)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without_one, "model.layers.1.self_attn.o_proj.weight is missing: the weights are not those of the llama"),
+        (with_one_more, "score.weight is unknown"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing: download it"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "model.bin"),
+            "model.safetensors is missing, and model.bin is not read: save the model as safetensors",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"),
+            "model-00001-of-00001.safetensors is there, but no model.safetensors.index.json that names it",
+        ),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 64), "is damaged, download it again"),
+        (index("{}"), "weight_map is None: it must say for every tensor"),
+        (index('{"weight_map": {"a": 1}}'), "a is in 1: it must be the name of a file beside it"),
+        (index('{"weight_map": {"a": "../b.safetensors"}}'), "it must be the name of a file beside it"),
+        (index('{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors is missing: download it"),
+    ],
+)
+def test_refused_weights(dms: Made, tmp_path: Path, change: Callable[[Path], object], message: str) -> None:
+    folder = changed(dms, tmp_path)
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        list(convert(folder, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["changed"]
+
+
+def test_weights_that_older_checkpoints_have(dms: Made, tmp_path: Path) -> None:
+    """Numbers that follow from the config, and a head that is tied to the embedding."""
+    folder = changed(dms, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, folder / "model.safetensors")
+    list(convert(folder, tmp_path / "out"))
+    assert tensors(tmp_path / "out").keys() == weights.keys()
+
+
+def test_nothing_is_left_of_what_could_not_be_written(
+    dms: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"file/out could not be written, .*: File exists \\({tmp_path}/file\\)"):
+        list(convert(dms.published, tmp_path / "file" / "out"))
+
+    def full(source: Path, target: Path) -> None:
+        target.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="out could not be written, and nothing is left of it: No space left"):
+        list(convert(dms.published, tmp_path / "new" / "parents" / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +267,7 @@ def test_sliding_windows_are_refused(tmp_path: Path, dms: Made) -> None:
             "eviction.scale is 2: kvzap has none",
         ),
         ({"method": "kvzap", "window": 4, "shift": True, "threshold": 1}, "eviction.shift is True"),
+        ({"method": "kvzap", "window": 4, "shift": 0, "threshold": float("nan")}, "eviction.threshold is nan"),
         ({"method": "kvzap", "window": 4, "shift": 0, "threshold": 1, "sinks": 4}, "eviction.sinks is unknown"),
         (
             {"method": "dms_adapter", "window": 4, "shift": 1, "scale": 1, "offset": 0, "prefill": "dense"},

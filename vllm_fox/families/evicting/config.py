@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -74,7 +75,7 @@ class Eviction:
             _integer("hidden_dim", self.hidden_dim, 1)
         for name, of_kvzap in {"scale": False, "offset": False, "threshold": True}.items():
             value = getattr(self, name)
-            if of_kvzap == kvzap and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if of_kvzap == kvzap and not is_number(value):
                 raise ValueError(f"eviction.{name} is {value!r}: {self.method} needs a number.")
             if of_kvzap != kvzap and value is not None:
                 raise ValueError(f"eviction.{name} is {value!r}: {self.method} has none, leave it out.")
@@ -82,6 +83,11 @@ class Eviction:
             raise ValueError(f"eviction.hidden_dim is {self.hidden_dim!r}: {self.method} has none, leave it out.")
         if self.bias and self.method != "dms_adapter":
             raise ValueError(f"eviction.bias is true: {self.method} has none, leave it out.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a config.json is a number: no bool, infinite or NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

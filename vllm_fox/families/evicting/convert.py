@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
-from .config import EvictingDecoderConfig
+from .config import EvictingDecoderConfig, is_number
 
 BASES = ("llama", "mistral", "qwen2", "qwen3")
 KVZAP_WINDOW = 128
@@ -30,11 +30,25 @@ DMS_DEFAULTS: dict[str, Any] = {
 }
 """Fields that say what a checkpoint with DMS computes, and their values where they are left out, as in
 Model-Optimizer."""
+DMS_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dms_alpha_scale": (is_number, "a number"),
+    "dms_initial_alpha_offset": (is_number, "a number"),
+    "dms_window_size": (lambda value: type(value) is int and value >= 1, "an integer from 1 on"),
+    "dms_separate_alpha": (lambda value: isinstance(value, bool), "true or false"),
+    "dms_alpha_per": (lambda value: value in ("head", "layer"), "'head' or 'layer'"),
+    "dms_disable_eviction": (lambda value: isinstance(value, bool), "true or false"),
+}
+"""What they may be: a test, and its description."""
 DMS_OTHER = frozenset(
     ["dms_chunked_prefill", "dms_compile_limit", "dms_cr", "dms_manual_inference_mode", "dms_tau"]
     + ["dms_paged_attention_block_size", "dms_preallocate_for_tokens"]
 )
 """Fields of Model-Optimizer that say how it computes, or how the checkpoint was trained."""
+ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
+NO_WEIGHTS = (".rotary_emb.",)
+"""Parts of names of tensors that older checkpoints have, and that follow from the config."""
+Shapes = dict[str, list[int]]
+"""Names of tensors and their shapes."""
 LEFT_BEHIND = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".py", ".safetensors")
 """Endings of files that are not copied as they are: weights, and code, of which none is needed."""
 TEXT_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") + (
@@ -68,7 +82,7 @@ def convert(
         ValueError: the checkpoint is none that evicts tokens, or not one that can be served. The message says why.
         OSError: a file cannot be read or written.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists: name a folder that does not.")
     given = _json_of(source, "config.json")
     base = _base_of(source, given)
@@ -88,25 +102,42 @@ def convert(
         if original is not None:
             raise ValueError("A checkpoint with DMS was trained as it is: leave --original out.")
         eviction = _dms(source, given, base, files)
+        _check_tensors(source, given, base, files, ignored=(*NO_WEIGHTS, ".dms_"))
     else:
-        if threshold is None or not math.isfinite(threshold):
+        if not is_number(threshold):
             raise ValueError(
                 f"--threshold is {threshold}: a predictor needs a number. Its authors use -4 and others."
             )
+        if window is not None and window < 1:
+            raise ValueError(f"--window is {window}: it must be an integer from 1 on.")
+        _check_tensors(source, given, base, files, ignored=NO_WEIGHTS)
         eviction, extra = _kvzap(predictor, base)
         _check_norms(source, files, original, base.num_hidden_layers)
         eviction |= {"threshold": threshold, "window": KVZAP_WINDOW if window is None else window}
     config = _config(given, base, eviction)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        made = Path(folder, out.name)
-        made.mkdir()
-        _write_weights(made, files, extra)
-        copied = copy_others(source, made)
-        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        made.rename(out)
+    new_parents = [folder for folder in out.parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+            made = Path(folder, out.name)
+            made.mkdir()
+            _write_weights(made, files, extra)
+            copied = copy_others(source, made)
+            (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            made.rename(out)
+    except (OSError, SafetensorError) as error:
+        for parent in new_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        what = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            what = f"{error.strerror} ({error.filename2 or error.filename})"
+        raise OSError(
+            f"{out} could not be written, and nothing is left of it: {what}. Name a folder in another place, or "
+            "change that."
+        ) from None
     yield f"{out} is a {given['model_type']} that evicts tokens: {_described(eviction)}."
-    yield f"Weights: {sum(len(names) for _, names in files)} tensors copied, {len(extra)} of the predictor added."
+    yield f"Weights: {sum(len(shapes) for _, shapes in files)} tensors copied, {len(extra)} of the predictor added."
     yield f"Other files copied: {', '.join(copied) or 'none'}."
     if "quantization_config" in config:
         yield "Its weights are quantised, and stay as they are."
@@ -140,43 +171,132 @@ def _base_of(source: Path, given: dict[str, Any]) -> PretrainedConfig:
     try:
         base = AutoConfig.for_model(**known)
     except Exception as error:  # whatever transformers and its checks say to a value
-        raise ValueError(f"{source / 'config.json'}: {error}") from None
+        raise ValueError(f"{source / 'config.json'}: {' '.join(str(error).split())}") from None
+    others = set(getattr(base, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if others:
+        raise ValueError(
+            f"{source / 'config.json'}: layer_types has {min(others)!r}: only 'full_attention' is supported."
+        )
     sliding = "sliding_attention" in (getattr(base, "layer_types", None) or [])
     if kind == "mistral":
         sliding = base.sliding_window is not None
     if sliding:
+        default = "" if "sliding_window" in given else ", its value where it is left out (null means none)"
         raise ValueError(
-            f"{source / 'config.json'}: sliding_window is {base.sliding_window}: layers with a sliding window are "
-            "not supported."
+            f"{source / 'config.json'}: sliding_window is {base.sliding_window}{default}: layers with a sliding "
+            "window are not supported."
+        )
+    rope = (base.rope_parameters or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise ValueError(
+            f"{source / 'config.json'}: rope_type is {rope!r}: it must be one of {', '.join(ROPE_TYPES)}."
         )
     if base.hidden_act != "silu":
         raise ValueError(f"{source / 'config.json'}: hidden_act is {base.hidden_act!r}: only 'silu' is supported.")
     return base
 
 
-def _weight_files(source: Path) -> list[tuple[Path, list[str]]]:
-    """The checkpoint's safetensors files and the names of their tensors."""
+def _weight_files(source: Path) -> list[tuple[Path, Shapes]]:
+    """The checkpoint's safetensors files with their tensors."""
     index = source / "model.safetensors.index.json"
-    if index.exists():
-        paths = sorted({source / name for name in _json_of(source, index.name)["weight_map"].values()})
-    else:
-        paths = [source / "model.safetensors"]
-    return [(path, list(_shapes(path))) for path in paths]
+    if not index.exists():
+        return [(source / "model.safetensors", _shapes(source / "model.safetensors"))]
+    where = _json_of(source, index.name).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index}: weight_map is {where!r}: it must say for every tensor in which file it is.")
+    for tensor, name in where.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index}: {tensor} is in {name!r}: it must be the name of a file beside it.")
+    return [(source / name, _shapes(source / name)) for name in sorted(set(where.values()))]
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
-    """Names and shapes of a file's tensors, which are not read."""
+def _shapes(path: Path) -> Shapes:
+    """A file's tensors, which are not read."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing.")
+        raise ValueError(f"{path} is missing{_instead(path)}.")
+    path.open("rb").close()  # safetensors says of a file that may not be read that it does not exist
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from None
+        raise ValueError(f"{path} is damaged, download it again: {error}.") from None
+
+
+def _instead(missing: Path) -> str:
+    """What to do about a file of weights that is missing."""
+    beside = sorted(path.name for path in missing.parent.iterdir())
+    if missing.name == "model.safetensors":
+        for name in beside:
+            if name.endswith(".safetensors"):
+                return f": {name} is there, but no model.safetensors.index.json that names it: download that, too"
+        for name in beside:
+            if name.endswith((".bin", ".gguf", ".pt", ".pth")):
+                return f", and {name} is not read: save the model as safetensors, as transformers does"
+    return ": download it"
+
+
+def _check_tensors(
+    source: Path,
+    given: dict[str, Any],
+    base: PretrainedConfig,
+    files: list[tuple[Path, Shapes]],
+    ignored: tuple[str, ...],
+) -> None:
+    """Refuse weights that are not those of the config. Of quantised ones only what is never quantised is checked.
+
+    Args:
+        ignored: parts of names that are not looked at.
+    """
+    kind = given["model_type"]
+    heads, kv_heads, hidden = base.num_attention_heads, base.num_key_value_heads, base.hidden_size
+    dim, inner = _head_dim(base), base.intermediate_size
+    # Outputs and inputs of each layer's linear maps, and whether they have a bias.
+    attention_bias, mlp_bias = bool(getattr(base, "attention_bias", False)), bool(getattr(base, "mlp_bias", False))
+    linear = {
+        "self_attn.q_proj": (heads * dim, hidden, attention_bias or kind == "qwen2"),
+        "self_attn.k_proj": (kv_heads * dim, hidden, attention_bias or kind == "qwen2"),
+        "self_attn.v_proj": (kv_heads * dim, hidden, attention_bias or kind == "qwen2"),
+        "self_attn.o_proj": (hidden, heads * dim, attention_bias),
+        "mlp.gate_proj": (inner, hidden, mlp_bias),
+        "mlp.up_proj": (inner, hidden, mlp_bias),
+        "mlp.down_proj": (hidden, inner, mlp_bias),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if kind == "qwen3":
+        norms |= {"self_attn.q_norm": dim, "self_attn.k_norm": dim}
+    expected = {"model.embed_tokens.weight": [base.vocab_size, hidden], "model.norm.weight": [hidden]}
+    if not base.tie_word_embeddings:
+        expected["lm_head.weight"] = [base.vocab_size, hidden]
+    for layer in range(base.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        expected |= {f"{prefix}{name}.weight": [size] for name, size in norms.items()}
+        for name, (rows, columns, bias) in linear.items():
+            expected[f"{prefix}{name}.weight"] = [rows, columns]
+            expected |= {f"{prefix}{name}.bias": [rows]} if bias else {}
+    found = {name: shape for _, shapes in files for name, shape in shapes.items()}
+    found = {name: shape for name, shape in found.items() if not any(part in name for part in ignored)}
+    if base.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    if _quantization(given):
+        expected = {name: shape for name, shape in expected.items() if "norm" in name}
+        found = {name: shape for name, shape in found.items() if name in expected}
+    for names, what in (
+        (expected.keys() - found.keys(), "is missing"),
+        (found.keys() - expected.keys(), "is unknown"),
+        ({name for name in found if found[name] != expected.get(name)}, "is of another shape"),
+    ):
+        if names:
+            first = min(names)
+            shapes = f", {found[first]} and not {expected[first]}" if what == "is of another shape" else ""
+            more = f" (and so are {len(names) - 1} more tensors)" if len(names) > 1 else ""
+            raise ValueError(
+                f"{source}: {first} {what}{shapes}{more}: the weights are not those of the {kind} that config.json "
+                "describes, or not all of them."
+            )
 
 
 def _dms(
-    source: Path, given: dict[str, Any], base: PretrainedConfig, files: list[tuple[Path, list[str]]]
+    source: Path, given: dict[str, Any], base: PretrainedConfig, files: list[tuple[Path, Shapes]]
 ) -> dict[str, Any]:
     """The eviction of a checkpoint with Dynamic Memory Sparsification."""
     for name in given:
@@ -186,8 +306,12 @@ def _dms(
                 "otherwise than is known here."
             )
     value = {name: given.get(name, default) for name, default in DMS_DEFAULTS.items()}
-    found = {name for _, names in files for name in names if ".dms_" in name}
-    separate = value["dms_separate_alpha"]
+    for name, (fits, wanted) in DMS_VALUES.items():
+        if not fits(value[name]):
+            raise ValueError(f"{source / 'config.json'}: {name} is {value[name]!r}: it must be {wanted}.")
+    found = {name: shape for _, shapes in files for name, shape in shapes.items() if ".dms_" in name}
+    separate, heads = value["dms_separate_alpha"], base.num_key_value_heads
+    bias = bool(getattr(base, "attention_bias", False))
     if separate and (_quantization(given) or {}).get("transform_config"):
         raise ValueError(
             f"{source / 'config.json'}: transform_config may rotate the residual stream, from which the adapter "
@@ -199,24 +323,27 @@ def _dms(
             f"{source}: {scaled[0]} belongs to a quantised adapter, which is not supported: quantise the "
             "checkpoint again and leave the layers named dms_proj_alpha out (ignore, modules_to_not_convert)."
         )
-    expected = set()
+    expected: Shapes = {}
     for layer in range(base.num_hidden_layers) if separate else ():
         prefix = f"model.layers.{layer}.self_attn.dms_proj_alpha"
-        expected |= {f"{prefix}.weight", f"{prefix}_norm.weight"}
-        expected |= {f"{prefix}.bias"} if base.attention_bias else set()
-    if found != expected:
-        wrong = sorted(found ^ expected)
+        expected |= {f"{prefix}.weight": [heads, base.hidden_size], f"{prefix}_norm.weight": [base.hidden_size]}
+        expected |= {f"{prefix}.bias": [heads]} if bias else {}
+    if found.keys() != expected.keys():
+        wrong = sorted(found.keys() ^ expected.keys())
         raise ValueError(
             f"{source}: dms_separate_alpha is {separate}, which does not go with the tensors: "
-            f"{'unexpected' if wrong[0] in found else 'missing'} {wrong[0]}, and {len(wrong) - 1} more such."
+            f"{'unexpected' if wrong[0] in found else 'missing'} {wrong[0]} ({len(wrong)} in all)."
         )
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise ValueError(f"{source}: {name} is {shape}: by config.json it must be {expected[name]}.")
     return {
         "method": "dms_adapter" if separate else "dms_borrowed_neuron",
         "window": value["dms_window_size"],
         "shift": 1,
         "scale": float(value["dms_alpha_scale"]),
         "offset": float(value["dms_initial_alpha_offset"]),
-        **({"bias": True} if separate and base.attention_bias else {}),
+        **({"bias": True} if separate and bias else {}),
         "decides": value["dms_alpha_per"],
         "disabled": value["dms_disable_eviction"],
         "prefill": "masked",
@@ -254,12 +381,18 @@ def _kvzap(predictor: Path, base: PretrainedConfig) -> tuple[dict[str, Any], dic
     shapes = _shapes(path)
     for name in sorted(wanted_shapes.keys() | shapes.keys()):
         if shapes.get(name) != wanted_shapes.get(name):
-            raise ValueError(f"{path}: {name} is {shapes.get(name)}, expected {wanted_shapes.get(name)}.")
+            raise ValueError(
+                f"{path}: {name} is {shapes.get(name, 'missing')}: with hidden_dim {hidden} in its config.json it "
+                f"must be {wanted_shapes.get(name, 'missing')}."
+            )
     tensors = {}
     with safe_open(path, framework="pt") as file:
         for name in wanted_shapes:
             _, number, *rest = name.split(".")
-            tensors[f"model.layers.{number}.self_attn.kvzap.{'.'.join(rest)}"] = file.get_tensor(name)
+            tensor = file.get_tensor(name)
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {name} is {tensor.dtype}: only floating-point numbers are supported.")
+            tensors[f"model.layers.{number}.self_attn.kvzap.{'.'.join(rest)}"] = tensor
     eviction = {
         "method": "kvzap",
         "window": 0,
@@ -276,7 +409,7 @@ def _quantization(given: dict[str, Any]) -> dict[str, Any] | None:
     return given.get("quantization_config") or given.get("compression_config")
 
 
-def _check_norms(source: Path, files: list[tuple[Path, list[str]]], original: Path | None, layers: int) -> None:
+def _check_norms(source: Path, files: list[tuple[Path, Shapes]], original: Path | None, layers: int) -> None:
     """Check that a predictor reads in the source what it was trained to read.
 
     Its input is the output of a layer's first norm. AWQ and SmoothQuant move factors from there into the
@@ -313,7 +446,7 @@ def _dtypes(path: Path) -> dict[str, str]:
         return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
 
 
-def _tensors(files: list[tuple[Path, list[str]]], wanted: list[str]) -> dict[str, torch.Tensor]:
+def _tensors(files: list[tuple[Path, Shapes]], wanted: list[str]) -> dict[str, torch.Tensor]:
     """Those of the wanted tensors that the files have."""
     found: dict[str, torch.Tensor] = {}
     for path, names in files:
@@ -328,7 +461,7 @@ def _config(given: dict[str, Any], base: PretrainedConfig, eviction: dict[str, A
     values = {name: getattr(base, name) for name in TEXT_FIELDS if getattr(base, name, None) is not None}
     bias = bool(getattr(base, "attention_bias", False))
     values |= {
-        "head_dim": getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads,
+        "head_dim": _head_dim(base),
         "attention_bias": bias,
         # Qwen2 has biases there always, and none behind its attention.
         "qkv_bias": bias or kind == "qwen2",
@@ -350,13 +483,17 @@ def _config(given: dict[str, Any], base: PretrainedConfig, eviction: dict[str, A
     }
 
 
-def _write_weights(made: Path, files: list[tuple[Path, list[str]]], extra: dict[str, torch.Tensor]) -> None:
+def _head_dim(base: PretrainedConfig) -> int:
+    return getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+
+
+def _write_weights(made: Path, files: list[tuple[Path, Shapes]], extra: dict[str, torch.Tensor]) -> None:
     """Copy the weights, and write the predictor's and the index of all."""
     total, where, size = len(files) + bool(extra), dict[str, str](), 0
-    for number, (path, names) in enumerate(files, 1):
+    for number, (path, shapes) in enumerate(files, 1):
         name = f"model-{number:05}-of-{total:05}.safetensors"
         shutil.copyfile(path, made / name)
-        where |= dict.fromkeys(names, name)
+        where |= dict.fromkeys(shapes, name)
         size += path.stat().st_size
     if extra:
         name = f"model-{total:05}-of-{total:05}.safetensors"
@@ -383,6 +520,8 @@ def copy_others(source: Path, made: Path) -> list[str]:
 
 def _json_of(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: download the checkpoint, and name the folder that it is in.")
     if not path.is_file():
         raise ValueError(f"{path} is missing.")
     try:

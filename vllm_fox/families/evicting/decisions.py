@@ -73,7 +73,8 @@ class ScorePredictor(Decisions):
 
     def __init__(self, hidden_size: int, heads: HeadShare, hidden_dim: int | None, threshold: float) -> None:
         super().__init__()
-        self.threshold = threshold
+        # Scores have the model's dtype, and so has the threshold that they are compared with, as in kvpress.
+        self.threshold = torch.tensor(threshold, dtype=torch.get_default_dtype()).item()
         rows = HeadRows(hidden_dim or hidden_size, heads, bias=True)
         # The published predictors use the exact form of GELU.
         self.kvzap = (

@@ -40,7 +40,9 @@ def decision_logits(
     """
     if eviction.method == "kvzap":
         assert eviction.threshold is not None
-        logits = eviction.threshold - _wide(attention.kvzap(x))
+        scores = attention.kvzap(x)
+        # A threshold has the scores' dtype, as in kvpress.
+        logits = _wide(torch.tensor(eviction.threshold, dtype=scores.dtype, device=x.device)) - _wide(scores)
     else:
         assert eviction.scale is not None and eviction.offset is not None
         if eviction.method == "dms_adapter":
