@@ -1,0 +1,44 @@
+"""``vllm-fox convert``: make a checkpoint that evicts tokens ready to be served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import WRONG, CommandError
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
+    predictor: Annotated[
+        Path | None, typer.Option(help="Folder of a KVzap predictor for an unchanged model.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Evict tokens with a lower predicted score; with --predictor.", show_default=False),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens for which an evicted one stays, 128 by default; with --predictor.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Make a checkpoint that evicts tokens ready to be served.
+
+    SOURCE is a checkpoint with Dynamic Memory Sparsification (DMS) as NVIDIA's Model-Optimizer saves it, or any
+    Llama, Mistral, Qwen2 or Qwen3 to go with a KVzap predictor. Weights are copied file by file; the model is never
+    in memory as a whole.
+    """
+    from vllm_fox.families.evicting.convert import convert as write
+
+    try:
+        for line in write(source, out, predictor, threshold, window):
+            print(line)
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error), WRONG) from None

@@ -1,0 +1,87 @@
+"""``vllm-fox doctor``: what is wrong on this machine, and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from .errors import FINE, WRONG, CommandError
+
+
+class Device(StrEnum):
+    """What --device may be."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder of a checkpoint to look at, or its name in the Hugging Face cache."),
+    ] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ARGUMENTS...]", help="Arguments of `vllm serve` to try with MODEL, behind --."),
+    ] = None,
+    device: Annotated[
+        Device, typer.Option(help="What is to serve: gpu finds it wrong if there is none.")
+    ] = Device.AUTO,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="On which a server is to listen. 8000 is looked at, but never wrong, by default."
+        ),
+    ] = None,
+    self_test: Annotated[
+        bool, typer.Option("--self-test/--no-self-test", help="Run the leaf functions, for 30 seconds at most.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> int:
+    """Look for what keeps models that forget from being served, and say how to mend it.
+
+    Looked at are Python, torch, Triton, vLLM, the plugin, the GPU, environment variables, the checkpoint and all
+    that vLLM checks before it loads it, and the port; then the leaf functions are run. The exit code is 1 if
+    anything is wrong.
+    """
+    if arguments and model is None:
+        raise CommandError("Arguments of `vllm serve` are given without a MODEL: give its folder first.")
+    # What vLLM says on the way goes to standard error, and only if it is an error.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from .checks import Asked, Status, examine
+
+    findings = []
+    asked = Asked(model, tuple(arguments or ()), device.value, port, self_test)
+    for finding in examine(asked):
+        findings.append(finding)
+        if not as_json:
+            _show(finding.check, finding.status.value, finding.found, finding.mend)
+    wrong = sum(finding.status is Status.WRONG for finding in findings)
+    if as_json:
+        print(json.dumps({"fine": not wrong, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        print("Nothing is wrong." if not wrong else f"{wrong} {'thing is' if wrong == 1 else 'things are'} wrong.")
+    return WRONG if wrong else FINE
+
+
+MARKS = {"ok": "[green]ok[/]", "note": "[cyan]note[/]", "wrong": "[bold red]WRONG[/]", "skipped": "[dim]skipped[/]"}
+"""How a status looks."""
+
+
+def _show(check: str, status: str, found: str, mend: str | None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    padding = " " * (8 - len(Text.from_markup(MARKS[status]).plain))
+    console.print(f"{MARKS[status]}{padding}{check}: {escape(found)}")
+    if mend is not None:
+        console.print(f"        {escape(mend)}")
