@@ -21,9 +21,7 @@ HELP = """Look at models that forget, at this machine, and at servers that serve
 Exit codes: 0 if all is well, 1 if something is wrong or a command could not do its work, 2 if the command line is
 wrong."""
 
-app = typer.Typer(
-    name="vllm-fox", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
-)
+app = typer.Typer(name="vllm-fox", help=HELP, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(inspect)
 app.command()(doctor)
 app.command()(convert)
@@ -54,19 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code (see :mod:`.errors`). What is wrong has been printed to standard error in one sentence.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = app(spread(given, "--tokens"), prog_name="vllm-fox", standalone_mode=False)
         return code if isinstance(code, int) else FINE
     except CommandError as error:
         return _fail(str(error), error.code)
     except typer.TyperException as error:
-        # Without a sentence it is the help that typer prints where no command is given.
         message = " ".join(error.format_message().split())
-        if not message:
-            return USAGE
         command = " ".join(["vllm-fox", *given[:1]]) if given and given[0] in COMMANDS else "vllm-fox"
-        return _fail(f"{message.rstrip('.')}: `{command} --help` says what is allowed.", USAGE)
+        return _fail(f"{message.rstrip('.?')}; `{command} --help` says what is allowed.", USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", WRONG)
     except BrokenPipeError:

@@ -8,23 +8,35 @@ from typing import Annotated
 import typer
 
 from .errors import WRONG, CommandError
+from .options import number, whole
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint.", metavar="SOURCE", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write; it must not exist.", metavar="OUT", show_default=False)
+    ],
     predictor: Annotated[
-        Path | None, typer.Option(help="Folder of a KVzap predictor for an unchanged model.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Folder of a KVzap predictor for an unchanged model.", metavar="FOLDER", show_default=False
+        ),
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Evict tokens with a lower predicted score; with --predictor.", show_default=False),
+        typer.Option(
+            parser=number("--threshold", -1e30, 1e30, "-4"),
+            help="Evict tokens with a lower predicted score; with --predictor.",
+            metavar="X",
+            show_default=False,
+        ),
     ] = None,
     window: Annotated[
         int | None,
         typer.Option(
             help="Tokens for which an evicted one stays, 128 by default; with --predictor.",
-            min=1,
+            parser=whole("--window", 1),
+            metavar="W",
             show_default=False,
         ),
     ] = None,

@@ -5,38 +5,46 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from .errors import FINE, WRONG, CommandError
-
-
-class Device(StrEnum):
-    """What --device may be."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    GPU = "gpu"
+from .options import choice, whole
 
 
 def doctor(
     model: Annotated[
         str | None,
-        typer.Argument(help="Folder of a checkpoint to look at, or its name in the Hugging Face cache."),
+        typer.Argument(
+            help="Folder of a checkpoint to look at, or its name in the Hugging Face cache.",
+            metavar="MODEL",
+            show_default=False,
+        ),
     ] = None,
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- ARGUMENTS...]", help="Arguments of `vllm serve` to try with MODEL, behind --."),
+        typer.Argument(
+            metavar="-- ARGUMENTS",
+            help="Arguments of `vllm serve` to try with MODEL, behind --.",
+            show_default=False,
+        ),
     ] = None,
     device: Annotated[
-        Device, typer.Option(help="What is to serve: gpu finds it wrong if there is none.")
-    ] = Device.AUTO,
+        str,
+        typer.Option(
+            parser=choice("--device", "auto", "cpu", "gpu"),
+            help="What is to serve: cpu, gpu (it is wrong if there is none) or auto.",
+            metavar="DEVICE",
+        ),
+    ] = "auto",
     port: Annotated[
         int | None,
         typer.Option(
-            min=1, max=65535, help="On which a server is to listen. 8000 is looked at, but never wrong, by default."
+            parser=whole("--port", 1, 65535),
+            help="On which a server is to listen. Unless given, 8000 is looked at, and may be in use.",
+            metavar="N",
+            show_default=False,
         ),
     ] = None,
     self_test: Annotated[
@@ -58,7 +66,7 @@ def doctor(
     from .checks import Asked, Status, examine
 
     findings = []
-    asked = Asked(model, tuple(arguments or ()), device.value, port, self_test)
+    asked = Asked(model, tuple(arguments or ()), device, port, self_test)
     for finding in examine(asked):
         findings.append(finding)
         if not as_json:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import WRONG, CommandError
+from .options import choice, number, whole
 
 if TYPE_CHECKING:
     from .facts import Facts, Head
@@ -23,45 +23,50 @@ CHUNK = 8192
 """Tokens of a prompt that a step reads: vLLM's default for servers on GPUs with 70 GiB or more."""
 TABLE_SHARE = 0.01
 """Of the KV memory, for the page table, at most (:data:`vllm_fox.pages.geometry.TABLE_SHARE`)."""
-MOST_TOKENS = 2**31 - 1
-
-
-class Dtype(StrEnum):
-    """What --dtype may be."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
 
 
 def inspect(
     model: Annotated[
         str,
-        typer.Argument(help="Folder of a checkpoint, or its name in the Hugging Face cache.", show_default=False),
+        typer.Argument(
+            help="Folder of a checkpoint, or its name in the Hugging Face cache.",
+            metavar="MODEL",
+            show_default=False,
+        ),
     ],
     tokens: Annotated[
-        list[int],
+        list[int] | None,
         typer.Option(
-            min=1,
-            max=MOST_TOKENS,
-            help="Lengths of requests, several in a row.",
+            parser=whole("--tokens", 1),
+            help="Lengths of requests, several in a row; 2048 16384 131072 unless given.",
             metavar="N...",
             show_default=False,
         ),
-    ] = LENGTHS,
+    ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(help="GiB of a GPU's memory: how many such requests fit?", metavar="GIB", show_default=False),
+        typer.Option(
+            parser=number("--memory", 0.1, 1e6, "80"),
+            help="GiB of a GPU's memory: how many such requests fit?",
+            metavar="GIB",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="As it will be served, if not as vLLM does it.", show_default=False)
+        str | None,
+        typer.Option(
+            parser=choice("--dtype", "bfloat16", "float16", "float32"),
+            help="As it will be served: bfloat16, float16 or float32. As vLLM chooses it unless given.",
+            metavar="DTYPE",
+            show_default=False,
+        ),
     ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            max=MOST_TOKENS,
+            parser=whole("--max-model-len", 1),
             help="As it will be served: bounds hold for so many tokens. The config's longest context unless given.",
+            metavar="N",
             show_default=False,
         ),
     ] = None,
@@ -72,18 +77,16 @@ def inspect(
     It reads config.json and the weights; no GPU and no engine is needed. Dense is what a request would hold if
     nothing were forgotten. Pruned is said only where the weights prove it.
     """
-    if memory is not None and not 0 < memory < 1e9:
-        raise CommandError(f"--memory is {memory:g}: give the GPU's memory in GiB, such as 80.")
     from .locate import folder_of
 
     folder = folder_of(model)
     from .facts import facts_of
 
     try:
-        facts = facts_of(folder, dtype.value if dtype else None, max_model_len)
+        facts = facts_of(folder, dtype, max_model_len)
     except (OSError, ValueError) as error:
         raise CommandError(str(error), WRONG) from None
-    found = as_dict(model, facts, tokens, memory)
+    found = as_dict(model, facts, tokens or LENGTHS, memory)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -194,9 +197,7 @@ def _show(found: dict[str, Any], facts: Facts) -> None:
         )
     longest = max(row["tokens"] for row in found["requests"])
     if longest > facts.longest_context:
-        say(
-            f"{longest:,} tokens are more than the longest context that is assumed here: --max-model-len says another."
-        )
+        say(f"{longest:,} tokens are more than the longest context assumed here: --max-model-len says another.")
     for note in facts.notes:
         say(note)
 

@@ -45,10 +45,10 @@ def metrics_url(url: str) -> str:
         CommandError: it is no address of a server.
     """
     whole = url if "://" in url else f"http://{url}"
-    parts = urllib.parse.urlsplit(whole)
     try:
+        parts = urllib.parse.urlsplit(whole)
         sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-    except ValueError:  # a port that is none
+    except ValueError:  # a port or an IPv6 address that is none
         sound = False
     if not sound:
         raise CommandError(f"URL is {url}: give a server's address, such as http://localhost:8000.")

@@ -9,22 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import CommandError
+from .options import number
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 View = dict[str, Any]
 """See :func:`.metrics.view`."""
-LEAST_S, MOST_S = 0.1, 3600.0
-"""Range of --interval, in seconds."""
 
 
 def top(
     url: Annotated[
-        str, typer.Argument(help="The server's address, such as http://localhost:8000.", show_default=False)
+        str,
+        typer.Argument(
+            help="The server's address, such as http://localhost:8000.", metavar="URL", show_default=False
+        ),
     ],
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.", metavar="S")] = 2.0,
+    interval: Annotated[
+        float,
+        typer.Option(parser=number("--interval", 0.1, 3600, "2"), help="Seconds between two looks.", metavar="S"),
+    ] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Show one interval and end.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a line with a JSON object for each interval.")
@@ -34,8 +38,6 @@ def top(
 
     It reads the server's /metrics, and ends with Ctrl-C.
     """
-    if not LEAST_S <= interval <= MOST_S:
-        raise CommandError(f"--interval is {interval:g}: give seconds from {LEAST_S:g} to {MOST_S:g}.")
     views = _views(url, interval)
     try:
         if as_json:
