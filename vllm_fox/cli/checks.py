@@ -373,7 +373,8 @@ def checkpoint(model: str) -> Findings:
     files = weight_files(folder)
     tensors = sum(len(read_header(path)) for path in files)
     kind = facts.family or f"{facts.model_type}, a model of vLLM's own"
-    yield Finding("checkpoint", Status.OK, f"{kind}: {tensors} tensors in {len(files)} files, all whole.")
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    yield Finding("checkpoint", Status.OK, f"{kind}: {tensors} tensors in {count}, nothing missing.")
     if facts.heads and all(head.window_at_least >= facts.longest_context for head in facts.heads):
         yield Finding(
             "checkpoint",

@@ -58,8 +58,8 @@ def doctor(
     that vLLM checks before it loads it, and the port; then the leaf functions are run. The exit code is 1 if
     anything is wrong.
     """
-    if arguments and model is None:
-        raise CommandError("Arguments of `vllm serve` are given without a MODEL: give its folder first.")
+    if model is not None and model.startswith("-"):
+        raise CommandError(f"MODEL is {model}: give the folder of a checkpoint before -- and its arguments.")
     # What vLLM says on the way goes to standard error, and only if it is an error.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vllm_fox.checkpoint_files import Entry, read_header, weight_files
-from vllm_fox.families import family_of
+from vllm_fox.families import all_families, family_of
 from vllm_fox.families.evicting.config import EvictingDecoderConfig, Eviction
 from vllm_fox.families.fox.architecture import OFFICIAL, Architecture, expected_weights, is_derived_weight
 from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, with_rounding
@@ -31,6 +31,8 @@ from .locate import read_config
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 """Models of vLLM's own whose layers each keep K and V of every token."""
+OURS = (FoxConfig, FlaForgettingTransformerConfig, SparseGPT2Config, EvictingDecoderConfig)
+"""Configs of the plugin's own families, whose pages are known."""
 DENSE_BLOCK = 16
 """Tokens of a block of vLLM's own models."""
 BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16}
@@ -175,25 +177,22 @@ def _config(folder: Path, given: dict[str, Any]) -> PretrainedConfig:
         )
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{path}: model_type is {kind!r}, which neither vllm-fox nor transformers knows.")
+    kind_of_config = CONFIG_MAPPING[kind]
+    others = [
+        family.name for family in all_families() if kind_of_config in family.configs and kind_of_config not in OURS
+    ]
+    if others:
+        raise ValueError(f"{path}: {others[0]} are of another package, and their pages are not known here.")
+    if kind not in DENSE and kind_of_config not in OURS:
+        raise ValueError(
+            f"{path}: model_type is {kind!r}: how much KV it holds is not known here. vllm-fox knows its own "
+            f"families and {', '.join(DENSE)}."
+        )
     known = {name: value for name, value in given.items() if not name.startswith("dms_") and name != "auto_map"}
     try:
         config: PretrainedConfig = AutoConfig.for_model(**known)
     except Exception as error:  # whatever transformers and its checks say to a value
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    if kind in DENSE:
-        return config
-    try:
-        family = family_of(config)
-    except ValueError:
-        raise ValueError(
-            f"{path}: model_type is {kind!r}: how much KV it holds is not known here. vllm-fox knows its own "
-            f"families and {', '.join(DENSE)}."
-        ) from None
-    ours = (FoxConfig, FlaForgettingTransformerConfig, SparseGPT2Config, EvictingDecoderConfig)
-    if not isinstance(config, ours):
-        raise ValueError(
-            f"{path}: {family.name} come from another package, and their page format is not known here."
-        )
     return config
 
 

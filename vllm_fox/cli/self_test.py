@@ -24,8 +24,10 @@ SLOWEST, FASTEST = -0.01, -2.0
 """Log f of the two heads: the second forgets its first pages."""
 THRESHOLD = -40.0
 """Of log f, summed: everything under it weighs nothing in float32."""
-TOLERANCE = 0.05
-"""On outputs of about 1 from inputs in bfloat16, whose roundings are of 2^-9 each."""
+DTYPE = torch.float16
+"""Every GPU multiplies it, and so does Triton's interpreter, which has no product of bfloat16."""
+TOLERANCE = 0.01
+"""On outputs of up to about 4 from inputs in float16, whose roundings are of 2^-12 each."""
 
 
 def main(device: str) -> dict[str, float | int | str]:
@@ -41,7 +43,7 @@ def main(device: str) -> dict[str, float | int | str]:
     start = time.monotonic()
     rng = torch.Generator().manual_seed(0)
     total = sum(STEPS)
-    q, k, v = (torch.randn(total, HEADS, DIM, generator=rng).bfloat16() for _ in range(3))
+    q, k, v = (torch.randn(total, HEADS, DIM, generator=rng).to(DTYPE) for _ in range(3))
     log_f = torch.tensor([SLOWEST, FASTEST]).expand(total, HEADS)
     gate = log_f - torch.log(-torch.expm1(log_f))
     wanted = _formula(q, k, v, log_f)
@@ -53,7 +55,7 @@ def main(device: str) -> dict[str, float | int | str]:
     )
     ids = torch.arange(1, HEADS * pages + 1, dtype=torch.int32, device=device).view(HEADS, pages)
     table.entries[1, :, :pages] = ids
-    form = ForgettingPageFormat(PAGE, DIM, torch.bfloat16, 1, False, torch.bfloat16)
+    form = ForgettingPageFormat(PAGE, DIM, DTYPE, 1, False, DTYPE)
     # Bytes that are NaN wherever nothing has been written, so that reading them shows.
     pool = torch.full(((HEADS * pages + 1) * form.page_bytes,), 0xFF, dtype=torch.uint8, device=device)
     limit = torch.full((HEADS, 1), THRESHOLD, dtype=torch.float32, device=device)
