@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = app(spread(given, "--tokens"), prog_name="vllm-fox", standalone_mode=False)
+        sys.stdout.flush()
         return code if isinstance(code, int) else FINE
     except CommandError as error:
         return _fail(str(error), error.code)

@@ -68,7 +68,7 @@ class Asked:
 
     Attributes:
         model: as the user named it, or None.
-        arguments: further arguments of `vllm serve` for that model.
+        arguments: further arguments of `vllm serve` for that model, as far as they are for the engine.
         device: "cpu", "gpu" or "auto".
         port: on which a server is to listen; None for vLLM's default, where a server may well be already.
         self_test: whether the leaf functions are to be run.
@@ -395,8 +395,8 @@ def _broken(problem: object) -> Finding:
 
 
 def configuration(model: str, arguments: Sequence[str]) -> Findings:
-    """All that vLLM and the plugin check before a model is loaded, with the arguments of `vllm serve`."""
-    from vllm.engine.arg_utils import EngineArgs
+    """All that vLLM and the plugin check before a model is loaded, with arguments of the engine."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from .locate import folder_of
@@ -404,16 +404,16 @@ def configuration(model: str, arguments: Sequence[str]) -> Findings:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm serve"))
+            parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm serve"))
             parsed = parser.parse_args(["--model", str(folder_of(model)), *arguments])
-            EngineArgs.from_cli_args(parsed).create_engine_config()
+            AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
     except SystemExit:
         problem = said.getvalue().strip().splitlines()[-1:] or ["its arguments are wrong"]
         yield Finding(
             "configuration",
             Status.WRONG,
             f"vLLM does not understand {' '.join(arguments)!r}: {problem[0].rpartition('error: ')[2]}.",
-            "Correct what stands behind --; `vllm serve --help=all` lists the arguments.",
+            "Correct what stands behind --, and leave out what is not for the engine, such as --host.",
         )
     except Exception as error:  # whatever vLLM or the plugin refuses
         text = _one_line(error)

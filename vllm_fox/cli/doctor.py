@@ -26,7 +26,7 @@ def doctor(
         list[str] | None,
         typer.Argument(
             metavar="-- ARGUMENTS",
-            help="Arguments of `vllm serve` to try with MODEL, behind --.",
+            help="Arguments of `vllm serve` for the engine (not such as --host) to try with MODEL, behind --.",
             show_default=False,
         ),
     ] = None,
