@@ -203,6 +203,8 @@ def test_streams_say_what_whole_answers_say(server: Server) -> None:
 
 def test_top_watches_a_running_server(servers: dict[str, Server], capsys: pytest.CaptureFixture[str]) -> None:
     """One interval of `vllm-fox top` while a request runs, against the client's own count of its tokens."""
+    for one in servers.values():
+        one.first.result()  # else a client that still waits would keep trying when the servers are gone
     server = servers["fox-tiny"]
     with ThreadPoolExecutor(1) as others:
         asked = {**LONG, "max_tokens": 300, "model": server.name}
