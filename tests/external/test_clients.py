@@ -7,6 +7,7 @@ LiteLLM is not among the packages for development, and its requirements contradi
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ import openai
 import pytest
 
 from tests.support import patience
+from vllm_fox.cli.app import main
 
 from .serving import START_S, TEMPLATE, Program, free_port, metrics, running, serve_command, wait_until_idle
 
@@ -197,6 +199,26 @@ def test_streams_say_what_whole_answers_say(server: Server) -> None:
     for chunks in streamed(server.client(), server.name):
         assert "".join(chunks) == text and len([chunk for chunk in chunks if chunk]) > TOKENS // 2
     wait_until_idle(server.program.port)
+
+
+def test_top_watches_a_running_server(servers: dict[str, Server], capsys: pytest.CaptureFixture[str]) -> None:
+    """One interval of `vllm-fox top` while a request runs, against the client's own count of its tokens."""
+    for one in servers.values():
+        one.first.result()  # else a client that still waits would keep trying when the servers are gone
+    server = servers["fox-tiny"]
+    with ThreadPoolExecutor(1) as others:
+        asked = {**LONG, "max_tokens": 300, "model": server.name}
+        running = others.submit(server.client().completions.create, **asked)  # type: ignore[call-overload]
+        capsys.readouterr()
+        seen = []
+        while not running.done():
+            assert main(["top", server.url, "--once", "--interval", "0.3", "--json"]) == 0
+            seen.append(json.loads(capsys.readouterr().out))
+    busy = max(seen, key=lambda view: view["pages_live"])
+    assert busy["model"] == server.name and busy["requests_running"] == 1 and busy["kv_blocks_used"] > 0
+    assert max(view["generated_tokens_per_s"] for view in seen) > 0
+    written = running.result().usage.completion_tokens
+    assert sum(view["generated_tokens_per_s"] * view["interval_s"] for view in seen) <= written
 
 
 def test_requests_that_time_out_are_aborted(server: Server) -> None:

@@ -16,6 +16,8 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
+from vllm_fox.checkpoint_files import damaged_files
+
 _LISTED = 10
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,10 +27,6 @@ TIED_HEAD = "lm_head.weight"
 """The output embeddings' parameter. Where it is tied, the input embeddings go there too."""
 Destinations = Callable[[str, torch.Tensor], Iterator[Destination]]
 """A function that yields where a checkpoint's tensor goes, given its name and values."""
-
-
-CHECKPOINT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "*.safetensors"]
-"""Where vLLM looks for weights, the first pattern with a match: other .safetensors files beside are left alone."""
 
 
 def heads_compared(
@@ -163,28 +161,3 @@ def _folder(model_config: ModelConfig) -> Path:
         return Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return Path(model_config.model)
-
-
-def damaged_files(folder: Path) -> Iterator[str]:
-    """Yield a sentence for each file of weights, or index of such files, that is cut short or no such file."""
-    for path in sorted(folder.glob("*.safetensors")):
-        if not path.is_file():
-            yield f"{path} is no file: put the checkpoint's file there."
-            continue
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, size))
-        try:
-            tensors = {name: one for name, one in json.loads(header).items() if name != "__metadata__"}
-            wanted = 8 + length + max((one["data_offsets"][1] for one in tensors.values()), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-            yield f"{path} is cut short or no safetensors file: copy it again."
-            continue
-        if wanted != size:
-            yield f"{path} is damaged: it has {size} bytes, and its header speaks of {wanted}. Copy it again."
-    for path in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            json.loads(path.read_bytes())
-        except ValueError:
-            yield f"{path} is cut short or no JSON file: copy it again."

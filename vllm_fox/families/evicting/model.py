@@ -18,8 +18,8 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
+from vllm_fox.checkpoint_files import CHECKPOINT_FILES
 from vllm_fox.modules.heads import HeadShare
-from vllm_fox.modules.weights import CHECKPOINT_FILES
 
 from .config import EvictingDecoderConfig, Eviction
 from .decisions import make_decisions

@@ -31,9 +31,10 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from vllm_fox.checkpoint_files import CHECKPOINT_FILES
 from vllm_fox.kernels.rope import rotate
 from vllm_fox.modules.heads import HeadNorm, HeadProjection, HeadShare
-from vllm_fox.modules.weights import CHECKPOINT_FILES, CheckpointLoader
+from vllm_fox.modules.weights import CheckpointLoader
 
 from .architecture import Architecture, expected_weights
 from .bounds import projection_bound, qk_norm_bound

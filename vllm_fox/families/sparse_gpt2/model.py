@@ -15,8 +15,9 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import maybe_prefix
 
+from vllm_fox.checkpoint_files import CHECKPOINT_FILES
 from vllm_fox.modules.heads import HeadProjection, HeadShare
-from vllm_fox.modules.weights import CHECKPOINT_FILES, TIED_HEAD, CheckpointLoader, Destination, heads_compared
+from vllm_fox.modules.weights import TIED_HEAD, CheckpointLoader, Destination, heads_compared
 
 from .config import SparseGPT2Config
 from .layer import SubsetAttention

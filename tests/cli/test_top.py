@@ -1,0 +1,175 @@
+"""``vllm-fox top`` on what a real server said.
+
+metrics/fox-tiny-1.txt and -2.txt are the /metrics of vLLM 0.32 (CPU) serving examples/fox-tiny to twelve clients,
+two seconds apart, without the lines of histograms' buckets, of creation times and of the Python process.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from rich.console import Console
+
+from tests.support import ROOT, patience
+from vllm_fox.cli.metrics import metrics_url, sample_of, view
+from vllm_fox.cli.top import table_of
+
+from .conftest import Run, documented
+
+RECORDED = [(ROOT / "tests" / "cli" / "metrics" / f"fox-tiny-{number}.txt").read_text() for number in (1, 2)]
+
+
+class Server(HTTPServer):
+    """Answers GET /metrics with its texts in turn, and everything else with 404."""
+
+    texts: list[str]
+    count: Iterator[int]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """See :class:`Server`."""
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Server)
+        texts = self.server.texts
+        if self.path != "/metrics":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(texts[next(self.server.count) % len(texts)].encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as started:
+        started.texts, started.count = RECORDED, itertools.count()
+        thread = threading.Thread(target=started.serve_forever, args=(0.01,))
+        thread.start()
+        yield started
+        started.shutdown()
+        thread.join()
+
+
+def address(server: Server) -> str:
+    return f"127.0.0.1:{server.server_port}"
+
+
+def test_once(run: Run, server: Server) -> None:
+    done = run("top", address(server), "--once", "--interval", "0.1")
+    assert done.code == 0 and not done.err
+    lines = {" ".join(line.split()) for line in done.out.splitlines()}
+    assert {"examples/fox-tiny", "requests running 12 0 waiting", "KV blocks in use 29.6% 59 of 199"} <= lines
+    assert "pages live 1,888 3,968 more only cached for later prompts" in lines
+
+
+def test_json_has_the_documented_keys(run: Run, server: Server) -> None:
+    done = run("top", f"http://{address(server)}/v1/", "--once", "--interval", "0.1", "--json")
+    found = done.json()
+    assert set(found) == documented("top") and done.out.count("\n") == 1
+    assert found["pages_live"] == 1888 and found["kv_blocks_used"] == 59 and found["engines"] == 1
+
+
+def test_rates_are_differences_over_seconds() -> None:
+    """Of the counters in the two recorded texts."""
+    before, now = (sample_of(text, "url", at) for text, at in zip(RECORDED, (10.0, 12.0), strict=True))
+    found = view(now, before)
+
+    def counted(name: str) -> float:
+        values = []
+        for text in RECORDED:
+            line = next(line for line in text.splitlines() if line.startswith(f"vllm:{name}{{"))
+            values.append(float(line.rpartition(" ")[2]))
+        return values[1] - values[0]
+
+    assert found["pages_released_per_s"] == counted("fox_kv_pages_released_total") / 2 > 0
+    assert found["pages_allocated_per_s"] == counted("fox_kv_pages_allocated_total") / 2
+    assert found["generated_tokens_per_s"] == counted("generation_tokens_total") / 2 > 0
+    # A server that has started anew counts from 0.
+    again = view(before, now)
+    assert again["generated_tokens_per_s"] is None and again["pages_released_per_s"] is None
+    assert "not known" in shown(again)
+
+
+def shown(found: dict[str, float | int | str | None]) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table_of(found))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_engines_are_added_up() -> None:
+    """As data-parallel engines on one server label theirs."""
+    both = RECORDED[1] + "\n" + RECORDED[1].replace('engine="0"', 'engine="1"')
+    one, two = (view(sample_of(text, "url", 1.0), sample_of(text, "url", 0.0)) for text in (RECORDED[1], both))
+    assert two["engines"] == 2 and two["requests_running"] == 24 and two["kv_usage"] == one["kv_usage"]
+    assert two["kv_blocks"] == 2 * 199 and two["kv_blocks_used"] == 2 * 59
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ("localhost:8000", "http://localhost:8000/metrics"),
+        ("https://host/", "https://host/metrics"),
+        ("http://host:1/v1", "http://host:1/metrics"),
+        ("http://host:1/metrics", "http://host:1/metrics"),
+        ("host/behind/a/proxy", "http://host/behind/a/proxy/metrics"),
+        ("[::1]:8000", "http://[::1]:8000/metrics"),
+    ],
+)
+def test_addresses(given: str, wanted: str) -> None:
+    assert metrics_url(given) == wanted
+
+
+def test_what_is_no_server_of_ours(run: Run, server: Server) -> None:
+    """Nobody listens; another program does; vLLM serves another model."""
+    dense = "\n".join(line for line in RECORDED[0].splitlines() if "fox_kv" not in line)
+    for texts, path, part in (
+        (RECORDED, "/elsewhere", "answers 404"),
+        (["# HELP up\nup 1\n"], "", "no metrics of vLLM"),
+        (["<html>\x00 hello"], "", "no metrics of vLLM"),
+        ([dense], "", "no model of vllm-fox's"),
+    ):
+        server.texts = texts
+        done = run("top", address(server) + path, "--once", "--interval", "0.1")
+        assert done.code == 1 and not done.out and done.err.count("\n") == 1, done
+        assert part in done.err and address(server) in done.err
+    done = run("top", "127.0.0.1:1", "--once")
+    assert done.code == 1 and "No server answers at http://127.0.0.1:1/metrics" in done.err
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_ctrl_c_ends_it(server: Server, options: list[str]) -> None:
+    """Without a sentence or a traceback, and with all that was seen on standard output."""
+    command = [sys.executable, "-m", "vllm_fox.cli", "top", address(server), "--interval", "0.1", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline()
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=patience(20))
+    assert process.returncode == 0 and not err
+    if options:
+        assert all(json.loads(line)["pages_live"] for line in out.splitlines())
+
+
+def test_a_server_that_ends_is_a_sentence(server: Server) -> None:
+    command = [sys.executable, "-m", "vllm_fox.cli", "top", address(server), "--interval", "0.1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline()
+    server.texts = [""]
+    _, err = process.communicate(timeout=patience(20))
+    assert process.returncode == 1 and err.count("\n") == 1 and "no vLLM server is there" in err
