@@ -30,8 +30,10 @@ Run = Callable[..., Ran]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run ``vllm-fox`` with these words."""
+    # vLLM's CPU worker sets it, and leaves it in the process of a test that has had an engine.
+    monkeypatch.delenv("VLLM_DIST_IDENT", raising=False)
 
     def ran(*arguments: str | Path) -> Ran:
         capsys.readouterr()
