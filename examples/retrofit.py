@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from text_corpus import window_order
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from training_run import RUN, add_run_options, begin, check_disk, check_options, held_out, record_run, train
 from whole_files import printable, publish, refusal_said, write_whole
@@ -111,6 +112,14 @@ class Distillation(nn.Module):
             total = total + checkpoint(self._divergence, theirs, ours, use_reentrant=False)
         return total / ids.numel(), outputs.evicted
 
+    def loss_of_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the mean negative log-likelihood of a token of windows [B, T], as the model is set."""
+        states = self.model.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
+        labels, total = ids[:, 1:].flatten(), torch.zeros((), device=ids.device)
+        for hidden, wanted in zip(states.split(TOKENS_AT_ONCE), labels.split(TOKENS_AT_ONCE), strict=True):
+            total += cross_entropy(self.model.lm_head(hidden).float(), wanted, reduction="sum")
+        return total / len(labels)
+
     def _divergence(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         """Return the sum of KL(teacher || student) over hidden states [n, hidden]."""
         theirs, ours = (self.model.lm_head(x).float().log_softmax(-1) for x in (teacher, student))
@@ -139,7 +148,8 @@ def load(args: argparse.Namespace) -> EvictingDecoderForCausalLM:
         if learns:
             weight.data = weight.data.float()
     if args.checkpointing:
-        model.gradient_checkpointing_enable()
+        # The other form gives no gradients where a layer's input has none, and the embeddings are frozen.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
@@ -211,9 +221,9 @@ def retrofit(args: argparse.Namespace, model: EvictingDecoderForCausalLM) -> Non
             divergence, evicted = whole.divergence(ids)
             divergences.append(divergence)
             shares.append(evicted)
-            losses.append(whole.model(ids, labels=ids).loss.float())
+            losses.append(whole.loss_of_text(ids))
             whole.model.set_evicts(False)
-            dense.append(whole.model(ids, labels=ids).loss.float())
+            dense.append(whole.loss_of_text(ids))
             whole.model.set_evicts(True)
         by_layer = torch.stack(shares).mean(0)
         return {

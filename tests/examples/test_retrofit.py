@@ -99,15 +99,22 @@ def test_a_killed_run_goes_on_to_the_same_model(script: Script, text: Path, whol
     assert first == second
 
 
-def test_two_processes_share_a_step(script: Script, text: Path, whole: Path, tmp_path: Path) -> None:
-    """Half of each batch each, with the same noise: the same losses up to the order of sums."""
+def test_two_processes_or_less_memory_change_nothing(
+    script: Script, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Half of each batch each, or activations computed again, with the same noise: the same losses."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *script.command(text, tmp_path)]
     done = subprocess.run([*launch, "--steps=5", "--ramp=5"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "2 processes on cpu" in done.stdout, done.stderr[-3000:]
     one = tmp_path / "one"
     script.run(text, one, "--steps=5", "--ramp=5")
-    for line, expected in zip(log(tmp_path), log(one), strict=True):
+    less = tmp_path / "less"
+    script.run(text, less, "--steps=5", "--ramp=5", "--checkpointing")
+    for line, expected, checkpointed in zip(log(tmp_path), log(one), log(less), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        # What is computed again is what it was.
+        assert checkpointed["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert checkpointed["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-6)
 
 
 def test_its_model_is_served_as_it_is(whole: Path) -> None:
