@@ -44,6 +44,7 @@ from vllm_fox.hf import EvictingDecoderForCausalLM
 OWN = ("checkpoint", "ratio", "window", "ramp")
 SCALE, OFFSET = 100.0, 5.0  # of DMS, as published
 TOKENS_AT_ONCE = 1024  # whose logits are in memory together
+CALIBRATION = 1 << 16  # tokens of the training texts by which the threshold is set, if there are so many
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -240,7 +241,7 @@ def retrofit(args: argparse.Namespace, model: EvictingDecoderForCausalLM) -> Non
     trained = train(args, accelerator, corpus, Distillation(model, args.budget), loss_of, figures)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(trained).model.eval()
-        order = window_order(len(corpus.train) // args.context, 0, args.seed)[: args.eval_windows]
+        order = window_order(len(corpus.train) // args.context, 0, args.seed)[: -(-CALIBRATION // args.context)]
         windows = [torch.from_numpy(corpus.window(int(n), args.context))[None] for n in order]
         calibrate(args, model, [ids.to(accelerator.device) for ids in windows])
         with torch.no_grad():

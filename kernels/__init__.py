@@ -3,7 +3,8 @@
 ``reference.py`` is the plain PyTorch form and reads like the formula; faster implementations stand beside
 it with the same signature, and ``__init__.py`` picks one. Nothing here knows vLLM.
 
-All but ``forgetting.training`` work on the pages of a server's KV cache; that one takes whole sequences.
+All but ``forgetting.training`` and ``subset.training`` work on the pages of a server's KV cache. Those two take
+whole sequences.
 """
 
 from typing import TYPE_CHECKING, Any

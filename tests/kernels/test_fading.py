@@ -6,9 +6,10 @@ import os
 
 import pytest
 import torch
+from torch import library
 
 from benchmarks.one_layer import DEVICE
-from vllm_fox.kernels.subset.training import fading_attention
+from vllm_fox.kernels.subset.training import _backward, _forward, fading_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Roundoff of the dtype, times the 10 or so roundings between an input and an output or gradient.
@@ -117,10 +118,12 @@ def test_results_repeat_bit_by_bit() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="of PyTorch, not of the kernels")
 def test_operator_is_a_good_citizen_of_pytorch() -> None:
-    q, k, v, log_kept, _ = (x.to(DEVICE) for x in make_inputs(20))
+    q, k, v, log_kept, grad = (x.to(DEVICE) for x in make_inputs(20))
     cu_seqlens = torch.tensor([0, 20], dtype=torch.int32, device=DEVICE)
     leaves = [x.requires_grad_() for x in (q, k, v, log_kept)]
-    torch.library.opcheck(torch.ops.vllm_fox.fading_attention.default, (*leaves, cu_seqlens, 5, 0.2))
+    library.opcheck(_forward, (*leaves, cu_seqlens, 5, 0.2))
+    tensors = [x.detach() for x in leaves]
+    library.opcheck(_backward, (grad, *tensors, *_forward(*tensors, cu_seqlens, 5, 0.2), cu_seqlens, 5, 0.2))
 
 
 @pytest.mark.parametrize(

@@ -89,22 +89,21 @@ class EvictingSelfAttention(nn.Module):
         evicts = self.decisions(x, residual, self._by_group(q)).expand(-1, self.num_kv_heads)
         evicts = (torch.zeros_like(evicts) if self.disabled else evicts).contiguous()
         if self.decisions.borrows_neuron:
-            q = self._without_neuron(q)
+            q = q.clone() if self.q_norm is None else q  # a norm's output is nobody else's
+            self._clear_neuron(q)
         q, k = self.rotary_emb(positions, q, k)
         if self.decisions.borrows_neuron:
             # RoPE has turned another number of the query into its place.
-            q = self._without_neuron(q)
+            self._clear_neuron(q)
         out, _ = self.o_proj(self.attn(q, k, v, evicts))
         return out
 
     def _by_group(self, q: torch.Tensor) -> torch.Tensor:
         return q.unflatten(-1, (self.num_kv_heads, -1, self.head_dim))
 
-    def _without_neuron(self, q: torch.Tensor) -> torch.Tensor:
-        """Queries [T, H * G * d] with 0 for the last number of each group's first one."""
-        q = self._by_group(q).clone()
-        q[:, :, 0, -1] = 0
-        return q.flatten(1)
+    def _clear_neuron(self, q: torch.Tensor) -> None:
+        """Write 0 over the last number of each group's first query, of queries [T, H * G * d]."""
+        self._by_group(q)[:, :, 0, -1] = 0
 
 
 class EvictingDecoderLayer(LlamaDecoderLayer):
