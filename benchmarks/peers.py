@@ -189,7 +189,7 @@ def _sdpa_cudnn(inputs: Prefill) -> Call:
     return call
 
 
-def _flash_attention_3() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def flash_attention_3() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """vLLM's FlashAttention: (attention, scheduler metadata)."""
     from vllm.vllm_flash_attn import (
         fa_version_unsupported_reason,
@@ -205,7 +205,7 @@ def _flash_attention_3() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def _flash_prefill(inputs: Prefill) -> Call:
     """FlashAttention 3, causal, one sequence of a varlen batch."""
-    attention, _ = _flash_attention_3()
+    attention, _ = flash_attention_3()
     length = inputs.q.shape[1]
     bounds = torch.tensor([0, length], dtype=torch.int32, device=inputs.q.device)
 
@@ -275,7 +275,7 @@ def _flash_decode(inputs: Decode, *, splits: int, ahead: bool) -> Call:
         splits: 0 leaves the number of splits to the kernel; n allows up to n, as vLLM does in CUDA graphs.
         ahead: schedule outside of the call, as vLLM does once a step for all layers.
     """
-    attention, scheduler_metadata = _flash_attention_3()
+    attention, scheduler_metadata = flash_attention_3()
     (batch, heads, head_dim), (page, kv_heads) = inputs.q.shape, inputs.k_cache.shape[1:3]
     bounds = torch.arange(batch + 1, dtype=torch.int32, device=inputs.q.device)
     longest = int(inputs.seq_lens.max())

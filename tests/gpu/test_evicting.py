@@ -79,11 +79,11 @@ def test_random_requests_are_answered_as_alone(llm: LLM) -> None:
     print(f"{len(finished)} answers; {len(aborted)} requests aborted, preempted {preempted} times")
 
 
-def log_probabilities(model: Path, tokens: list[int], quantization: str | None) -> torch.Tensor:
+def log_probabilities(model: Path, tokens: list[int], quantization: str | None, backend: str | None) -> torch.Tensor:
     """[T - 1] of a prompt's tokens, in bfloat16."""
     graphs = {"cudagraph_capture_sizes": [1, 2, 4, 8]}
     options = {"dtype": "bfloat16", "max_model_len": 2048, "compilation_config": graphs, **GPU_DEFAULTS}
-    with engine(model, quantization=quantization, **options) as llm:
+    with engine(model, quantization=quantization, attention_backend=backend, **options) as llm:
         (out,) = generate(llm, [tokens], greedy(1, prompt_logprobs=0))
     found = [at[token].logprob for at, token in zip(out.prompt_logprobs[1:], tokens[1:], strict=True)]
     return torch.tensor(found).double()
@@ -94,8 +94,9 @@ def test_float8_weights_cost_no_more_than_in_the_dense_model(tmp_path: Path, var
     """Quantised while they are loaded, in the model with a predictor beside it and in the same model without."""
     made, tokens = make_evicting(tmp_path, variant), prompt(1500)
     lost = []
-    for model in (made.published, made.served):
-        before, after = (log_probabilities(model, tokens, quantization) for quantization in (None, "fp8"))
+    # Some builds of FlashAttention have no kernel for heads of 32.
+    for model, backend in ((made.published, "TRITON_ATTN"), (made.served, None)):
+        before, after = (log_probabilities(model, tokens, quantization, backend) for quantization in (None, "fp8"))
         assert not torch.equal(before, after)
         lost.append(before - after)
     dense, evicting = lost
