@@ -3,8 +3,9 @@
 python -m benchmarks.eviction_kernels [--kv-heads 8] [--groups 4] [--dims 64 128] [--float8]
 
 One layer with random inputs in bfloat16, whose tokens are evicted at random behind a window. A prompt is read in
-chunks, and the last chunk is timed; so is a decode step of requests of one length. The limit of a prompt is the time
-of FlashAttention 3 times the share of pairs that are seen; that of decode is the live K and V at copy bandwidth.
+chunks, and the last chunk is timed; so is a decode step of requests of one length. The limit of a prompt is the
+time of FlashAttention 3 times the share of pairs that are seen; that of decode is the live K and V at copy
+bandwidth.
 """
 
 from __future__ import annotations

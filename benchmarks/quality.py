@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.exercises import TASKS, Task
 from benchmarks.options import Parser, find_texts, integer, non_negative_int, positive_int, refuse
 from benchmarks.record import save
 from vllm_fox.hf import EvictingDecoderForCausalLM
@@ -39,61 +40,6 @@ SINKS = 4
 """Tokens at the beginning that the window with sinks keeps, as StreamingLLM (arXiv 2309.17453) does."""
 BUCKETS = 8
 """Positions are told apart in so many equal parts of a text."""
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-NAMES = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "ivory", "jade", "koala", "lotus")
-Task = Callable[[random.Random, Callable[[str], int], int], tuple[str, str]]
-
-
-# Tasks, in the manner of RULER (arXiv 2404.06654): a prompt of about so many tokens, and its answer.
-
-
-def _filled(parts: Sequence[str], count: Callable[[str], int], length: int) -> str:
-    """The parts in order, with filler before each so that all take about ``length`` tokens."""
-    room = max(0, length - count("".join(parts)))
-    sentences = [f"{one.strip()}. " for one in FILLER.split(".") if one.strip()]
-    each = count("".join(sentences)) / len(sentences)
-    fill = int(room / each)
-    text, said = "", 0
-    for number, part in enumerate(parts, 1):
-        until = fill * number // (len(parts) + 1)
-        text += "".join(sentences[n % len(sentences)] for n in range(said, until)) + part
-        said = until
-    return text + "".join(sentences[n % len(sentences)] for n in range(said, fill))
-
-
-def needle(rng: random.Random, count: Callable[[str], int], length: int) -> tuple[str, str]:
-    """One number, said once."""
-    number = str(rng.randrange(10000, 100000))
-    text = _filled([f"The secret number is {number}. "], count, length)
-    return f"{text}The secret number is", f" {number}"
-
-
-def keys(rng: random.Random, count: Callable[[str], int], length: int) -> tuple[str, str]:
-    """One of eight numbers, by its name."""
-    names = rng.sample(NAMES, 8)
-    numbers = [str(rng.randrange(10000, 100000)) for _ in names]
-    parts = [f"The number of {name} is {number}. " for name, number in zip(names, numbers, strict=True)]
-    asked = rng.randrange(8)
-    return f"{_filled(parts, count, length)}The number of {names[asked]} is", f" {numbers[asked]}"
-
-
-def variables(rng: random.Random, count: Callable[[str], int], length: int) -> tuple[str, str]:
-    """A value that is handed on three times."""
-    chain = rng.sample(NAMES, 4)
-    number = str(rng.randrange(10000, 100000))
-    parts = [f"{chain[0]} = {number}. "]
-    parts += [f"{new} = {old}. " for old, new in zip(chain, chain[1:], strict=False)]
-    return f"{_filled(parts, count, length)}The value of {chain[-1]} is", f" {number}"
-
-
-def copying(rng: random.Random, count: Callable[[str], int], length: int) -> tuple[str, str]:
-    """A line of words, which is to be repeated."""
-    words = " ".join(rng.choice(NAMES) for _ in range(12))
-    text = _filled([f"Remember this line: {words}. "], count, length)
-    return f"{text}Remember this line:", f" {words}"
-
-
-TASKS: dict[str, Task] = {"needle": needle, "keys": keys, "variables": variables, "copying": copying}
 
 
 # The four ways.

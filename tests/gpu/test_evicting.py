@@ -79,7 +79,9 @@ def test_random_requests_are_answered_as_alone(llm: LLM) -> None:
     print(f"{len(finished)} answers; {len(aborted)} requests aborted, preempted {preempted} times")
 
 
-def log_probabilities(model: Path, tokens: list[int], quantization: str | None, backend: str | None) -> torch.Tensor:
+def log_probabilities(
+    model: Path, tokens: list[int], quantization: str | None, backend: str | None
+) -> torch.Tensor:
     """[T - 1] of a prompt's tokens, in bfloat16."""
     graphs = {"cudagraph_capture_sizes": [1, 2, 4, 8]}
     options = {"dtype": "bfloat16", "max_model_len": 2048, "compilation_config": graphs, **GPU_DEFAULTS}

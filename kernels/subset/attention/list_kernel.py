@@ -4,9 +4,9 @@ All heads of a stream share the list, and with it the work of leaving out what i
 what it sees, wherever in the pages that is. A tile is a block of queries of a row with several, or a row with one
 query. Where it is one query, a program takes all query heads of a KV head together.
 
-A list has two parts: tokens that all queries of the tile see stand at its front, and those that some see at its end.
-Only the latter need a mask. The places of a block of tokens are looked up a block ahead, so that the K and V of
-several blocks are on their way at a time.
+A list has two parts: tokens that all queries of the tile see stand at its front, and those that some see at its
+end. Only the latter need a mask. The places of a block of tokens are looked up a block ahead, so that the K and V
+of several blocks are on their way at a time.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ TOKENS_PER_BLOCK = 256
 
 
 class Launch(NamedTuple):
-    """How attention is compiled: tokens of the list together, query heads of a KV head in a program, warps, pipeline
-    stages of the tokens that all queries see, and of the others."""
+    """How attention is compiled: tokens of the list together, query heads of a KV head in a program, warps, and
+    pipeline stages of the tokens that all queries see and of the others."""
 
     block: int
     together: int
@@ -280,8 +280,9 @@ def attend_lists(
         (places.stride(1), q.stride(0)),
         (
             pages.k.stride(0), ints, scales.stride(0), size, streams, heads, group, how.together, dim, block,
-            max(16, triton.next_power_of_2(block * how.together)), max(16, triton.next_power_of_2(dim)), how.block, NEVER,
-            pages.scales is not None, "ieee" if q.dtype == torch.float32 else "tf32", how.stages, how.masked_stages,
+            max(16, triton.next_power_of_2(block * how.together)), max(16, triton.next_power_of_2(dim)), how.block,
+            NEVER, pages.scales is not None, "ieee" if q.dtype == torch.float32 else "tf32", how.stages,
+            how.masked_stages,
         ),
         num_warps=how.warps,
     )  # fmt: skip

@@ -66,6 +66,10 @@ class EvictingSelfAttention(nn.Module):
         self.q_norm = RMSNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.decisions = make_decisions(config, kv_heads)
+        if self.decisions.borrows_neuron:
+            neurons = torch.zeros(self.num_heads, dim, dtype=torch.bool)
+            neurons[:: self.num_heads // self.num_kv_heads, -1] = True
+            self.register_buffer("neurons", neurons.flatten(), persistent=False)
         eviction = Eviction.from_dict(config.eviction)
         self.disabled = eviction.disabled
         self.attn = EvictingAttention(
@@ -86,24 +90,18 @@ class EvictingSelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-        evicts = self.decisions(x, residual, self._by_group(q)).expand(-1, self.num_kv_heads)
+        by_group = q.unflatten(-1, (self.num_kv_heads, -1, self.head_dim))
+        evicts = self.decisions(x, residual, by_group).expand(-1, self.num_kv_heads)
         evicts = (torch.zeros_like(evicts) if self.disabled else evicts).contiguous()
         if self.decisions.borrows_neuron:
-            q = q.clone() if self.q_norm is None else q  # a norm's output is nobody else's
-            self._clear_neuron(q)
+            # The compiler makes this a part of the kernels before and behind RoPE, which a write in place is not.
+            q = torch.where(self.neurons, 0, q)
         q, k = self.rotary_emb(positions, q, k)
         if self.decisions.borrows_neuron:
             # RoPE has turned another number of the query into its place.
-            self._clear_neuron(q)
+            q = torch.where(self.neurons, 0, q)
         out, _ = self.o_proj(self.attn(q, k, v, evicts))
         return out
-
-    def _by_group(self, q: torch.Tensor) -> torch.Tensor:
-        return q.unflatten(-1, (self.num_kv_heads, -1, self.head_dim))
-
-    def _clear_neuron(self, q: torch.Tensor) -> None:
-        """Write 0 over the last number of each group's first query, of queries [T, H * G * d]."""
-        self._by_group(q)[:, :, 0, -1] = 0
 
 
 class EvictingDecoderLayer(LlamaDecoderLayer):

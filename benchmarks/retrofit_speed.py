@@ -1,0 +1,114 @@
+"""How fast a decoder is taught to evict, beside plain fine-tuning of the same decoder, on one GPU.
+
+python -m benchmarks.retrofit_speed [--layers 12 --hidden 640 --heads 10 --kv-heads 5] [--context 8192]
+
+Random weights. Fine-tuning is a training step of transformers' Llama with all weights and PyTorch's FlashAttention,
+in bfloat16 by autocast. A step of examples/retrofit.py computes the frozen model twice, with and without eviction,
+and gradients of the adapters. Both are compiled layer by layer, and neither counts the optimizer. The rows take
+turns; the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.options import Parser, integer, positive_int, refuse  # it makes examples/ importable
+from benchmarks.record import save
+from vllm_fox.hf import compile_layers
+
+REPEATS = 5
+Step = Callable[[], None]
+
+
+def fine_tuning(config: LlamaConfig, ids: torch.Tensor) -> Step:
+    """Forward and backward of all weights on windows [B, T]."""
+    model: Any = LlamaForCausalLM(config).cuda().train()
+    compile_layers(model)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def retrofitting(folder: Path, ids: torch.Tensor) -> Step:
+    """The same of a retrofit, half way to a ratio of 8."""
+    args = argparse.Namespace(
+        checkpoint=folder, context=ids.shape[1], window=256, cpu=False, checkpointing=False
+    )
+    distillation: Any = retrofit.Distillation(retrofit.load(args), 1.0).cuda().train()
+    compile_layers(distillation)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            distillation(ids, 0.75).backward()
+        distillation.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=positive_int, default=12)
+    parser.add_argument("--hidden", type=positive_int, default=640)
+    parser.add_argument("--heads", type=positive_int, default=10)
+    parser.add_argument("--kv-heads", type=positive_int, default=5)
+    parser.add_argument("--vocab", type=integer(257), default=16384)
+    parser.add_argument("--context", type=integer(512), default=8192)
+    parser.add_argument("--windows", type=positive_int, default=2, help="in a step")
+    parser.add_argument("--json", default="results/retrofit_speed.json")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        refuse("No CUDA GPU was found, and on a CPU the figures would mean nothing.")
+    config = LlamaConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=-(-8 * args.hidden // (3 * 64)) * 64,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        max_position_embeddings=args.context,
+        tie_word_embeddings=True,
+    )
+    ids = torch.randint(args.vocab, (args.windows, args.context), device="cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+        steps = {"fine-tuning": fine_tuning(config, ids), "retrofit": retrofitting(Path(folder), ids)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    peaks: dict[str, float] = {}
+    for name, step in steps.items():
+        for _ in range(3):  # compiles
+            step()
+    for _ in range(REPEATS):
+        for name, step in steps.items():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            step()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+    own = {name: ids.numel() / statistics.median(found) * 1e3 for name, found in times.items()}
+    for name in steps:
+        print(
+            f"{name:<12} {own[name]:>12,.0f} tokens/s ({own[name] / own['fine-tuning']:.2f}x), "
+            f"{peaks[name] / 2**30:.2f} GiB beside the weights of both ({peaks[name] / peaks['fine-tuning']:.2f}x)"
+        )
+    save(args.json, {"options": vars(args), "ms": times, "peak_bytes": peaks, "tokens_per_second": own})
+
+
+if __name__ == "__main__":
+    main()
