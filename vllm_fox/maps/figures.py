@@ -13,8 +13,9 @@ from .record import ForgettingMap
 
 LISTED = 12
 """Tokens in a list of those that are dropped first."""
-TIMES = 3
-"""A token must stand in the judged part of the text at least so many times to be listed."""
+LEAST_TIMES, LEAST_SHARE = 3, 0.005
+"""A token is listed if it stands in the judged part of the text at least so many times, and is at least this share of
+it: how long two or three tokens live may be chance."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def dropped_first(record: ForgettingMap) -> list[list[Dropped]]:
     if record.page_size > 1:
         return [[] for _ in range(count + 1)]
     texts, which, times = np.unique(np.array(record.pieces[:judged], dtype=object), return_inverse=True, return_counts=True)
-    often = np.flatnonzero(times >= TIMES)
+    often = np.flatnonzero(times >= max(LEAST_TIMES, LEAST_SHARE * judged))
     lives = record.flat[:, :judged] - np.arange(judged)
     sums = np.stack([np.bincount(which, weights=row, minlength=len(texts)) for row in record.seen_share[:, :judged]])
     means = np.concatenate((sums, sums.mean(0, keepdims=True)))[:, often] / times[often]
@@ -138,7 +139,6 @@ def dropped_first(record: ForgettingMap) -> list[list[Dropped]]:
 def summary(record: ForgettingMap) -> dict[str, Any]:
     """Return the figures of the whole model, as ``vllm-fox map --json`` prints them."""
     found = streams(record)
-    given_back = record.given_back
     return {
         "model": record.model,
         "family": record.family,
@@ -148,8 +148,8 @@ def summary(record: ForgettingMap) -> dict[str, Any]:
         "layers": record.layers,
         "streams": len(found),
         "dropped_together": record.page_size,
-        "given_back_at_end": float(given_back[-1]),
-        "given_back": float(1 - record.live.sum() / (len(found) * record.tokens * (record.tokens + 1) / 2)),
+        "given_back_at_end": float(record.given_back[-1]),
+        "given_back": record.given_back_overall,
         "kinds": {kind: sum(one.kind == kind for one in found) for kind in RULES},
         "heads": [vars(one) for one in found],
         "dropped_first": [vars(one) for one in dropped_first(record)[-1]],

@@ -82,3 +82,8 @@ class ForgettingMap:
     def given_back(self) -> np.ndarray:
         """Share of the places of a cache that never forgets which are free when each query is done: [T], 0 to 1."""
         return 1 - self.live.sum(0) / (len(self.flat) * np.arange(1, self.tokens + 1))
+
+    @property
+    def given_back_overall(self) -> float:
+        """The same over all queries together."""
+        return float(1 - self.live.sum() / (len(self.flat) * self.tokens * (self.tokens + 1) / 2))
