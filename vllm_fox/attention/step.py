@@ -17,8 +17,8 @@ class WorkerState:
 
     Attributes:
         table: the worker's page table.
-        watch: called after the last layer of every step, before :meth:`end_step`; None unless somebody watches. Steps
-            that are replayed as CUDA graphs do not call it.
+        watch: called after the last layer of every step, before :meth:`end_step`; None unless somebody watches.
+            Steps that are replayed as CUDA graphs do not call it.
     """
 
     def __init__(self, table: PageTable) -> None:

@@ -132,9 +132,10 @@ def from_engine(
     from vllm_fox.attention.layer import PagedAttention
 
     # CUDA graphs would replay steps without anybody watching.
+    options: dict[str, Any] = {"dtype": dtype}
     llm = LLM(
         model=str(folder),
-        dtype=dtype,
+        **options,
         enforce_eager=True,
         max_num_seqs=1,
         max_num_batched_tokens=CHUNK,

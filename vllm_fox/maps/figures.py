@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from .record import ForgettingMap
 LISTED = 12
 """Tokens in a list of those that are dropped first."""
 LEAST_TIMES, LEAST_SHARE = 3, 0.005
-"""A token is listed if it stands in the judged part of the text at least so many times, and is at least this share of
-it: how long two or three tokens live may be chance."""
+"""A token is listed if it stands in the judged part of the text at least so many times, and is at least this share
+of it: how long two or three tokens live may be chance."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,17 @@ def streams(record: ForgettingMap) -> list[Stream]:
 
 def _with_sentence(record: ForgettingMap, number: int, found: Stream) -> Stream:
     name = record.name(number)
-    name = name[0].upper() + name[1:]
-    live, share = f"{found.mean_live:,.0f}", f"{1 - found.given_back:.0%}"
+    live, share = f"{found.mean_live:,.0f}", f"{1 - found.given_back:.0%}".replace("%", " %")
     counts = f"{found.least_live:,} to {found.most_live:,} tokens"
     says = {
-        "global": f"{name} is global: it sees {share} of the text so far.",
-        "local": f"{name} is local: it sees little more than the newest tokens, {live} of them on average ({counts}).",
-        "punctuation-dropper": f"{name} drops whitespace and punctuation soon and keeps other tokens longer; it sees "
-        f"{live} tokens on average ({counts}).",
-        "content-dependent": f"{name} is content-dependent: the text decides what it keeps, {live} tokens on average "
-        f"({counts}, {share} of the text so far).",
+        "global": f"is global: it sees {share} of the text so far",
+        "local": f"is local: it sees little more than the newest tokens, {live} of them on average ({counts})",
+        "punctuation-dropper": "drops whitespace and punctuation soon and keeps other tokens longer; it sees "
+        f"{live} tokens on average ({counts})",
+        "content-dependent": f"is content-dependent: the text decides what it keeps, {live} tokens on average "
+        f"({counts}, {share} of the text so far)",
     }[found.kind]
-    return Stream(**{**vars(found), "says": says})
+    return replace(found, says=f"{name[0].upper()}{name[1:]} {says}.")
 
 
 def classes(record: ForgettingMap) -> np.ndarray:
@@ -118,10 +117,14 @@ def dropped_first(record: ForgettingMap) -> list[list[Dropped]]:
     judged = int(record.tokens * JUDGED)
     if record.page_size > 1:
         return [[] for _ in range(count + 1)]
-    texts, which, times = np.unique(np.array(record.pieces[:judged], dtype=object), return_inverse=True, return_counts=True)
+    texts, which, times = np.unique(
+        np.array(record.pieces[:judged], dtype=object), return_inverse=True, return_counts=True
+    )
     often = np.flatnonzero(times >= max(LEAST_TIMES, LEAST_SHARE * judged))
     lives = record.flat[:, :judged] - np.arange(judged)
-    sums = np.stack([np.bincount(which, weights=row, minlength=len(texts)) for row in record.seen_share[:, :judged]])
+    sums = np.stack(
+        [np.bincount(which, weights=row, minlength=len(texts)) for row in record.seen_share[:, :judged]]
+    )
     means = np.concatenate((sums, sums.mean(0, keepdims=True)))[:, often] / times[often]
     found = []
     for row, mean in enumerate(means):

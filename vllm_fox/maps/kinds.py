@@ -7,23 +7,23 @@ import numpy as np
 from .classes import classify
 from .record import ForgettingMap
 
-GLOBAL_SHARE = 0.9
-LOCAL_SHARE = 0.95
+GLOBAL_SHARE, LOCAL_SHARE, PUNCTUATION_RATIO = 0.9, 0.95, 0.5
 LOCAL_WINDOW = 8
-PUNCTUATION_RATIO = 0.5
+"""A local head sees within the text's length over so much."""
 JUDGED = 0.75
 """Tokens in this first part of the text are judged by how long they live: later ones have too few queries after
 them."""
 
 RULES = {
-    "global": "Its queries see at least 90 % of all earlier tokens.",
-    "local": "At least 95 % of what its queries see is among the newest eighth of the text's length, or among the "
-    "newest two pages if that is more.",
-    "punctuation-dropper": "Later queries see whitespace and punctuation at most half as often as other tokens.",
-    "content-dependent": "None of these: the text decides how much it keeps.",
+    "global": f"Queries see at least {100 * GLOBAL_SHARE:.0f} % of all earlier tokens.",
+    "local": f"At least {100 * LOCAL_SHARE:.0f} % of what queries see is among the newest tokens, within an eighth "
+    "of the text's length, or two pages if that is more.",
+    "punctuation-dropper": "Tokens are dropped one by one, and later queries see whitespace and punctuation at "
+    "most half as often as other tokens.",
+    "content-dependent": "None of these: the text decides what is kept.",
 }
-"""The kinds, and the rule of each as it stands in the page and in the documentation. The first that holds counts. The
-first two are about the queries in the second half of the text, the third about tokens in its first three quarters."""
+"""The kinds, and the rule of each as it stands in the page. The first that holds counts. The first two are about
+the queries in the second half of the text, the third about tokens in its first three quarters."""
 
 
 def window(record: ForgettingMap) -> int:
@@ -47,7 +47,9 @@ def punctuation(record: ForgettingMap) -> tuple[np.ndarray, np.ndarray]:
         [L * S] each, 0 to 1; NaN where the text has no such token.
     """
     judged = int(record.tokens * JUDGED)
-    light = np.array([classify(piece) in ("whitespace", "punctuation") for piece in record.pieces[:judged]], dtype=bool)
+    light = np.array(
+        [classify(piece) in ("whitespace", "punctuation") for piece in record.pieces[:judged]], dtype=bool
+    )
     seen = record.seen_share[:, :judged]
     nothing = np.full(len(seen), np.nan)
     both = [seen[:, which].mean(1) if which.any() else nothing for which in (light, ~light)]

@@ -74,9 +74,9 @@ def page_data(record: ForgettingMap) -> dict[str, Any]:
 def pack(record: ForgettingMap) -> tuple[str, bool]:
     """Return the ends of all streams as base64 of zlib's deflate, and whether its numbers have 32 bits or 16.
 
-    The numbers are those of the streams one after the other: of each page if pages are dropped as a whole, else of each
-    token, the distance from its first position to its end, or 0 if all queries see it. They are unsigned and little
-    endian.
+    The numbers are those of the streams one after the other: of each page if pages are dropped as a whole, else of
+    each token, the distance from its first position to its end, or 0 if all queries see it. They are unsigned and
+    little endian.
     """
     first = np.arange(0, record.tokens, record.page_size)
     ends = record.flat[:, first]

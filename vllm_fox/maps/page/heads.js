@@ -1,6 +1,6 @@
 "use strict";
 
-const MARKS = { local: "●", global: "■", "content-dependent": "▲", "punctuation-dropper": "◆" };
+const MARKS = { global: "■", local: "●", "punctuation-dropper": "◆", "content-dependent": "▲" };
 
 const ORDERS = {
   layer: (a, b) => a.number - b.number,

@@ -61,8 +61,8 @@ function droppedFirstSaid(map) {
   }
   const names = classesByLife(map, map.count).map((one) => one.name.replace(/(keyword|number|name)$/, "$1s"));
   const tokens = map.droppedFirst[map.count].slice(0, 5).map(([token]) => `“${shown(token)}”`);
-  const classes = names.length > 1 ? ` Of the classes of tokens, ${names[0]} go first and ${names.at(-1)} last.` : "";
-  return classes + (tokens.length ? ` Of single tokens, ${tokens.join(", ")} go first.` : "");
+  const classes = names.length > 1 ? ` Classes of tokens by how soon they are dropped: ${names.join(", ")}.` : "";
+  return classes + (tokens.length ? ` Single tokens that are dropped first: ${tokens.join(", ")}.` : "");
 }
 
 // What is dropped first, by the chosen head or by all.
