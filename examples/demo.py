@@ -6,8 +6,8 @@ For each of two small models, a Forgetting Transformer and a GPT-2 with Dynamic 
 server (``vllm serve``) on a free port of this machine, sends it a few long prompts at once through the OpenAI
 client, prints what the model wrote, and then what happened to the KV pages, as read from the server's /metrics.
 Where prefix caching is on, a short conversation comes last, with what each turn found in the cache. In the end it
-names the maps that it has written of its requests: pages for a browser that show what the model forgot. It exits with
-1 if a request failed, the server died, nothing was released or nothing was found, and always stops the server.
+names the maps that it has written of its requests: pages for a browser that show what the model forgot. It exits
+with 1 if a request failed, the server died, nothing was released or nothing was found, and always stops the server.
 """
 
 from __future__ import annotations
