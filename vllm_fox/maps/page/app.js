@@ -92,11 +92,11 @@ async function start() {
     const kinds = Object.keys(MARKS)
       .map((kind) => [kind, map.heads.filter((head) => head.kind === kind).length])
       .filter(([, count]) => count)
-      .map(([kind, count], n) => `${whole(count)} ${n ? "" : `of ${several(map.count, map.unit)} ${count === 1 ? "is" : "are"} `}${kind}`);
+      .map(([kind, count]) => `${whole(count)} ${kind}`);
     byId("summary").textContent =
       `${map.family}: ${read} in ${several(map.count, "stream")} (${map.stream}), from ${map.source === "engine" ? "the engine's pages" : "transformers"}. ` +
       `At the end ${percent(map.givenBackAtEnd)} of the places of a cache that never forgets are given back; over the whole text, ${percent(map.givenBack)}. ` +
-      `${kinds.join(", ")}.${droppedFirstSaid(map)}`;
+      `Of ${several(map.count, map.unit)}: ${kinds.join(", ")}.${droppedFirstSaid(map)}`;
     byId("meaning").textContent =
       `A stream is what forgets on its own: ${map.stream}. A token is live in it as long as later queries see it. ` +
       (map.pageSize > 1
