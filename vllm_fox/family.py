@@ -51,7 +51,7 @@ class Family:
             configuration. It returns None, or a sentence that refuses a checkpoint: one of this family's that vLLM
             would take for its own model and serve wrong.
         token_ends: "module:function" of what maps of a text are made from by the models for transformers, or None
-            if there are no maps. The function is given a model in evaluation mode, input_ids [1, T] and the tokens
+            if they make no maps. The function is given a model in evaluation mode, input_ids [1, T] and the tokens
             of a page, and returns [layers, streams of a layer, T] int32: the position of the first query that does
             not see the token any more, or T if all queries see it. It must be what
             :meth:`vllm_fox.attention.step.WorkerState.lower_ends` finds in an engine.

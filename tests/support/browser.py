@@ -20,7 +20,7 @@ PATIENCE_S = 20
 
 @contextmanager
 def chromium(folder: Path) -> Iterator[Any]:
-    """A driver of Selenium's, whose downloads go to ``folder / "downloads"``. Skips without Chromium or Selenium."""
+    """A driver of Selenium's, which saves into ``folder / "downloads"``. Skips without Chromium or Selenium."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is missing: pip install selenium")
     browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if browser is None or driver is None:

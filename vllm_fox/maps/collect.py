@@ -48,13 +48,12 @@ def collect(
         dtype: of the model, without "torch."; the checkpoint's unless given.
 
     Raises:
-        ValueError: the model belongs to no family, or to one without maps; or the text has no token.
+        ValueError: the model belongs to no family, or to one of which this source makes no maps; or the text has no
+            token.
     """
     register_configs()
     config = AutoConfig.from_pretrained(folder)
     family = family_of(config)
-    if family.token_ends is None:
-        raise ValueError(f"No map can be made of {family.name}: their family does not say which tokens they drop.")
     pieces, ids = tokenize(folder, text)
     if not ids:
         raise ValueError("TEXT is empty: give a text of at least one token.")
@@ -109,7 +108,8 @@ def from_transformers(
 ) -> np.ndarray:
     """Return the ends [L, S, T] int32 of :class:`.record.ForgettingMap`, by the model for transformers."""
     path = family.configs[type(config)]
-    assert path is not None and family.token_ends is not None
+    if path is None or family.token_ends is None:
+        raise ValueError(_refusal(family, "transformers"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = _named(path).from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
     ends: torch.Tensor = _named(family.token_ends)(model, torch.tensor([ids], device=device), page_size)
@@ -130,6 +130,7 @@ def from_engine(
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from vllm_fox.attention.layer import PagedAttention
+    from vllm_fox.attention.step import WorkerState
 
     # CUDA graphs would replay steps without anybody watching.
     options: dict[str, Any] = {"dtype": dtype}
@@ -144,6 +145,8 @@ def from_engine(
     try:
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         state = next(layer for layer in layers.values() if isinstance(layer, PagedAttention)).state
+        if type(state).lower_ends is WorkerState.lower_ends:
+            raise ValueError(_refusal(family, "an engine"))
         ends = torch.full((family.streams(config), len(ids) + 1), len(ids), dtype=torch.int32)
 
         def watch(batch: Any) -> None:
@@ -160,6 +163,10 @@ def from_engine(
 
 CHUNK = 512
 """Tokens of a prompt that the engine reads in a step."""
+
+
+def _refusal(family: Family, source: str) -> str:
+    return f"No map can be made of {family.name} from {source}: their family does not say there what is dropped."
 
 
 def _shut_down(llm: Any) -> None:
