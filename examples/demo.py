@@ -530,7 +530,7 @@ def write_maps(model: Model, requests: list[Request], folder: Path) -> list[tupl
     written = []
     for number, request in enumerate(requests, 1):
         status(f"maps of what was forgotten: {number} of {len(requests)}")
-        name = f"{model.folder.name}, {request.name}"
+        name = f"{model.folder.name} ({request.name})"
         record = collect(model.folder, request.prompt + request.text, name=name)
         path = folder / f"{model.folder.name}-{request.name}.html"
         write(record, path)
