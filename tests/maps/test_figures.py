@@ -39,20 +39,22 @@ def test_counts_are_those_of_the_definition() -> None:
 
 
 def light_first(ends: np.ndarray, heavy: np.ndarray) -> np.ndarray:
-    """Ends with those of whitespace and punctuation replaced by three tokens later."""
-    light = np.array([classify(piece) in ("whitespace", "punctuation") for piece in SOURCE])
+    """Ends with those of punctuation replaced by three tokens later."""
+    light = np.array([classify(piece) == "punctuation" for piece in SOURCE])
     return np.where(light, np.minimum(np.arange(T) + 3, T), heavy)
 
 
 def test_each_kind_is_what_its_rule_says() -> None:
     always = np.full(T, T)
+    # Line breaks are no punctuation.
+    blank = np.where(np.array(SOURCE) == "\n    ", windowed(T, 2), windowed(T, 300))
     half = np.where(np.arange(T) % 2, windowed(T, 2), always)
     heads = {
         "global": [always, windowed(T, T - 5)],
         # An eighth of 400 tokens is 50. Of a window of 52, 50 are within.
         "local": [windowed(T, 1), windowed(T, 50), windowed(T, 52)],
         "punctuation-dropper": [light_first(always, always), light_first(always, windowed(T, 300))],
-        "content-dependent": [windowed(T, 60), half],
+        "content-dependent": [windowed(T, 60), half, blank],
     }
     wanted = [kind for kind, ends in heads.items() for _ in ends]
     record = made(np.stack([one for ends in heads.values() for one in ends])[None], SOURCE)

@@ -82,7 +82,7 @@ def _with_sentence(record: ForgettingMap, number: int, found: Stream) -> Stream:
     says = {
         "global": f"is global: it sees {share} of the text so far",
         "local": f"is local: it sees little more than the newest tokens, {live} of them on average ({counts})",
-        "punctuation-dropper": "drops whitespace and punctuation soon and keeps other tokens longer; it sees "
+        "punctuation-dropper": "drops punctuation soon and keeps names, numbers and keywords longer; it sees "
         f"{live} tokens on average ({counts})",
         "content-dependent": f"is content-dependent: the text decides what it keeps, {live} tokens on average "
         f"({counts}, {share} of the text so far)",

@@ -18,8 +18,8 @@ RULES = {
     "global": f"Queries see at least {100 * GLOBAL_SHARE:.0f} % of all earlier tokens.",
     "local": f"At least {100 * LOCAL_SHARE:.0f} % of what queries see is among the newest tokens, within an eighth "
     "of the text's length, or two pages if that is more.",
-    "punctuation-dropper": "Tokens are dropped one by one, and later queries see whitespace and punctuation at "
-    "most half as often as other tokens.",
+    "punctuation-dropper": "Tokens are dropped one by one, and later queries see punctuation at most half as often "
+    "as names, numbers and keywords.",
     "content-dependent": "None of these: the text decides what is kept.",
 }
 """The kinds, and the rule of each as it stands in the page. The first that holds counts. The first two are about
@@ -41,18 +41,18 @@ def shares(record: ForgettingMap) -> tuple[np.ndarray, np.ndarray]:
 
 
 def punctuation(record: ForgettingMap) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean share of later queries that see whitespace and punctuation, and that see other tokens.
+    """Return the mean share of later queries that see punctuation, and that see names, numbers and keywords.
 
     Returns:
         [L * S] each, 0 to 1; NaN where the text has no such token.
     """
     judged = int(record.tokens * JUDGED)
-    light = np.array(
-        [classify(piece) in ("whitespace", "punctuation") for piece in record.pieces[:judged]], dtype=bool
-    )
+    found = np.array([classify(piece) for piece in record.pieces[:judged]], dtype=object)
+    light = found == "punctuation"
     seen = record.seen_share[:, :judged]
     nothing = np.full(len(seen), np.nan)
-    both = [seen[:, which].mean(1) if which.any() else nothing for which in (light, ~light)]
+    parts = (light, ~light & (found != "whitespace"))
+    both = [seen[:, which].mean(1) if which.any() else nothing for which in parts]
     return both[0], both[1]
 
 
