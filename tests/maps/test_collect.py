@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.families.windowed.config import WindowedConfig
-from tests.support.checkpoints import save_tokenizer
+from tests.support.checkpoints import make_checkpoint, save_tokenizer
 from tests.support.evicting import VARIANTS, make_evicting
 from vllm_fox.maps.collect import collect, tokenize
 from vllm_fox.maps.figures import summary
@@ -25,9 +25,21 @@ def evicting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_evicting(tmp_path_factory.mktemp("evicting"), VARIANTS["qwen3-borrowed"]).served
 
 
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Forgetting Transformer with two query heads for each KV head, whose config names no tolerance."""
+    folder = tmp_path_factory.mktemp("grouped")
+    return make_checkpoint(folder, "fla", num_kv_heads=2, qk_norm=True, log_pruning_tolerance=None)
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "page_size"),
-    [("fox_tiny", (4, 8), 16), ("dcp_tiny", (4, 1), None), ("evicting", (2, 2), None)],
+    [
+        ("fox_tiny", (4, 8), 16),
+        ("grouped", (2, 2), 16),
+        ("dcp_tiny", (4, 1), None),
+        ("evicting", (2, 2), None),
+    ],
 )
 def test_both_sources_are_the_same(
     model: str, shape: tuple[int, int], page_size: int | None, request: pytest.FixtureRequest
@@ -77,6 +89,12 @@ def test_pieces_are_the_text(fox_tiny: Path, dcp_tiny: Path) -> None:
     for folder in (fox_tiny, dcp_tiny):
         pieces, ids = tokenize(folder, text)
         assert "".join(pieces) == text and len(pieces) == len(ids)
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, drop=("model.norm.weight",))
+    with pytest.raises(ValueError, match=r"has no tensor model\.norm\.weight: copy the checkpoint again"):
+        collect(tmp_path, TEXT)
 
 
 def test_an_empty_text_is_refused(fox_tiny: Path) -> None:

@@ -89,7 +89,7 @@ def map(
     from vllm_fox.maps.write import write
 
     try:
-        with _progress(source) as progress:
+        with _progress() as progress:
             record = collect(
                 folder,
                 content,
@@ -152,7 +152,7 @@ def _prepare(source: str) -> None:
 
 
 @contextmanager
-def _progress(source: str) -> Iterator[Progress]:
+def _progress() -> Iterator[Progress]:
     """A bar on standard error, if that is a terminal."""
     from rich.console import Console
     from rich.progress import Progress as Bar

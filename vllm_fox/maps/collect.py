@@ -17,9 +17,6 @@ from vllm_fox.registration import register_configs
 
 from .record import ForgettingMap
 
-SOURCES = ("transformers", "engine")
-"""What a map can be made from. Both give the same."""
-
 Progress = Callable[[int, int], None]
 """It is called with the number of tokens that have been read, and the number of all."""
 
@@ -41,15 +38,15 @@ def collect(
         folder: of the checkpoint.
         text: as the model's tokenizer takes it.
         name: what the model is called in the map; the folder's unless given.
-        source: one of :data:`SOURCES`. The engine runs in this process, so VLLM_ENABLE_V1_MULTIPROCESSING must have
-            been 0 when vLLM was imported.
+        source: "transformers" or "engine", which give the same. The engine runs in this process, so
+            VLLM_ENABLE_V1_MULTIPROCESSING must have been 0 when vLLM was imported.
         max_tokens: read no more than so many; the longest prompt that the model takes unless given.
         page_size: tokens of a page; the family's own unless given.
         dtype: of the model, without "torch."; the checkpoint's unless given.
 
     Raises:
         ValueError: the model belongs to no family, or to one of which this source makes no maps; or the text has no
-            token.
+            token, or the checkpoint not all tensors.
     """
     register_configs()
     config = AutoConfig.from_pretrained(folder)
@@ -61,10 +58,9 @@ def collect(
     count = min(len(ids), config.max_position_embeddings - 1, max_tokens or len(ids))
     size = page_size or family.page_size
     found = dtype or str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
-    read = {"transformers": from_transformers, "engine": from_engine}[source]
+    read = from_engine if source == "engine" else from_transformers
     ends = read(folder, config, family, ids[:count], size, found, progress)
-    streams = family.streams(config) // ends.shape[0]
-    assert ends.shape == (config.num_hidden_layers, streams, count)
+    assert ends.shape == (config.num_hidden_layers, family.streams(config) // config.num_hidden_layers, count)
     return ForgettingMap(
         model=name or str(folder),
         family=family.name,
@@ -111,7 +107,12 @@ def from_transformers(
     if path is None or family.token_ends is None:
         raise ValueError(_refusal(family, "transformers"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = _named(path).from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
+    model, loaded = _named(path).from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
+    # transformers would draw them at random.
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder} has no tensor {missing[0]}: copy the checkpoint again.")
+    model = model.eval().to(device)
     ends: torch.Tensor = _named(family.token_ends)(model, torch.tensor([ids], device=device), page_size)
     progress(len(ids), len(ids))
     return ends.cpu().numpy()
