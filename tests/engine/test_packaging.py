@@ -56,6 +56,7 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel: Path) -> None:
     for path in modules:
         inside = path.relative_to(ROOT).as_posix()
         expected.add(f"vllm_fox/{inside}" if inside.startswith("kernels/") else inside)
+    expected |= {path.relative_to(ROOT).as_posix() for path in (folder / "maps" / "page").iterdir()}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected

@@ -134,6 +134,25 @@ def test_a_turn_that_fails_ends_the_conversation(demo: ModuleType, monkeypatch: 
         demo.converse(CountingServer(), context=1000, max_tokens=5)
 
 
+def test_maps_are_written_of_requests_and_named(
+    demo: ModuleType, dcp_tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = demo.Model.read(dcp_tiny)
+    assert model.has_maps
+    requests = [
+        demo.Request("early", "import os\n" * 20, text="import sys\n"),
+        demo.Request("late", "x = 1\n" * 30),
+    ]
+    written = demo.write_maps(model, requests, tmp_path / "maps")
+    assert [path.name for path, _ in written] == ["dcp-tiny-early.html", "dcp-tiny-late.html"]
+    assert "What dcp-tiny (early) forgets" in written[0][0].read_text()
+    assert all(0 < share < 1 for _, share in written)
+    capsys.readouterr()
+    demo.print_maps(written)
+    said = capsys.readouterr().out
+    assert all(f"{path}  ({share:.0%} given back at the end)" in said for path, share in written)
+
+
 def test_a_server_that_ends_is_reported_with_the_end_of_its_log(demo: ModuleType, tmp_path: Path) -> None:
     log = tmp_path / "log"
     noise = "INFO see FileNotFoundError: it is harmless\n" * 50

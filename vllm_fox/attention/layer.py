@@ -128,6 +128,8 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
             self._state.begin_step(batch)
         self.impl.forward(inputs, batch, self._state, out)
         if self._is_last:
+            if self._state.watch is not None:
+                self._state.watch(batch)
             self._state.end_step(batch)
 
     # What vLLM calls.
@@ -187,10 +189,15 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
         if use_triton(table.entries.device):
             layers[0]._warm_up(state)
 
+    @property
+    def state(self) -> State:
+        """The state that the worker's layers share, once the page table is there."""
+        assert self._state is not None
+        return self._state
+
     def first_live_at(self, slots: torch.Tensor, num_pages: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """See :meth:`~vllm_fox.attention.step.WorkerState.first_live_at`, for the streams of all layers."""
-        assert self._state is not None
-        return self._state.first_live_at(slots, num_pages, before)
+        return self.state.first_live_at(slots, num_pages, before)
 
     def pool(self) -> torch.Tensor:
         """Return the whole cache as bytes: all streams share one pool of pages."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -17,10 +17,13 @@ class WorkerState:
 
     Attributes:
         table: the worker's page table.
+        watch: called after the last layer of every step, before :meth:`end_step`; None unless somebody watches.
+            Steps that are replayed as CUDA graphs do not call it.
     """
 
     def __init__(self, table: PageTable) -> None:
         self.table = table
+        self.watch: Callable[[Batch], None] | None = None
 
     def begin_step(self, batch: Batch) -> None:
         """Prepare a step. This is called before its first layer."""
@@ -42,6 +45,18 @@ class WorkerState:
             [B, S] int32.
         """
         raise TypeError(f"{type(self).__name__} cannot tell live ranges of the past")
+
+    def lower_ends(self, batch: Batch, row: int, ends: torch.Tensor) -> None:
+        """Note which tokens a step drops, after its last layer and before :meth:`end_step`, which may move tokens.
+
+        Families of whose models maps can be made implement this (``Family.token_ends``).
+
+        Args:
+            row: of the batch, whose request is looked at.
+            ends: [S, T] int32 on the CPU; T is at least the number of the request's tokens. Entries are lowered to
+                the position of the first query that does not see the token any more.
+        """
+        raise TypeError(f"{type(self).__name__} cannot tell which tokens are dropped")
 
 
 State = TypeVar("State", bound=WorkerState)

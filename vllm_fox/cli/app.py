@@ -14,6 +14,7 @@ from .convert import convert
 from .doctor import doctor
 from .errors import FINE, USAGE, WRONG, CommandError
 from .inspect import inspect
+from .map import map
 from .top import top
 
 HELP = """Look at models that forget, at this machine, and at servers that serve such models.
@@ -23,6 +24,7 @@ wrong."""
 
 app = typer.Typer(name="vllm-fox", help=HELP, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(inspect)
+app.command()(map)
 app.command()(doctor)
 app.command()(convert)
 app.command()(top)
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG
 
 
-COMMANDS = ("inspect", "doctor", "convert", "top")
+COMMANDS = ("inspect", "map", "doctor", "convert", "top")
 """Names of the commands."""
 
 

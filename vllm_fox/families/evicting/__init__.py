@@ -51,6 +51,7 @@ EVICTING = Family(
     float8_pages=True,
     quantized_weights=True,
     refusals=_refusals,
+    token_ends="vllm_fox.hf.evicting.token_ends:token_ends",
     lookalikes=dict.fromkeys(
         (f"{name}{kind}" for name in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("ForCausalLM", "Model")),
         _as_published,

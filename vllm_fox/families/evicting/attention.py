@@ -11,7 +11,7 @@ from vllm_fox.attention.step import Formula, WorkerState
 from vllm_fox.kernels.paged import Batch, PageTable
 from vllm_fox.kernels.subset import attention
 from vllm_fox.kernels.subset.compaction import compact
-from vllm_fox.kernels.subset.pages import Evictions, SubsetPages
+from vllm_fox.kernels.subset.pages import Evictions, SubsetPages, lower_ends
 from vllm_fox.kernels.subset.write import subset_write
 
 
@@ -51,6 +51,9 @@ class EvictingState(WorkerState):
     def end_step(self, batch: Batch) -> None:
         """Move live tokens together, so that pages become free: whenever a request has filled a page."""
         compact(self.pages, self.table, batch, self.pages.page_size)
+
+    def lower_ends(self, batch: Batch, row: int, ends: torch.Tensor) -> None:
+        lower_ends(self.pages, self.table, batch, row, ends)
 
 
 @dataclass

@@ -42,5 +42,7 @@ FOX = Family(
     shares_pages=True,
     float8_pages=True,
     refusals=_refusals,
+    token_ends="vllm_fox.hf.fox.live_share:token_ends",
+    whole_pages=True,
     prepare=register_tokenizer,
 )

@@ -82,6 +82,20 @@ class ForgettingState(WorkerState):
         thresholds = self.thresholds.flatten(0, 1)
         return first_live_at(self.pages, self.table, thresholds, slots=slots, num_pages=num_pages, before=before)
 
+    def lower_ends(self, batch: Batch, row: int, ends: torch.Tensor) -> None:
+        """Find what is dead at each page boundary that the step has reached."""
+        size, length = self.pages.page_size, int(batch.seq_lens[row])
+        before = length - batch.query_lens_host[row]
+        reached = torch.arange(before // size + 1, length // size + 1, dtype=torch.int32, device=self.table.device)
+        if not len(reached):
+            return
+        slots = batch.slots[row].expand(len(reached))
+        first = self.first_live_at(slots, reached, self.table.first_live[slots.long()]).cpu()
+        position = torch.arange(ends.shape[1])
+        for boundary, page in zip(reached.tolist(), first, strict=True):
+            dead = position < page[:, None] * size
+            ends.copy_(torch.where(dead, ends.clamp(max=boundary * size), ends))
+
 
 @dataclass
 class ForgettingFormula(Formula[ForgettingState]):

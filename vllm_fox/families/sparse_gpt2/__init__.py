@@ -30,4 +30,5 @@ SPARSE_GPT2 = Family(
     # A request holds up to two pages per layer beyond its live tokens, so small pages save memory.
     page_size=16,
     refusals=_refusals,
+    token_ends="vllm_fox.hf.sparse_gpt2.token_ends:token_ends",
 )

@@ -12,7 +12,7 @@ from vllm_fox.kernels.paged import Batch, PageTable
 from vllm_fox.kernels.subset import attention
 from vllm_fox.kernels.subset.compaction import compact
 from vllm_fox.kernels.subset.drop_times import drop_times
-from vllm_fox.kernels.subset.pages import NEVER, SubsetPages
+from vllm_fox.kernels.subset.pages import NEVER, SubsetPages, lower_ends
 from vllm_fox.kernels.subset.write import subset_write
 
 
@@ -53,6 +53,9 @@ class SubsetState(WorkerState):
     def end_step(self, batch: Batch) -> None:
         """Move live tokens together, so that pages become free."""
         compact(self.pages, self.table, batch)
+
+    def lower_ends(self, batch: Batch, row: int, ends: torch.Tensor) -> None:
+        lower_ends(self.pages, self.table, batch, row, ends)
 
 
 @dataclass

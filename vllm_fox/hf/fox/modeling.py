@@ -183,18 +183,21 @@ class ForgettingSelfAttention(nn.Module):
             wide = wide * (gate.sigmoid() if self.arch.output_gate == "sigmoid" else F.silu(gate))
         return wide.to(out.dtype)
 
-    def threshold(self, input_norm: torch.Tensor) -> torch.Tensor:
+    def threshold(self, input_norm: torch.Tensor, tolerance: float | None = None) -> torch.Tensor:
         """Return ACP's threshold [H] for all later queries, from the weights alone; -inf if nothing is pruned.
 
         Args:
             input_norm: [hidden] weight of the norm that made ``x``.
+            tolerance: stands in for a ``log_pruning_tolerance`` that the config does not have.
         """
         arch, dim, device = self.arch, self.arch.head_dim, self.o_proj.weight.device
         # Under autocast, projections round their weights and their results to the dtype of autocast.
         dtype = self.o_proj.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        if arch.log_pruning_tolerance is None:
+        if arch.log_pruning_tolerance is not None:
+            tolerance = arch.log_pruning_tolerance
+        if tolerance is None:
             return torch.full((arch.num_heads,), -torch.inf, device=device)
         if arch.qk_norm != "none":
             w_q, w_k = self.q_norm.weight.view(-1, dim), self.k_norm.weight.view(-1, dim)
@@ -207,7 +210,7 @@ class ForgettingSelfAttention(nn.Module):
             b_q, b_k = (p.bias.to(dtype).unflatten(0, (-1, dim)) if arch.qkv_bias else None for p in both)
             bound = projection_bound(w_q, w_k, input_norm, b_q, b_k, rotated=arch.rope_base is not None)
         bound = with_rounding(bound, dtype, dtype)
-        return pruning_threshold(bound, self.max_length, arch.log_pruning_tolerance).to(device)
+        return pruning_threshold(bound, self.max_length, tolerance).to(device)
 
 
 class GatedMLP(nn.Module):
