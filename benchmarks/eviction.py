@@ -210,11 +210,11 @@ async def _measured(engine: AsyncLLM, args: argparse.Namespace, part: str, conte
     found = await throughput(engine, options)
     steps = found.pop("steps")
     most = found["peak_running"]
-    decode = [took for took, read, _, running, _ in steps if not read and running == most]
-    found["decode_ms"] = 1e3 * statistics.median(decode) if decode else None
-    # The most that the requests which ran at the time held, in bytes for one of them.
-    held = [used / running for _, _, _, running, used in steps if running]
-    found["kv_bytes_per_request"] = max(held) * args.kv_gib * 2**30
+    decode = [(took, used / running) for took, read, _, running, used in steps if not read and running == most]
+    found["decode_ms"] = 1e3 * statistics.median(took for took, _ in decode) if decode else None
+    # What one request holds: while all answer, which is when prompts are not being read.
+    held = [used for _, used in decode] or [used / running for _, _, _, running, used in steps if running]
+    found["kv_bytes_per_request"] = statistics.median(held) * args.kv_gib * 2**30
     return found
 
 

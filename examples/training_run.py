@@ -363,9 +363,11 @@ def make_optimizers(
 
 
 def held_out(accelerator: Accelerator, corpus: Corpus, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Windows [1, T] of text that is not trained on."""
-    for index in range(min(args.eval_windows, len(corpus.held_out) // args.context)):
-        start = index * args.context
+    """Windows [1, T] of text that is not trained on, spread over all of it: files of one kind stand together."""
+    there = len(corpus.held_out) // args.context
+    count = min(args.eval_windows, there)
+    for index in range(count):
+        start = index * there // count * args.context
         ids = torch.from_numpy(corpus.held_out[start : start + args.context].astype("int64"))[None]
         yield ids.to(accelerator.device)
 

@@ -1,0 +1,39 @@
+"""Exercises whose answers lie far back in a text."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from benchmarks import exercises
+
+
+@pytest.mark.parametrize("name", exercises.TASKS)
+def test_a_task_has_its_answer_in_a_prompt_of_the_length_asked_for(name: str) -> None:
+    def words(text: str) -> int:
+        return len(text.split())
+
+    for seed in range(5):
+        prompt, answer = exercises.TASKS[name](random.Random(seed), words, 800)
+        assert 700 < words(prompt) <= 830
+        assert answer.strip() in prompt and not prompt.endswith(answer)
+
+
+def test_exercises_ask_for_what_was_said_before() -> None:
+    """Every question of a document repeats a fact that stands before it, and the facts of a name agree."""
+    text = exercises.document(random.Random(3), 30000)
+    said: dict[str, str] = {}
+    repeated = 0
+    for name, number in re.findall(r"The (?:number of |secret )?(\w+)(?: number)? is (\d{5})\. ", text):
+        repeated += name in said
+        assert said.setdefault(name, number) == number
+    assert repeated > 20 and len(text) >= 30000
+    handed = re.search(r"The value of (\w+) is (\d{5})\. ", text)
+    assert handed is not None
+    name = handed[1]
+    before = text[: handed.start()]
+    while (found := re.search(rf"\b{name} = (\w+)\. ", before)) is not None and not found[1].isdigit():
+        name = found[1]
+    assert found is not None and found[1] == handed[2]
