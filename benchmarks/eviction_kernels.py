@@ -80,8 +80,8 @@ class EvictingLayer:
         """Take in a part of each request's prompt, without computing attention."""
         lens = [stop - start] * len(slots)
         batch = batch_of(lens, [stop] * len(slots), slots, PAGE)
-        _, *new = self.draw(sum(lens))
-        self.write(batch, *new)
+        _, k, v, evictions = self.draw(sum(lens))
+        self.write(batch, k, v, evictions)
         compact(self.pages, self.table, batch)
 
     def attend(self, batch: Batch, q: torch.Tensor, out: torch.Tensor) -> None:

@@ -30,7 +30,8 @@ Step = Callable[[], None]
 
 def fine_tuning(config: LlamaConfig, ids: torch.Tensor) -> Step:
     """Forward and backward of all weights on windows [B, T]."""
-    model: Any = LlamaForCausalLM(config).cuda().train()
+    model: Any = LlamaForCausalLM(config)
+    model.cuda().train()
     compile_layers(model)
 
     def step() -> None:

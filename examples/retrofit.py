@@ -133,11 +133,12 @@ def load(args: argparse.Namespace) -> EvictingDecoderForCausalLM:
     dtype = torch.float32 if args.cpu else torch.bfloat16
     try:
         config = config_of(args.checkpoint, eviction)
-        model, found = EvictingDecoderForCausalLM.from_pretrained(
+        loaded: Any = EvictingDecoderForCausalLM.from_pretrained(
             args.checkpoint, config=config, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"CHECKPOINT {args.checkpoint}: {error}") from None
+    model, found = loaded
     missing = [name for name in found["missing_keys"] if "dms_proj_alpha" not in name]
     if wrong := [*missing, *found["unexpected_keys"]]:
         raise SystemExit(f"CHECKPOINT {args.checkpoint}: the tensor {wrong[0]} is missing or left over.")

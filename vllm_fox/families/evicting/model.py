@@ -37,6 +37,8 @@ class EvictingSelfAttention(nn.Module):
     The arguments are those with which vLLM's decoder layer makes its attention.
     """
 
+    neurons: torch.Tensor
+
     def __init__(
         self,
         vllm_config: VllmConfig,
