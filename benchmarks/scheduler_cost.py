@@ -2,9 +2,9 @@
 
 A model of 24 layers of 24 heads, pages of 64 tokens. In decode 256 requests stand at 16k tokens: every step each
 asks for its slots, some cross a page boundary, a report of dead pages comes back, and the step's metrics are taken.
-In prefill every step reads 8,192 tokens of a prompt, whose dead pages are reported in the next, and now and then a
-request ends. Both are measured without prefix caching; then decode with it, in both managers, what prompts cost that
-are found in the cache or not, and conversations that take their turns at once. "stats" is what the metrics of a step
+In prefill every step reads 8,192 tokens of a prompt, whose dead pages are reported in the next, and now and then
+a request ends. Both are measured without prefix caching; then decode with it, in both managers, what prompts cost
+that are found in the cache or not, and conversations that take their turns at once. "stats" is what a step's metrics
 take, and "counting", which is a part of "update", what counting the work of queries for them does.
 
     python -m benchmarks.scheduler_cost [--steps 512] [--out results/scheduler_cost.json]
@@ -153,14 +153,15 @@ def decode(steps: int, caching: bool = False) -> dict[str, list[float]]:
 
 def timed_work(manager: StreamPageManager) -> list[float]:
     """Let the manager time how long it counts what queries read, a part of "update"; return the seconds."""
-    count, taken = manager._count_work, []
+    count: Any = manager._count_work
+    taken: list[float] = []
 
     def timed(*args: Any) -> None:
         begun = time.perf_counter()
         count(*args)
         taken.append(time.perf_counter() - begun)
 
-    manager._count_work = timed  # type: ignore[method-assign]
+    manager._count_work = timed  # type: ignore[method-assign, assignment]
     return taken
 
 

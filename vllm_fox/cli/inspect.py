@@ -9,6 +9,7 @@ import typer
 
 from .errors import WRONG, CommandError
 from .options import choice, number, whole
+from .sizes import size
 
 if TYPE_CHECKING:
     from .facts import Facts, Head
@@ -156,8 +157,8 @@ def _show(found: dict[str, Any], facts: Facts) -> None:
         f"{facts.layers} layers, {facts.query_heads} query heads and {facts.kv_heads} KV heads of "
         f"{facts.head_size}, in {facts.dtype}; longest context {facts.longest_context:,} tokens"
     )
-    weights = "not in the folder" if facts.weights_bytes is None else _size(facts.weights_bytes)
-    page = f"A page is {facts.page_size} tokens of a stream, {_size(facts.page_bytes)}"
+    weights = "not in the folder" if facts.weights_bytes is None else size(facts.weights_bytes)
+    page = f"A page is {facts.page_size} tokens of a stream, {size(facts.page_bytes)}"
     say(f"Weights: {weights}. {page}; {facts.streams} streams.")
     say("")
     say(facts.promised)
@@ -174,8 +175,8 @@ def _show(found: dict[str, Any], facts: Facts) -> None:
         pruned = row["pruned_bytes_at_most"]
         cells = [
             f"{row['tokens']:,}",
-            _size(row["dense_bytes"]),
-            "not known" if pruned is None else f"at most {_size(pruned)}",
+            size(row["dense_bytes"]),
+            "not known" if pruned is None else f"at most {size(pruned)}",
         ]
         if pruned == row["dense_bytes"]:
             cells[2] = "as dense"
@@ -191,7 +192,7 @@ def _show(found: dict[str, Any], facts: Facts) -> None:
     if fits:
         memory = found["memory"]
         say(
-            f"Fit: into {_size(memory['kv_bytes'])} of KV memory, which is {memory['utilization']:g} of "
+            f"Fit: into {size(memory['kv_bytes'])} of KV memory, which is {memory['utilization']:g} of "
             f"{memory['gib']:g} GiB (vLLM's default) less the weights and {memory['reserve_gib']:g} GiB for "
             "activations and CUDA graphs, which vLLM measures when it starts."
         )
@@ -228,11 +229,3 @@ def _table_of_heads(heads: list[Head], longest: int, table_class: Any) -> Any:
 def _range(values: list[Any], form: str) -> str:
     low, high = f"{min(values):{form}}", f"{max(values):{form}}"
     return low if low == high else f"{low} to {high}"
-
-
-def _size(count: int) -> str:
-    """A number of bytes for people."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count} bytes"

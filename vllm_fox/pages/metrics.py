@@ -46,8 +46,9 @@ class PageStats(KVConnectorStats):
     """Counters since the last stats, and gauges as they are now, of the pages of all ranks.
 
     A page is live if requests hold it, cached if only the prefix cache does, and free otherwise. The keys are those
-    of :data:`COUNTERS` and :data:`GAUGES`, :data:`FREE`, :func:`work_keys`, ``lags`` (steps, a number for each report), and now and
-    then ``layers`` (lists of pages by layer under the keys of :data:`LAYER_GAUGES`) and ``bytes_saved``.
+    of :data:`COUNTERS` and :data:`GAUGES`, :data:`FREE`, :func:`work_keys`, ``lags`` (steps, a number for each
+    report), and now and then ``layers`` (lists of pages by layer under the keys of :data:`LAYER_GAUGES`) and
+    ``bytes_saved``.
     """
 
     def reset(self) -> None:
@@ -179,7 +180,7 @@ class PageMetrics(KVConnectorPromMetrics):
         self._lags = per_engine(
             histogram(
                 name=f"{prefix}_report_lag_steps",
-                documentation="Steps that were scheduled after a live range had moved until the scheduler knew of it.",
+                documentation="Steps scheduled after a live range had moved until the scheduler knew of it.",
                 buckets=list(LAGS),
                 labelnames=labelnames,
             )
