@@ -4,8 +4,8 @@ A model of 24 layers of 24 heads, pages of 64 tokens. In decode 256 requests sta
 asks for its slots, some cross a page boundary, a report of dead pages comes back, and the step's metrics are taken.
 In prefill every step reads 8,192 tokens of a prompt, whose dead pages are reported in the next, and now and then
 a request ends. Both are measured without prefix caching; then decode with it, in both managers, what prompts cost
-that are found in the cache or not, and conversations that take their turns at once. "stats" is what a step's metrics
-take, and "counting", which is a part of "update", what counting the work of queries for them does.
+that are found in the cache or not, and conversations that take their turns at once. "stats" is what metrics of a
+step take, and "counting", which is a part of "update", what counting the work of queries for them does.
 
     python -m benchmarks.scheduler_cost [--steps 512] [--out results/scheduler_cost.json]
 """

@@ -14,6 +14,7 @@ from .convert import convert
 from .doctor import doctor
 from .errors import FINE, USAGE, WRONG, CommandError
 from .inspect import inspect
+from .plan import plan
 from .top import top
 
 HELP = """Look at models that forget, at this machine, and at servers that serve such models.
@@ -23,6 +24,7 @@ wrong."""
 
 app = typer.Typer(name="vllm-fox", help=HELP, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(inspect)
+app.command()(plan)
 app.command()(doctor)
 app.command()(convert)
 app.command()(top)
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = app(spread(given, "--tokens"), prog_name="vllm-fox", standalone_mode=False)
+        code = app(spread(spread(given, "--tokens"), "--tp"), prog_name="vllm-fox", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else FINE
     except CommandError as error:
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG
 
 
-COMMANDS = ("inspect", "doctor", "convert", "top")
+COMMANDS = ("inspect", "plan", "doctor", "convert", "top")
 """Names of the commands."""
 
 

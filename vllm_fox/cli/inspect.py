@@ -12,18 +12,11 @@ from .options import choice, number, whole
 from .sizes import size
 
 if TYPE_CHECKING:
+    from .capacity import Capacity
     from .facts import Facts, Head
 
 LENGTHS = [2048, 16384, 131072]
 """Tokens of the requests that are looked at unless others are given."""
-UTILIZATION = 0.92
-"""vLLM's default for --gpu-memory-utilization."""
-RESERVE_GIB = 3.0
-"""GiB kept for activations and CUDA graphs, which vLLM measures when it starts and this command cannot know."""
-CHUNK = 8192
-"""Tokens of a prompt that a step reads: vLLM's default for servers on GPUs with 70 GiB or more."""
-TABLE_SHARE = 0.01
-"""Of the KV memory, for the page table, at most (:data:`vllm_fox.pages.geometry.TABLE_SHARE`)."""
 
 
 def inspect(
@@ -98,45 +91,41 @@ def as_dict(model: str, facts: Facts, tokens: list[int], memory: float | None) -
     """Return what the command found out, under the keys that docs/command_line.md lists."""
     from dataclasses import asdict
 
-    kv_bytes = None
-    if memory is not None:
-        kv_bytes = int((memory * UTILIZATION - RESERVE_GIB) * 2**30 - (facts.weights_bytes or 0))
-        if kv_bytes <= 0:
-            weights = (facts.weights_bytes or 0) / 2**30
-            raise CommandError(
-                f"--memory is {memory:g}: {UTILIZATION:g} of it (as vLLM uses) less {RESERVE_GIB:g} GiB for "
-                f"activations leaves nothing beside {weights:.2f} GiB of weights; give more."
-            )
-    known = {name: value for name, value in asdict(facts).items() if name != "windows"}
+    from .capacity import RESERVE_GIB, UTILIZATION, Capacity
+
+    capacity = Capacity(facts, memory) if memory is not None else None
+    if capacity is not None and capacity.kv_bytes <= 0:
+        weights = (facts.weights_bytes or 0) / 2**30
+        raise CommandError(
+            f"--memory is {memory:g}: {UTILIZATION:g} of it (as vLLM uses) less {RESERVE_GIB:g} GiB for "
+            f"activations leaves nothing beside {weights:.2f} GiB of weights; give more."
+        )
+    known = {name: value for name, value in asdict(facts).items() if name not in ("windows", "page_bytes_on")}
     return {
         "model": model,
         **known,
-        "requests": [_request(facts, length, kv_bytes) for length in tokens],
+        "requests": [_request(facts, length, capacity) for length in tokens],
         "memory": None
-        if memory is None
-        else {"gib": memory, "utilization": UTILIZATION, "reserve_gib": RESERVE_GIB, "kv_bytes": kv_bytes},
+        if capacity is None
+        else {
+            "gib": memory,
+            "utilization": UTILIZATION,
+            "reserve_gib": RESERVE_GIB,
+            "kv_bytes": capacity.kv_bytes,
+        },
     }
 
 
-def _request(facts: Facts, tokens: int, kv_bytes: int | None) -> dict[str, Any]:
+def _request(facts: Facts, tokens: int, capacity: Capacity | None) -> dict[str, Any]:
     """One length: the bytes that a request holds, and how many such requests fit."""
     dense, pruned = facts.dense_pages(tokens), facts.pruned_pages(tokens)
-
-    def fit(pages: int | None) -> int | None:
-        if pages is None or kv_bytes is None:
-            return None
-        if facts.family is None:
-            return kv_bytes // (pages * facts.page_bytes)
-        # The chunk of a prompt that is being read is held besides.
-        chunk = facts.dense_pages(min(CHUNK, tokens)) if pages < dense else 0
-        return max(0, int(kv_bytes * (1 - TABLE_SHARE)) // facts.page_bytes - chunk) // pages
-
+    least = capacity.pruned_at_least(tokens) if capacity is not None else None
     return {
         "tokens": tokens,
         "dense_bytes": dense * facts.page_bytes,
         "pruned_bytes_at_most": None if pruned is None else pruned * facts.page_bytes,
-        "dense_fit": fit(dense),
-        "pruned_fit_at_least": fit(pruned),
+        "dense_fit": None if capacity is None else capacity.dense(tokens).requests,
+        "pruned_fit_at_least": None if least is None else least.requests,
     }
 
 
