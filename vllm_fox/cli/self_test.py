@@ -109,7 +109,7 @@ def evicting(device: str) -> dict[str, float | int]:
     position = torch.arange(TOTAL)
     inside = position[:, None] - position <= WINDOW
     visible = (_causal() & (inside | ~evicts.T[:, None])).repeat_interleave(GROUPS, 0)
-    wanted = _attention(q, *(x.repeat_interleave(GROUPS, 1) for x in (k, v)), visible)
+    wanted = _attention(q, k.repeat_interleave(GROUPS, 1), v.repeat_interleave(GROUPS, 1), visible)
     form = SubsetPageFormat(SUBSET_PAGE, 1, DIM, 0, DTYPE, DTYPE)
     table, pool = _pages(HEADS, form, device)
     state = EvictingState(
