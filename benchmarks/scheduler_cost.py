@@ -1,10 +1,11 @@
 """What the page manager adds to one scheduler step, beside vLLM's own full-attention manager.
 
 A model of 24 layers of 24 heads, pages of 64 tokens. In decode 256 requests stand at 16k tokens: every step each
-asks for its slots, some cross a page boundary, and a report of dead pages comes back. In prefill every step reads
-8,192 tokens of a prompt, whose dead pages are reported in the next, and now and then a request ends. Both are
-measured without prefix caching; then decode with it, in both managers, what prompts cost that are found in the
-cache or not, and conversations that take their turns at once.
+asks for its slots, some cross a page boundary, a report of dead pages comes back, and the step's metrics are taken.
+In prefill every step reads 8,192 tokens of a prompt, whose dead pages are reported in the next, and now and then
+a request ends. Both are measured without prefix caching; then decode with it, in both managers, what prompts cost
+that are found in the cache or not, and conversations that take their turns at once. "stats" is what metrics of a
+step take, and "counting", which is a part of "update", what counting the work of queries for them does.
 
     python -m benchmarks.scheduler_cost [--steps 512] [--out results/scheduler_cost.json]
 """
@@ -28,6 +29,7 @@ from vllm_fox.kernels.forgetting.pages import LIVE_RANGE_PERIOD, ForgettingPageF
 from vllm_fox.pages.geometry import PageGeometry
 from vllm_fox.pages.manager import StreamPageManager
 from vllm_fox.pages.messages import PageReport, TableUpdate
+from vllm_fox.pages.metrics import StatsSource
 from vllm_fox.pages.spec import StreamPageSpec
 
 LAYERS, HEADS, DIM, PAGE = 24, 24, 64, 64
@@ -122,7 +124,9 @@ def decode(steps: int, caching: bool = False) -> dict[str, list[float]]:
     row_of = np.zeros(REQUESTS + 1, dtype=np.int64)
     row_of[[fox._slot_of[name] for name in names]] = np.arange(REQUESTS)
     update = fox.take_update(dict(zip(names, lengths.tolist())))
-    times: dict[str, list[float]] = {key: [] for key in ("allocate", "update", "report", "dense allocate")}
+    stats, counting = StatsSource(fox), timed_work(fox)
+    parts = ("allocate", "update", "report", "stats", "dense allocate")
+    times: dict[str, list[float]] = {key: [] for key in (*parts, "counting")}
     for step in range(-1, steps):
         rows = row_of[np.concatenate([update.slots, update.boundary_slots])]
         report = reported(update, rows, lengths[rows] + step, window, phase)
@@ -135,13 +139,30 @@ def decode(steps: int, caching: bool = False) -> dict[str, list[float]]:
         t2 = time.perf_counter()
         update = fox.take_update(dict.fromkeys(names, 1))
         t3 = time.perf_counter()
+        stats.take()
+        t4 = time.perf_counter()
         for name, length, prompt in zip(names, now.tolist(), prompts):
             ask(dense, name, length, prompt)
-        t4 = time.perf_counter()
+        t5 = time.perf_counter()
         if step >= 0:  # the first report frees the prompts' dead pages at once
-            for key, value in zip(times, (t2 - t1, t3 - t2, t1 - t0, t4 - t3)):
+            for key, value in zip(times, (t2 - t1, t3 - t2, t1 - t0, t4 - t3, t5 - t4, sum(counting))):
                 times[key].append(1e3 * value)
+        counting.clear()
     return times
+
+
+def timed_work(manager: StreamPageManager) -> list[float]:
+    """Let the manager time how long it counts what queries read, a part of "update"; return the seconds."""
+    count: Any = manager._count_work
+    taken: list[float] = []
+
+    def timed(*args: Any) -> None:
+        begun = time.perf_counter()
+        count(*args)
+        taken.append(time.perf_counter() - begun)
+
+    manager._count_work = timed  # type: ignore[method-assign, assignment]
+    return taken
 
 
 def prefill(steps: int) -> dict[str, list[float]]:
@@ -149,8 +170,9 @@ def prefill(steps: int) -> dict[str, list[float]]:
     blocks = 40 * (TOKENS // PAGE + 2)
     fox, dense = fox_manager(blocks), dense_manager(blocks)
     window, phase = live_windows(np.random.default_rng(0), 1)
-    times: dict[str, list[float]] = {key: [] for key in ("allocate", "update", "report", "free")}
-    times |= {"dense allocate": [], "dense free": []}
+    stats, counting = StatsSource(fox), timed_work(fox)
+    times: dict[str, list[float]] = {key: [] for key in ("allocate", "update", "report", "free", "stats")}
+    times |= {"dense allocate": [], "dense free": [], "counting": []}
     update, length = fox.take_update({}), 0
     for step in range(steps):
         prompt, part = divmod(step, TOKENS // CHUNK)
@@ -174,8 +196,13 @@ def prefill(steps: int) -> dict[str, list[float]]:
         if part == 0 and prompt >= 32:
             dense.block_pool.free_blocks(reversed(dense.pop_blocks_for_free(ends)))
         t6 = time.perf_counter()
-        for key, value in zip(times, (t3 - t2, t4 - t3, t1 - t0, t2 - t1, t5 - t4, t6 - t5)):
+        stats.take()
+        t7 = time.perf_counter()
+        for key, value in zip(
+            times, (t3 - t2, t4 - t3, t1 - t0, t2 - t1, t7 - t6, t5 - t4, t6 - t5, sum(counting))
+        ):
             times[key].append(1e3 * value)
+        counting.clear()
     return times
 
 
@@ -296,7 +323,7 @@ def main() -> None:
     }
     for phase, times in measured.items():
         if any(key.startswith("dense") for key in times):  # parts of steps
-            ours = [values for key, values in times.items() if not key.startswith("dense")]
+            ours = [values for key, values in times.items() if key != "counting" and not key.startswith("dense")]
             vllm = [values for key, values in times.items() if key.startswith("dense")]
             times["total"] = [sum(parts) for parts in zip(*ours)]
             times["added"] = [total - sum(parts) for total, *parts in zip(times["total"], *vllm)]

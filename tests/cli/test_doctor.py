@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from safetensors.torch import load_file, save_file
 from vllm import envs
 
 from tests.support import ROOT
 from tests.support.checkpoints import make_checkpoint
 from tests.support.evicting import VARIANTS, make_evicting
 from vllm_fox.cli import checks
+from vllm_fox.families import FAMILIES
 
 from .conftest import Run, documented
 
@@ -82,6 +84,8 @@ def test_another_vllm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "__version__", "0.31.2")
     (one,) = findings(run, code=1)["vllm"]
     assert one["found"].endswith("but vLLM 0.31.2 is installed.") and "Install vllm==0.33.*" in one["mend"]
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    assert "vllm" not in findings(run, code=0)
 
 
 def test_a_vllm_that_cannot_be_imported(tmp_path: Path) -> None:
@@ -106,6 +110,9 @@ def test_no_triton_beside_a_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
         (one,) = findings(run, code=code)["packages"]
         assert one["status"] == status and one["found"].startswith("triton is not installed")
     assert "pip install triton" in one["mend"]
+    monkeypatch.setattr(checks, "version_of", version_of)
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    assert not findings(run, code=0).get("packages")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -136,6 +143,9 @@ def test_variables_that_are_refused(
     monkeypatch.setenv(name, value)
     (one,) = findings(run, code=1)["environment"]
     assert (value in one["found"] or name in one["found"]) and one["mend"] == mend
+    kept = mend.partition("=")[2].removesuffix(".")
+    monkeypatch.setenv(name, kept) if kept else monkeypatch.delenv(name)
+    assert "environment" not in findings(run, code=0)
 
 
 def test_a_variable_that_vllm_does_not_know(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +182,7 @@ def test_broken_checkpoints(run: Run, tmp_path: Path) -> None:
     (one,) = findings(run, model, code=1)["checkpoint"]
     assert f"{second} is cut short or no safetensors file" in one["found"]
     second.write_bytes(whole)
+    assert "checkpoint" not in findings(run, model, code=0), "as it was copied again"
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     (one,) = findings(run, model, code=1)["checkpoint"]
@@ -189,6 +200,19 @@ def test_gates_that_never_close(run: Run, tmp_path: Path) -> None:
     assert (
         one["status"] == "note" and "no forget gates" in one["found"] and "no memory is given back" in one["mend"]
     )
+
+
+def test_gates_that_training_closes(run: Run, tmp_path: Path) -> None:
+    """Biases that keep constant gates open, and those that training would lead to."""
+    model = make_checkpoint(tmp_path, fgate_type="bias_only", qk_norm=True)
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    gates = [name for name in tensors if name.endswith("fgate_bias")]
+    save_file(tensors | {name: torch.full_like(tensors[name], 30.0) for name in gates}, file, {"format": "pt"})
+    (one,) = findings(run, model, code=0)["checkpoint"]
+    assert one["status"] == "note" and "gates stay so far open" in one["found"] and "train it on" in one["mend"]
+    save_file(tensors | {name: torch.full_like(tensors[name], 1.0) for name in gates}, file, {"format": "pt"})
+    assert "checkpoint" not in findings(run, model, code=0)
 
 
 def test_a_published_checkpoint(run: Run, tmp_path: Path) -> None:
@@ -227,7 +251,9 @@ def test_the_self_test_runs_triton_too() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["difference"] < found["tolerance"] and found["released"] == found["expected"] == 4
+    assert [one["family"] for one in found["families"]] == [family.name for family in FAMILIES]
+    for one in found["families"]:
+        assert one["difference"] < found["tolerance"] and one["released"] == one["expected"] >= 4
 
 
 def test_leaf_functions_that_fail(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,10 +273,12 @@ def test_leaf_functions_that_fail(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
     say("raise OSError('libtriton.so: no such file')")
     assert "libtriton.so: no such file" in found().found
-    fine = {"difference": 0.0, "tolerance": 0.05, "seconds": 1, "released": 4, "expected": 4, "device": "CPU"}
+    one = {"difference": 0.0, "released": 4, "expected": 4}
     for change, part in (({"difference": math.nan}, "wrong on CPU by nan"), ({"released": 0}, "find 0 pages dead")):
-        say(f"print({json.dumps(fine | change)!r})")
-        assert part in found().found
+        families = [{"family": "Some models", **one}, {"family": "Other models", **one, **change}]
+        result = {"families": families, "tolerance": 0.05, "seconds": 1, "device": "CPU"}
+        say(f"print({json.dumps(result)!r})")
+        assert part in (said := found().found) and "of Other models " in said
     monkeypatch.setattr(checks, "SELF_TEST_S", 0.2)
     say("import time; time.sleep(20)")
     assert "did not end in 0.2 seconds" in found().found

@@ -109,7 +109,9 @@ def _facts(**fields: Any) -> Facts:
         "streams": 2,
         "page_size": 16,
     }
-    return Facts(**{**some, "page_bytes": 1, "weights_bytes": None, "pruned": "", **fields})
+    return Facts(
+        **{**some, "page_bytes": 1, "page_bytes_on": lambda ranks: 1, "weights_bytes": None, "pruned": "", **fields}
+    )
 
 
 def test_constant_gates_prove_windows(run: Run, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """``vllm-fox top`` on what a real server said.
 
 metrics/fox-tiny-1.txt and -2.txt are the /metrics of vLLM 0.32 (CPU) serving examples/fox-tiny to twelve clients,
-two seconds apart, without the lines of histograms' buckets, of creation times and of the Python process.
+two seconds apart, without the lines of vLLM's histograms' buckets, of creation times and of the Python process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -73,15 +75,16 @@ def test_once(run: Run, server: Server) -> None:
     done = run("top", address(server), "--once", "--interval", "0.1")
     assert done.code == 0 and not done.err
     lines = {" ".join(line.split()) for line in done.out.splitlines()}
-    assert {"examples/fox-tiny", "requests running 12 0 waiting", "KV blocks in use 29.6% 59 of 199"} <= lines
-    assert "pages live 1,888 3,968 more only cached for later prompts" in lines
+    assert {"examples/fox-tiny", "requests running 12 0 waiting", "KV blocks in use 28.1% 56 of 199"} <= lines
+    assert "pages live 1,774 4,588 more only in the prefix cache, 6 free" in lines
+    assert any(line.startswith("layers 0 to 3 ") and line.count("%") == 4 for line in lines)
 
 
 def test_json_has_the_documented_keys(run: Run, server: Server) -> None:
     done = run("top", f"http://{address(server)}/v1/", "--once", "--interval", "0.1", "--json")
     found = done.json()
     assert set(found) == documented("top") and done.out.count("\n") == 1
-    assert found["pages_live"] == 1888 and found["kv_blocks_used"] == 59 and found["engines"] == 1
+    assert found["pages_live"] == 1774 and found["kv_blocks_used"] == 56 and found["engines"] == 1
 
 
 def test_rates_are_differences_over_seconds() -> None:
@@ -89,23 +92,50 @@ def test_rates_are_differences_over_seconds() -> None:
     before, now = (sample_of(text, "url", at) for text, at in zip(RECORDED, (10.0, 12.0), strict=True))
     found = view(now, before)
 
-    def counted(name: str) -> float:
+    def counted(name: str, labels: str = "{") -> float:
         values = []
         for text in RECORDED:
-            line = next(line for line in text.splitlines() if line.startswith(f"vllm:{name}{{"))
+            line = next(line for line in text.splitlines() if line.startswith(f"vllm:{name}{labels}"))
             values.append(float(line.rpartition(" ")[2]))
         return values[1] - values[0]
 
     assert found["pages_released_per_s"] == counted("fox_kv_pages_released_total") / 2 > 0
     assert found["pages_allocated_per_s"] == counted("fox_kv_pages_allocated_total") / 2
     assert found["generated_tokens_per_s"] == counted("generation_tokens_total") / 2 > 0
+    decode = '{engine="0",model_name="examples/fox-tiny",phase="decode"} '
+    dense, pruned = (counted(f"fox_attention_pages{kind}_total", decode) for kind in ("", "_pruned"))
+    assert found["decode_pruned"] == pruned / dense > 0.5
     # A server that has started anew counts from 0.
     again = view(before, now)
     assert again["generated_tokens_per_s"] is None and again["pages_released_per_s"] is None
     assert "not known" in shown(again)
 
 
-def shown(found: dict[str, float | int | str | None]) -> str:
+def test_shares_of_layers() -> None:
+    """Live pages over dense ones, of all engines together; none while no request runs."""
+
+    def pages(kind: str) -> list[float]:
+        lines = re.findall(rf"^vllm:fox_kv_layer_pages_{kind}\{{.* (\S+)$", RECORDED[1], re.MULTILINE)
+        return [float(value) for value in lines]
+
+    live, dense = pages("live"), pages("dense")
+    idle = re.sub(r"^(vllm:fox_kv_layer.*) \S+$", r"\1 0.0", RECORDED[1], flags=re.MULTILINE)
+    for text in (RECORDED[1], RECORDED[1] + "\n" + idle.replace('engine="0"', 'engine="1"')):
+        sample = sample_of(text, "url", 1.0)
+        found = view(sample, sample)
+        assert found["live_share_by_layer"] == [one / whole for one, whole in zip(live, dense)]
+        assert found["live_share"] == sum(live) / sum(dense) and found["decode_pruned"] is None
+    sample = sample_of(idle, "url", 1.0)
+    assert view(sample, sample)["live_share"] is None and "no requests" in shown(view(sample, sample))
+
+
+def test_many_layers_stand_in_several_lines() -> None:
+    found = view(*(sample_of(RECORDED[1], "url", at) for at in (1.0, 0.0)))
+    text = shown(found | {"live_share_by_layer": [layer / 20 for layer in range(17)]})
+    assert "layers 0 to 7 " in text and "layers 8 to 15 " in text and "layer 16 " in text and " 80.0%" in text
+
+
+def shown(found: dict[str, Any]) -> str:
     console = Console(file=io.StringIO(), width=100)
     console.print(table_of(found))
     assert isinstance(console.file, io.StringIO)
@@ -117,7 +147,7 @@ def test_engines_are_added_up() -> None:
     both = RECORDED[1] + "\n" + RECORDED[1].replace('engine="0"', 'engine="1"')
     one, two = (view(sample_of(text, "url", 1.0), sample_of(text, "url", 0.0)) for text in (RECORDED[1], both))
     assert two["engines"] == 2 and two["requests_running"] == 24 and two["kv_usage"] == one["kv_usage"]
-    assert two["kv_blocks"] == 2 * 199 and two["kv_blocks_used"] == 2 * 59
+    assert two["kv_blocks"] == 2 * 199 and two["kv_blocks_used"] == 2 * 56
 
 
 @pytest.mark.parametrize(

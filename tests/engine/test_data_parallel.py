@@ -40,12 +40,15 @@ class Server(NamedTuple):
         assert answer.choices[0].finish_reason == "length"
         return answer.choices[0].text
 
-    def pages_allocated(self) -> dict[str, float]:
-        """Our counter on /metrics, by engine."""
+    def read(self, name: str, **labels: str) -> dict[str, float]:
+        """One of our metrics, by engine."""
         text = self.client.get("/../metrics", cast_to=str)
-        families = {family.name: family for family in text_string_to_metric_families(text)}
-        samples = families["vllm:fox_kv_pages_allocated"].samples
-        return {sample.labels["engine"]: sample.value for sample in samples if sample.name.endswith("_total")}
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return {
+            sample.labels["engine"]: sample.value
+            for sample in samples
+            if sample.name == f"vllm:fox_{name}" and labels.items() <= sample.labels.items()
+        }
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +88,15 @@ PROMPTS = [f"def function_{n}(a, b):\n    " for n in range(6)]
 
 def test_both_engines_answer_as_one_would(server: Server) -> None:
     alone = [server.complete(prompt, 12) for prompt in PROMPTS]
-    before = server.pages_allocated()
+    before = server.read("kv_pages_allocated_total")
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         together = list(pool.map(lambda prompt: server.complete(prompt, 12), PROMPTS))
     assert together == alone
-    after = server.pages_allocated()
+    after = server.read("kv_pages_allocated_total")
     assert sorted(after) == ["0", "1"]
+    for name, labels in (("kv_layer_pages_dense", {"layer": "3"}), ("kv_bytes_saved", {})):
+        assert server.read(name, **labels) == {"0": 0.0, "1": 0.0}, "all requests have ended"
+    assert all(pages > 0 for pages in server.read("attention_pages_total", phase="decode").values())
     assert all(after[engine] > before[engine] for engine in after)
 
 

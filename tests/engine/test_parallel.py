@@ -38,6 +38,7 @@ from tests.support.evicting import make_evicting
 from tests.support.reference_evicting import reference_logits as evicting_logits
 from tests.support.reference_model import reference_logits
 from tests.support.reference_sparse_gpt2 import reference_logits as sparse_gpt2_logits
+from vllm_fox.pages import metrics
 
 PAGE, ANSWER, LENGTHS = 16, 24, (300, 700, 1500)
 LIMIT_S = 300
@@ -48,6 +49,7 @@ def serve(model: str, tensor: int = 1, stages: int = 1, kill: bool = False) -> d
 
     With ``kill``, then a worker dies in mid-request; the result says how the engine took it.
     """
+    metrics.SAMPLE_S = 0.0
     with engine(
         model,
         {"page_size": PAGE},
@@ -70,6 +72,9 @@ def serve(model: str, tensor: int = 1, stages: int = 1, kill: bool = False) -> d
         pool = manager(llm).pool
         used = pool.used
         held = (pool.num_pages.sum() * pool.streams).tolist()
+        layers = {kind: pages_of_layers(llm, kind) for kind in ("dense", "live")}
+        assert sum(layers["dense"]) == sum(held) and len(set(layers["dense"])) == 1
+        assert sum(layers["live"]) == pool.live_pages.sum()
         finished = run_to_the_end(llm)
         assert_all_free(llm)
         answers = [finished[str(name)] for name in range(len(prompts))]
@@ -77,6 +82,11 @@ def serve(model: str, tensor: int = 1, stages: int = 1, kill: bool = False) -> d
         if kill:
             result["killed"] = kill_a_worker(llm, prompts[0])
         return result
+
+
+def pages_of_layers(llm: Any, kind: str) -> list[float]:
+    """On /metrics, where the ranks are added up."""
+    return [one.value for one in llm.get_metrics() if one.name == f"vllm:fox_kv_layer_pages_{kind}"]
 
 
 def kill_a_worker(llm: Any, prompt: list[int]) -> dict[str, Any]:

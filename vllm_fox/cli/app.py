@@ -15,6 +15,7 @@ from .doctor import doctor
 from .errors import FINE, USAGE, WRONG, CommandError
 from .inspect import inspect
 from .map import map
+from .plan import plan
 from .top import top
 
 HELP = """Look at models that forget, at this machine, and at servers that serve such models.
@@ -25,6 +26,7 @@ wrong."""
 app = typer.Typer(name="vllm-fox", help=HELP, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(inspect)
 app.command()(map)
+app.command()(plan)
 app.command()(doctor)
 app.command()(convert)
 app.command()(top)
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = app(spread(given, "--tokens"), prog_name="vllm-fox", standalone_mode=False)
+        code = app(spread(spread(given, "--tokens"), "--tp"), prog_name="vllm-fox", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else FINE
     except CommandError as error:
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG
 
 
-COMMANDS = ("inspect", "map", "doctor", "convert", "top")
+COMMANDS = ("inspect", "map", "plan", "doctor", "convert", "top")
 """Names of the commands."""
 
 

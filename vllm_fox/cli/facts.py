@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class Facts:
         promised: the same as a sentence.
         streams: what holds pages of its own, such as a KV head of a layer.
         page_size, page_bytes: tokens and bytes of a page of one stream.
+        page_bytes_on: gives the bytes of a page on each of so many tensor-parallel ranks.
         weights_bytes: of the weights in ``dtype``; None if there are none in the folder.
         pruned: how much a pruned request holds, as a sentence.
         windows: of Forgetting Transformers with weights: for each stream the tokens that it holds at most, the
@@ -102,6 +104,7 @@ class Facts:
     streams: int
     page_size: int
     page_bytes: int
+    page_bytes_on: Callable[[int], int]
     weights_bytes: int | None
     pruned: str
     windows: list[int | None] = field(default_factory=list)
@@ -120,15 +123,20 @@ class Facts:
         that has died since the live ranges were looked at last. Windows are those of requests up to the longest
         context.
         """
+        pages = self.pages_at_most(tokens)
+        return None if pages is None else sum(pages)
+
+    def pages_at_most(self, tokens: int) -> list[int] | None:
+        """Return the same of each stream, layer by layer."""
+        whole = math.ceil(tokens / self.page_size)
         if self.promise == "nothing":
-            return self.dense_pages(tokens)
+            return [whole] * self.streams
         if tokens > self.longest_context or not any(window is not None for window in self.windows):
             return None
-        whole = math.ceil(tokens / self.page_size)
-        return sum(
+        return [
             whole if window is None else min(whole, math.ceil(window / self.page_size) + 2)
             for window in self.windows
-        )
+        ]
 
 
 def facts_of(folder: Path, dtype: str | None = None, max_model_len: int | None = None) -> Facts:
@@ -164,6 +172,30 @@ def facts_of(folder: Path, dtype: str | None = None, max_model_len: int | None =
     if isinstance(config, EvictingDecoderConfig):
         return _evicting(config, served, notes, common)
     return _dense(folder, given, config, served, notes, common)
+
+
+def refusals(facts: Facts, folder: Path, ranks: int, stages: int) -> list[str]:
+    """Return the names of what cannot be served so: tensor-parallel ranks, and pipeline stages.
+
+    What a family refuses it says itself (:attr:`vllm_fox.family.Family.refusals`).
+    """
+    found = []
+    if facts.query_heads % ranks or (facts.kv_heads % ranks and ranks % facts.kv_heads):
+        found.append(
+            f"--tensor-parallel-size {ranks} with {facts.query_heads} query heads and {facts.kv_heads} KV heads"
+        )
+    if stages > facts.layers:
+        found.append(f"{stages} pipeline stages with {facts.layers} layers")
+    if facts.family is not None:
+        config = _config(folder, read_config(folder))
+        engine: Any = SimpleNamespace(
+            parallel_config=SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=stages),
+            model_config=SimpleNamespace(
+                hf_config=config, max_model_len=facts.longest_context, dtype=getattr(torch, facts.dtype)
+            ),
+        )
+        found += [what for asked, what in family_of(config).refusals(engine) if asked]
+    return found
 
 
 def _config(folder: Path, given: dict[str, Any]) -> PretrainedConfig:
@@ -222,7 +254,13 @@ def _fox(
 ) -> Facts:
     arch, family = Architecture.from_config(config), family_of(config)
     groups = arch.num_heads // arch.num_kv_heads
-    form = ForgettingPageFormat(family.page_size, arch.head_dim, dtype, groups, arch.k_shift or arch.v_shift, dtype)
+    shifts = arch.k_shift or arch.v_shift
+
+    def form(ranks: int) -> ForgettingPageFormat:
+        # With more ranks than KV heads, some ranks share a KV head, and each has a part of its query heads.
+        gates = max(1, groups // max(1, ranks // arch.num_kv_heads))
+        return ForgettingPageFormat(family.page_size, arch.head_dim, dtype, gates, shifts, dtype)
+
     tolerance, longest = (
         FoxSettings.from_options({}).tolerance(arch.log_pruning_tolerance),
         common["longest_context"],
@@ -265,8 +303,9 @@ def _fox(
             f"and text of up to {longest:,} tokens (log_pruning_tolerance {tolerance:g})."
         ),
         streams=family.streams(config),
-        page_size=form.page_size,
-        page_bytes=form.page_bytes,
+        page_size=family.page_size,
+        page_bytes=form(1).page_bytes,
+        page_bytes_on=lambda ranks: form(ranks).page_bytes,
         pruned=pruned,
         windows=windows,
         heads=heads,
@@ -356,7 +395,12 @@ def _log_gates(arch: Architecture, layer: int, read: Any) -> tuple[torch.Tensor,
 def _sparse_gpt2(config: SparseGPT2Config, dtype: torch.dtype, notes: list[str], common: dict[str, Any]) -> Facts:
     family = family_of(config)
     head_size = config.n_embd // config.n_head
-    form = SubsetPageFormat(family.page_size, config.n_head, head_size, config.int_n_embd, dtype, dtype)
+
+    def form(ranks: int) -> SubsetPageFormat:
+        return SubsetPageFormat(
+            family.page_size, config.n_head // ranks, head_size, config.int_n_embd, dtype, dtype
+        )
+
     return Facts(
         family=family.name,
         layers=config.n_layer,
@@ -366,8 +410,9 @@ def _sparse_gpt2(config: SparseGPT2Config, dtype: torch.dtype, notes: list[str],
         promise="learned",
         promised="Each layer drops for good what it has learned to drop; quality is as fine-tuning left it.",
         streams=family.streams(config),
-        page_size=form.page_size,
-        page_bytes=form.page_bytes,
+        page_size=family.page_size,
+        page_bytes=form(1).page_bytes,
+        page_bytes_on=lambda ranks: form(ranks).page_bytes,
         pruned=f"How much is pruned depends on what the layers drop of a text. {MEASURE}",
         notes=[
             *notes,
@@ -406,6 +451,7 @@ def _evicting(config: EvictingDecoderConfig, dtype: torch.dtype, notes: list[str
         streams=family.streams(config),
         page_size=form.page_size,
         page_bytes=form.page_bytes,
+        page_bytes_on=lambda ranks: form.page_bytes,
         pruned=pruned,
         window=None if eviction.disabled else eviction.window,
         notes=notes,
@@ -430,6 +476,10 @@ def _dense(
             f"{folder / 'config.json'}: sliding_window is {config.sliding_window}: how much KV layers with a "
             "sliding window hold is not known here. vllm-fox serves none of them."
         )
+
+    def block(ranks: int) -> int:
+        return DENSE_BLOCK * 2 * max(1, kv_heads // ranks) * head_size * dtype.itemsize
+
     dms = sorted(name for name in given if name.startswith("dms_"))
     pruned = "This is a model of vLLM's own, which drops nothing: a request holds what is dense."
     promised = "Nothing is dropped."
@@ -446,7 +496,8 @@ def _dense(
         promised=promised,
         streams=config.num_hidden_layers,
         page_size=DENSE_BLOCK,
-        page_bytes=DENSE_BLOCK * 2 * kv_heads * head_size * dtype.itemsize,
+        page_bytes=block(1),
+        page_bytes_on=block,
         pruned=pruned,
         notes=notes,
         **common,

@@ -9,20 +9,14 @@ import typer
 
 from .errors import WRONG, CommandError
 from .options import choice, number, whole
+from .sizes import size
 
 if TYPE_CHECKING:
+    from .capacity import Capacity
     from .facts import Facts, Head
 
 LENGTHS = [2048, 16384, 131072]
 """Tokens of the requests that are looked at unless others are given."""
-UTILIZATION = 0.92
-"""vLLM's default for --gpu-memory-utilization."""
-RESERVE_GIB = 3.0
-"""GiB kept for activations and CUDA graphs, which vLLM measures when it starts and this command cannot know."""
-CHUNK = 8192
-"""Tokens of a prompt that a step reads: vLLM's default for servers on GPUs with 70 GiB or more."""
-TABLE_SHARE = 0.01
-"""Of the KV memory, for the page table, at most (:data:`vllm_fox.pages.geometry.TABLE_SHARE`)."""
 
 
 def inspect(
@@ -97,45 +91,41 @@ def as_dict(model: str, facts: Facts, tokens: list[int], memory: float | None) -
     """Return what the command found out, under the keys that docs/command_line.md lists."""
     from dataclasses import asdict
 
-    kv_bytes = None
-    if memory is not None:
-        kv_bytes = int((memory * UTILIZATION - RESERVE_GIB) * 2**30 - (facts.weights_bytes or 0))
-        if kv_bytes <= 0:
-            weights = (facts.weights_bytes or 0) / 2**30
-            raise CommandError(
-                f"--memory is {memory:g}: {UTILIZATION:g} of it (as vLLM uses) less {RESERVE_GIB:g} GiB for "
-                f"activations leaves nothing beside {weights:.2f} GiB of weights; give more."
-            )
-    known = {name: value for name, value in asdict(facts).items() if name != "windows"}
+    from .capacity import RESERVE_GIB, UTILIZATION, Capacity
+
+    capacity = Capacity(facts, memory) if memory is not None else None
+    if capacity is not None and capacity.kv_bytes <= 0:
+        weights = (facts.weights_bytes or 0) / 2**30
+        raise CommandError(
+            f"--memory is {memory:g}: {UTILIZATION:g} of it (as vLLM uses) less {RESERVE_GIB:g} GiB for "
+            f"activations leaves nothing beside {weights:.2f} GiB of weights; give more."
+        )
+    known = {name: value for name, value in asdict(facts).items() if name not in ("windows", "page_bytes_on")}
     return {
         "model": model,
         **known,
-        "requests": [_request(facts, length, kv_bytes) for length in tokens],
+        "requests": [_request(facts, length, capacity) for length in tokens],
         "memory": None
-        if memory is None
-        else {"gib": memory, "utilization": UTILIZATION, "reserve_gib": RESERVE_GIB, "kv_bytes": kv_bytes},
+        if capacity is None
+        else {
+            "gib": memory,
+            "utilization": UTILIZATION,
+            "reserve_gib": RESERVE_GIB,
+            "kv_bytes": capacity.kv_bytes,
+        },
     }
 
 
-def _request(facts: Facts, tokens: int, kv_bytes: int | None) -> dict[str, Any]:
+def _request(facts: Facts, tokens: int, capacity: Capacity | None) -> dict[str, Any]:
     """One length: the bytes that a request holds, and how many such requests fit."""
     dense, pruned = facts.dense_pages(tokens), facts.pruned_pages(tokens)
-
-    def fit(pages: int | None) -> int | None:
-        if pages is None or kv_bytes is None:
-            return None
-        if facts.family is None:
-            return kv_bytes // (pages * facts.page_bytes)
-        # The chunk of a prompt that is being read is held besides.
-        chunk = facts.dense_pages(min(CHUNK, tokens)) if pages < dense else 0
-        return max(0, int(kv_bytes * (1 - TABLE_SHARE)) // facts.page_bytes - chunk) // pages
-
+    least = capacity.pruned_at_least(tokens) if capacity is not None else None
     return {
         "tokens": tokens,
         "dense_bytes": dense * facts.page_bytes,
         "pruned_bytes_at_most": None if pruned is None else pruned * facts.page_bytes,
-        "dense_fit": fit(dense),
-        "pruned_fit_at_least": fit(pruned),
+        "dense_fit": None if capacity is None else capacity.dense(tokens).requests,
+        "pruned_fit_at_least": None if least is None else least.requests,
     }
 
 
@@ -156,8 +146,8 @@ def _show(found: dict[str, Any], facts: Facts) -> None:
         f"{facts.layers} layers, {facts.query_heads} query heads and {facts.kv_heads} KV heads of "
         f"{facts.head_size}, in {facts.dtype}; longest context {facts.longest_context:,} tokens"
     )
-    weights = "not in the folder" if facts.weights_bytes is None else _size(facts.weights_bytes)
-    page = f"A page is {facts.page_size} tokens of a stream, {_size(facts.page_bytes)}"
+    weights = "not in the folder" if facts.weights_bytes is None else size(facts.weights_bytes)
+    page = f"A page is {facts.page_size} tokens of a stream, {size(facts.page_bytes)}"
     say(f"Weights: {weights}. {page}; {facts.streams} streams.")
     say("")
     say(facts.promised)
@@ -174,8 +164,8 @@ def _show(found: dict[str, Any], facts: Facts) -> None:
         pruned = row["pruned_bytes_at_most"]
         cells = [
             f"{row['tokens']:,}",
-            _size(row["dense_bytes"]),
-            "not known" if pruned is None else f"at most {_size(pruned)}",
+            size(row["dense_bytes"]),
+            "not known" if pruned is None else f"at most {size(pruned)}",
         ]
         if pruned == row["dense_bytes"]:
             cells[2] = "as dense"
@@ -191,7 +181,7 @@ def _show(found: dict[str, Any], facts: Facts) -> None:
     if fits:
         memory = found["memory"]
         say(
-            f"Fit: into {_size(memory['kv_bytes'])} of KV memory, which is {memory['utilization']:g} of "
+            f"Fit: into {size(memory['kv_bytes'])} of KV memory, which is {memory['utilization']:g} of "
             f"{memory['gib']:g} GiB (vLLM's default) less the weights and {memory['reserve_gib']:g} GiB for "
             "activations and CUDA graphs, which vLLM measures when it starts."
         )
@@ -228,11 +218,3 @@ def _table_of_heads(heads: list[Head], longest: int, table_class: Any) -> Any:
 def _range(values: list[Any], form: str) -> str:
     low, high = f"{min(values):{form}}", f"{max(values):{form}}"
     return low if low == high else f"{low} to {high}"
-
-
-def _size(count: int) -> str:
-    """A number of bytes for people."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count} bytes"

@@ -8,6 +8,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -25,14 +26,15 @@ class Sample:
 
     Attributes:
         at: seconds of a clock that only runs forward.
-        values: every metric without quantiles, summed over engines and other labels, by its name.
+        values: every metric without buckets, summed over engines and other labels, by its name; those with the
+            label ``phase`` or ``layer`` by (name, label's value).
         engines: number of data-parallel engines.
         blocks: KV blocks of all engines; None if the server does not say.
         model: the name that the server gives its model.
     """
 
     at: float
-    values: Mapping[str, float]
+    values: Mapping[str | tuple[str, str], float]
     engines: int
     blocks: int | None
     model: str
@@ -82,7 +84,7 @@ def fetch(url: str) -> Sample:
 
 def sample_of(text: str, url: str, at: float) -> Sample:
     """Read metrics in Prometheus' text format. See :func:`fetch` for the errors."""
-    values: dict[str, float] = {}
+    values: dict[str | tuple[str, str], float] = {}
     engines: set[str] = set()
     blocks, model = None, ""
     try:
@@ -90,7 +92,9 @@ def sample_of(text: str, url: str, at: float) -> Sample:
             for sample in family.samples:
                 if sample.name.endswith("_bucket") or not sample.name.startswith("vllm:"):
                     continue
-                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+                label = sample.labels.get("phase") or sample.labels.get("layer")
+                key = (sample.name, label) if label else sample.name
+                values[key] = values.get(key, 0.0) + sample.value
                 if sample.name == "vllm:cache_config_info":
                     found = sample.labels.get("num_gpu_blocks", "")
                     blocks = (blocks or 0) + int(found) if found.isdecimal() else blocks
@@ -112,7 +116,7 @@ def sample_of(text: str, url: str, at: float) -> Sample:
     return Sample(at, values, len(engines), blocks, model)
 
 
-def view(now: Sample, before: Sample) -> dict[str, float | int | str | None]:
+def view(now: Sample, before: Sample) -> dict[str, Any]:
     """Return what is shown of a server, under the keys that docs/command_line.md lists.
 
     Args:
@@ -120,11 +124,12 @@ def view(now: Sample, before: Sample) -> dict[str, float | int | str | None]:
     """
     seconds = now.at - before.at
 
-    def value(name: str) -> float:
-        return now.values.get(f"vllm:{name}", 0.0)
+    def value(name: str, label: str = "", sample: Sample = now) -> float:
+        key = f"vllm:{name}"
+        return sample.values.get((key, label) if label else key, 0.0)
 
-    def change(name: str) -> float | None:
-        difference = value(name) - before.values.get(f"vllm:{name}", 0.0)
+    def change(name: str, label: str = "") -> float | None:
+        difference = value(name, label) - value(name, label, before)
         return difference if difference >= 0 and seconds > 0 else None
 
     def rate(name: str) -> float | None:
@@ -134,6 +139,12 @@ def view(now: Sample, before: Sample) -> dict[str, float | int | str | None]:
     def share(part: float | None, whole: float | None) -> float | None:
         return part / whole if part is not None and whole else None
 
+    def pruned(phase: str) -> float | None:
+        part, whole = (change(f"fox_attention_pages{kind}_total", phase) for kind in ("_pruned", ""))
+        return share(part, whole)
+
+    layers = sorted((key[1] for key in now.values if key[0] == "vllm:fox_kv_layer_pages_dense"), key=int)
+    live, dense = ([value(f"fox_kv_layer_pages_{kind}", layer) for layer in layers] for kind in ("live", "dense"))
     usage = value("kv_cache_usage_perc") / max(now.engines, 1)
     # vLLM's block 0 is nobody's.
     usable = None if now.blocks is None else now.blocks - now.engines
@@ -149,6 +160,13 @@ def view(now: Sample, before: Sample) -> dict[str, float | int | str | None]:
         "kv_usage": usage,
         "pages_live": int(value("fox_kv_pages_live")),
         "pages_cached": int(value("fox_kv_pages_cached")),
+        "pages_free": int(value("fox_kv_pages_free")) if "vllm:fox_kv_pages_free" in now.values else None,
+        "bytes_saved": int(value("fox_kv_bytes_saved")),
+        "live_share": share(sum(live), sum(dense)),
+        "live_share_by_layer": [share(*pages) for pages in zip(live, dense)],
+        "prefill_pruned": pruned("prefill"),
+        "decode_pruned": pruned("decode"),
+        "report_lag_steps": share(change("fox_kv_report_lag_steps_sum"), change("fox_kv_report_lag_steps_count")),
         "pages_allocated_total": int(value("fox_kv_pages_allocated_total")),
         "pages_released_total": int(value("fox_kv_pages_released_total")),
         "pages_allocated_per_s": rate("fox_kv_pages_allocated_total"),

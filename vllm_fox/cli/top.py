@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import number
+from .sizes import size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +35,7 @@ def top(
         bool, typer.Option("--json", help="Print a line with a JSON object for each interval.")
     ] = False,
 ) -> None:
-    """Watch a running server: requests, KV blocks and pages, what is given back, prefix hits, tokens per second.
+    """Watch a running server: requests, pages, what is pruned and given back, prefix hits, tokens per second.
 
     It reads the server's /metrics, and ends with Ctrl-C.
     """
@@ -104,13 +105,41 @@ def table_of(view: View) -> Table:
     line("requests running", f"{view['requests_running']:,}", f"{view['requests_waiting']:,} waiting")
     line("preemptions", f"{view['preemptions_total']:,}", "since the server started")
     line("KV blocks in use", f"{view['kv_usage']:.1%}", used)
-    line("pages live", f"{view['pages_live']:,}", f"{view['pages_cached']:,} more only cached for later prompts")
+    free = "" if view["pages_free"] is None else f", {view['pages_free']:,} free"
+    line("pages live", f"{view['pages_live']:,}", f"{view['pages_cached']:,} more only in the prefix cache{free}")
+    for name, value, more in _pruning(view):
+        line(name, value, more)
     line("pages given back", _per_second(view["pages_released_per_s"]), _of_all(view))
     line("pages allocated", _per_second(view["pages_allocated_per_s"]))
     line("prefix-cache hits", _percent(view["prefix_hit_rate"]), _since_start(view["prefix_hit_rate_total"]))
     line("prompt tokens", _per_second(view["prompt_tokens_per_s"]))
     line("generated tokens", _per_second(view["generated_tokens_per_s"]))
     return table
+
+
+LAYERS_IN_A_LINE = 8
+"""Layers whose shares stand in one line."""
+
+
+def _pruning(view: View) -> Iterator[tuple[str, str, str]]:
+    """The lines about what requests hold of what they would hold if nothing were pruned, and what it saves."""
+    if view["live_share"] is None:
+        yield "live share", "no requests", ""
+    else:
+        yield "live share", f"{view['live_share']:.1%}", f"{size(view['bytes_saved'])} saved"
+        shares = view["live_share_by_layer"]
+        for first in range(0, len(shares), LAYERS_IN_A_LINE):
+            part = shares[first : first + LAYERS_IN_A_LINE]
+            last = first + len(part) - 1
+            name = f"  layer {first}" if first == last else f"  layers {first} to {last}"
+            yield name, "", " ".join(f"{share:6.1%}" for share in part)
+    for phase, what in (("prefill", "prompt tokens"), ("decode", "generated tokens")):
+        share = view[f"{phase}_pruned"]
+        value = f"no {what}" if share is None else f"{share:.1%}"
+        yield f"{phase} pruned", value, "" if share is None else "of what dense attention would read"
+    lag = view["report_lag_steps"]
+    steps = "no reports" if lag is None else f"{lag:.1f} steps"
+    yield "report lag", steps, "until the scheduler knew what was dead"
 
 
 def _per_second(rate: float | None) -> str:

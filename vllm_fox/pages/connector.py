@@ -26,7 +26,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from .geometry import PageGeometry
 from .manager import StreamPageManager
 from .messages import PageReport, TableUpdate
-from .metrics import PageMetrics, PageStats
+from .metrics import PageMetrics, PageStats, StatsSource
 from .spec import StreamPageSpec
 from .tables import DeviceTables, FirstLiveAt
 
@@ -45,7 +45,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         self._tables: DeviceTables | None = None
         self._follow_weights: Callable[[], None] = lambda: None
         self._first_live_at: FirstLiveAt
-        self._last_stats = PageStats()
+        self._stats: StatsSource | None = None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -99,7 +99,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         (manager,) = kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, StreamPageManager)
-        self._manager = manager
+        self._manager, self._stats = manager, StatsSource(manager)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> TableUpdate:
         assert self._manager is not None
@@ -137,12 +137,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
     # Metrics.
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        if self._manager is None:
-            return None
-        stats = PageStats.of(self._manager.pool)
-        change = stats.since(self._last_stats)
-        self._last_stats = stats
-        return change
+        return self._stats.take() if self._stats is not None else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from vllm.utils.math_utils import cdiv
+from typing import TYPE_CHECKING
 
 from vllm_fox.kernels.paged import TABLE_CHUNK
 
-from .spec import StreamPageSpec
+if TYPE_CHECKING:
+    from .spec import StreamPageSpec
 
 TABLE_SHARE = 0.01
 """The page table takes at most this share of the KV memory."""
@@ -33,19 +34,53 @@ class PageGeometry:
     @classmethod
     def of(cls, spec: StreamPageSpec, num_blocks: int) -> PageGeometry:
         """Return the geometry for a pool of ``num_blocks`` slabs. Block 0, vLLM's null block, is padding."""
-        max_chunks = cdiv(cdiv(spec.max_model_len, spec.block_size), TABLE_CHUNK)
+        return cls.sized(
+            spec.streams,
+            spec.page_format.page_bytes,
+            spec.block_size,
+            spec.num_slots,
+            spec.max_model_len,
+            num_blocks,
+        )
 
-        def affordable(streams: int) -> int:
+    @classmethod
+    def sized(
+        cls,
+        streams: Sequence[int],
+        page_bytes: int,
+        page_size: int,
+        num_slots: int,
+        max_model_len: int,
+        num_blocks: int,
+    ) -> PageGeometry:
+        """Return the geometry, given sizes.
+
+        Args:
+            streams: number of streams of each rank.
+            page_bytes, page_size: bytes and tokens of a page.
+            num_slots: requests that may run at once.
+            max_model_len: most tokens of a request.
+            num_blocks: pages of each stream, those of the null block included.
+        """
+        max_chunks = chunks_of(max_model_len, page_size)
+
+        def affordable(count: int) -> int:
             # Besides the entries, two small arrays (chunk numbers and live ranges) grow with the number of slots.
-            budget = num_blocks * streams * spec.page_format.page_bytes * TABLE_SHARE
-            budget -= 4 * (spec.num_slots + 1) * (max_chunks + streams)
-            return int(budget // (4 * streams * TABLE_CHUNK))
+            budget = num_blocks * count * page_bytes * TABLE_SHARE
+            budget -= 4 * (num_slots + 1) * (max_chunks + count)
+            return int(budget // (4 * count * TABLE_CHUNK))
 
         # The table always fits one request of full length: it takes far less memory than the request's pages.
-        most = max(min(map(affordable, spec.streams)) - 1, max_chunks)
-        return cls(spec.streams, spec.num_slots, max_chunks, 1 + min(spec.num_slots * max_chunks, most))
+        most = max(min(map(affordable, streams)) - 1, max_chunks)
+        return cls(tuple(streams), num_slots, max_chunks, 1 + min(num_slots * max_chunks, most))
 
     def table_bytes(self, rank: int) -> int:
         """Return the device memory in bytes of the page table on a rank."""
         slots, streams = self.num_slots + 1, self.streams[rank]
         return 4 * (slots * (self.max_chunks + streams) + self.num_chunks * streams * TABLE_CHUNK)
+
+
+def chunks_of(tokens: int, page_size: int) -> int:
+    """Return the table chunks that a request of so many tokens needs if all its pages live."""
+    pages = -(-tokens // page_size)
+    return -(-pages // TABLE_CHUNK)

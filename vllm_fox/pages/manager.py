@@ -24,6 +24,7 @@ from .messages import PageReport, TableUpdate
 from .pool import NO_NUMBERS, PagePool
 from .prefixes import Hit
 from .spec import StreamPageSpec
+from .work import NO_BOUNDARIES, Boundaries, Prompts, WorkCount
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -52,12 +53,14 @@ class _Boundaries:
     Attributes:
         slots, epochs: [n] whose they are.
         columns, lives: [n] columns of the prefix cache that end there, and what tells their uses apart.
+        inside: the boundaries inside of prompts, which are the last.
     """
 
     slots: np.ndarray
     epochs: np.ndarray
     columns: np.ndarray
     lives: np.ndarray
+    inside: Boundaries
 
 
 class StreamPageManager(SingleTypeKVCacheManager):
@@ -81,6 +84,13 @@ class StreamPageManager(SingleTypeKVCacheManager):
             cached_columns=COLUMNS_PER_BLOCK * block_pool.num_gpu_blocks if self.enable_caching else 0,
         )
         self.live_share = LiveShare()
+        self.work = WorkCount(self.block_size, int(self.pool.streams.sum()))
+        # Steps that were scheduled between a change of a live range and the report of it, since they were last
+        # taken; steps that report, each with the step of the oldest change that it reports; and the step of the
+        # oldest change that no step has reported.
+        self.report_lags: list[int] = []
+        self._reporting: list[tuple[int, int]] = []
+        self._due_since = 0
         self._chunk_pages = cdiv(spec.max_step_tokens, self.block_size) + 1
         self._held_blocks: list[KVCacheBlock] = []
         self._slot_of: dict[str, int] = {}
@@ -236,24 +246,31 @@ class StreamPageManager(SingleTypeKVCacheManager):
         """
         # What is cached needs the live ranges as they are where a page ends, and pages die no earlier.
         caching = self.enable_caching and self.kv_cache_spec.release
-        period, prompts = self.block_size if caching else self.kv_cache_spec.report_period, False
-        inside: list[tuple[int, int, int]] = []
+        period = self.block_size if caching else self.kv_cache_spec.report_period
+        if not self._due:
+            self._due_since = self._step
+        read: list[tuple[int, int, int]] = []
         for request_id, new in scheduled.items():
             length = self._length[request_id]
-            if new > 1 and caching:
-                inside.append((self._slot_of[request_id], (length - new) // period, length // period))
-                prompts = True
-            elif new > 1 or length % period == 0:
+            if new > 1:
+                read.append((self._slot_of[request_id], length - new, length))
+            if (new > 1 and not caching) or (new == 1 and length % period == 0):
                 self._due[self._slot_of[request_id]] = length // period
-                prompts |= new > 1
         slots, pages = NO_NUMBERS, NO_NUMBERS
-        if prompts or self._reports_now():
+        if read or self._reports_now():
             slots = np.fromiter(self._due, dtype=np.int64, count=len(self._due))
             pages = np.fromiter(self._due.values(), dtype=np.int64, count=len(self._due))
             self._due.clear()
         opened = np.array(self._opened, dtype=np.int64) if self._opened else NO_NUMBERS
         columns = self.pool.hand_out()
-        boundary_slots, boundary_pages = self._share_full_pages(slots, pages, inside)
+        inside = NO_BOUNDARIES
+        prompts = self._prompts(read) if read else None
+        self._count_work(scheduled, prompts)
+        if prompts is not None and caching:
+            inside = prompts.boundaries(self.block_size)
+        self._share_full_pages(slots, pages, inside)
+        if slots.size or inside.slots.size:
+            self._reporting.append((self._step, self._due_since))
         update = TableUpdate(
             self._step,
             slots,
@@ -261,8 +278,8 @@ class StreamPageManager(SingleTypeKVCacheManager):
             opened,
             self.pool.start[opened],
             columns,
-            boundary_slots,
-            boundary_pages,
+            inside.slots,
+            inside.pages,
         )
         self._opened.clear()
         self._step += 1
@@ -274,6 +291,10 @@ class StreamPageManager(SingleTypeKVCacheManager):
         boundaries = self._boundaries.pop(report.step, None)
         # Reports come in order; those of steps that failed never come.
         self._boundaries = {step: left for step, left in self._boundaries.items() if step > report.step}
+        while self._reporting and self._reporting[0][0] <= report.step:
+            step, since = self._reporting.pop(0)
+            if step == report.step:
+                self.report_lags.append(self._step - 1 - since)
         if not self.kv_cache_spec.release:
             return
         slots, epochs, starts = report.slots, report.epochs, report.starts
@@ -321,20 +342,37 @@ class StreamPageManager(SingleTypeKVCacheManager):
         row = self.req_to_blocks[request_id] = [KVCacheBlock(block_id=slot)]
         return row
 
-    def _share_full_pages(
-        self, slots: np.ndarray, pages: np.ndarray, inside: list[tuple[int, int, int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _prompts(self, read: list[tuple[int, int, int]]) -> Prompts:
+        """What a step reads of prompts, given the slot and the tokens before and after it of each."""
+        slots, before, after = np.array(read, dtype=np.int64).T
+        pages = self.pool.num_pages[slots] * self.pool.streams.sum()
+        return Prompts(slots, before, after, pages - self.pool.live_pages[slots].sum(1))
+
+    def _count_work(self, scheduled: Mapping[str, int], prompts: Prompts | None) -> None:
+        """Count what a step's queries read, which have their pages."""
+        pool = self.pool
+        if len(scheduled) == len(self._slot_of):
+            # Sums over all slots are cheaper than a list of those that decode. Slots without requests hold nothing.
+            pages, live = int(pool.num_pages.sum()), int(pool.live_pages.sum())
+            if prompts is not None:
+                pages -= int(pool.num_pages[prompts.slots].sum())
+                live -= int(pool.live_pages[prompts.slots].sum())
+        else:
+            slots = [self._slot_of[request_id] for request_id, new in scheduled.items() if new == 1]
+            pages, live = int(pool.num_pages[slots].sum()), int(pool.live_pages[slots].sum())
+        self.work.decode(pages, live)
+        if prompts is not None:
+            self.work.prefill(prompts)
+
+    def _share_full_pages(self, slots: np.ndarray, pages: np.ndarray, inside: Boundaries) -> None:
         """Put the pages that are full after this step into the prefix cache.
 
         Args:
             slots, pages: [R] requests whose live ranges the step reports, and the full pages at which they are so.
-            inside: slot, full pages before the step and after it, of each request that is reading its prompt.
-
-        Returns:
-            Slots and numbers of full pages [B] of the boundaries inside of prompts, in order.
+            inside: boundaries inside of prompts, whose live ranges it reports too.
         """
         if not self.enable_caching:
-            return NO_NUMBERS, NO_NUMBERS
+            return
         if self._full_pages:
             keys: dict[int, Sequence[Hashable]] = {}
             for request_id, full in self._full_pages.items():
@@ -344,17 +382,12 @@ class StreamPageManager(SingleTypeKVCacheManager):
                 self._shared_pages[request_id] = full
             self.pool.offer(keys)
             self._full_pages.clear()
-        if not self.kv_cache_spec.release or not (slots.size or inside):
-            return NO_NUMBERS, NO_NUMBERS
-        at = np.array([slot for slot, low, high in inside for _ in range(low, high)], dtype=np.int64)
-        after = np.array([page for _, low, high in inside for page in range(low + 1, high + 1)], dtype=np.int64)
-        every, ends = np.concatenate([slots, at]), np.concatenate([pages, after])
-        if every.size:
+        every, ends = np.concatenate([slots, inside.slots]), np.concatenate([pages, inside.pages])
+        if self.kv_cache_spec.release and every.size:
             columns = self.pool.cached_columns(every, ends)
             assert self.pool.prefixes is not None
             lives = self.pool.prefixes.lives(columns)
-            self._boundaries[self._step] = _Boundaries(every, self.pool.epoch[every], columns, lives)
-        return at, after
+            self._boundaries[self._step] = _Boundaries(every, self.pool.epoch[every], columns, lives, inside)
 
     def _learn_boundaries(
         self, boundaries: _Boundaries, slots: np.ndarray, epochs: np.ndarray, starts: dict[int, np.ndarray]
@@ -364,6 +397,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         every, epochs = boundaries.slots, boundaries.epochs
         first = np.concatenate([starts[rank] for rank in range(self.pool.ranks)], axis=1)
         self.pool.prefixes.tighten(boundaries.columns, boundaries.lives, first)
+        self.work.learn(boundaries.inside, first[len(first) - len(boundaries.inside.slots) :].sum(1))
         last = np.append(every[1:] != every[:-1], True)
         return every[last], epochs[last], {rank: mine[last] for rank, mine in starts.items()}
 

@@ -148,6 +148,11 @@ class PagePool:
         """Return the blocks [R] (or one number) that a slot's live pages fill, on the rank where they fill most."""
         return (self.live_pages[slots] / self.streams).max(-1)
 
+    def live_by_stream(self) -> np.ndarray:
+        """Return the live pages [streams of all ranks] of all slots; a page that several share counts for each."""
+        live: np.ndarray = self.num_pages.sum() - self.start.sum(0)
+        return live
+
     def reserved(self, slot: int) -> int:
         """Return the pages per stream that are reserved for ``slot``."""
         return self._reserved.get(slot, 0)
