@@ -50,6 +50,7 @@ SCALE, OFFSET = 100.0, 5.0  # of DMS, as published
 FIRST_THRESHOLD = -100.0  # of a predictor: nothing has so low a score
 TOKENS_AT_ONCE = 1024  # whose logits are in memory together
 CALIBRATION = 1 << 16  # tokens of the training texts by which the threshold is set, if there are so many
+READ_AT_ONCE = 1 << 13  # of these tokens
 CALIBRATIONS = 3  # what is evicted in one layer changes what later layers decide
 ADAPTER = {
     "context": 8192, "batch": 16, "steps": 544, "warmup": 20, "lr": 1e-3, "weight_decay": 0.0, "window": 256,
@@ -179,7 +180,7 @@ def save_learned_only(accelerator: Accelerator) -> None:
 
 
 def calibrate(args: argparse.Namespace, model: EvictingDecoderForCausalLM, windows: list[torch.Tensor]) -> None:
-    """Set the offset or threshold so that of windows [1, T] just the share that was asked for goes.
+    """Set the offset or threshold so that of windows [B, T] just the share that was asked for goes.
 
     A budget only pulls at decisions that are near to their threshold, so training ends close to the share. A
     predictor's threshold is set only here.
@@ -272,11 +273,12 @@ def retrofit(args: argparse.Namespace, model: EvictingDecoderForCausalLM) -> Non
         return whole.figures(windows) if args.predictor else cost_of_eviction(whole.model, windows)
 
     order = window_order(len(corpus.train) // args.context, 0, args.seed)[: -(-CALIBRATION // args.context)]
-    windows = [torch.from_numpy(corpus.window(int(n), args.context))[None].to(accelerator.device) for n in order]
+    read = torch.stack([torch.from_numpy(corpus.window(int(n), args.context)) for n in order])
+    windows = list(read.to(accelerator.device).split(max(1, READ_AT_ONCE // args.context)))
     check_disk(args, sum(p.numel() for p in model.parameters() if p.requires_grad))
     record_run(args, fixed, accelerator)
     if args.predictor:
-        learner.to(accelerator.device).start_at_mean(windows[0])
+        learner.to(accelerator.device).start_at_mean(windows[0][:1])
     trained = train(args, accelerator, corpus, learner, loss_of, figures)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(trained).model.eval()
