@@ -151,16 +151,11 @@ def test_predictors_of_a_killed_run_are_the_same(
     assert first == second
 
 
-def test_linear_predictors_by_two_processes_are_those_of_one(script: Script, text: Path, tmp_path: Path) -> None:
-    options = ("--predictor=linear", "--steps=4")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *script.command(text, tmp_path)]
-    done = subprocess.run([*launch, *options], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "2 processes on cpu" in done.stdout, done.stderr[-3000:]
-    one = tmp_path / "one"
-    script.run(text, one, *options)
-    for line, expected in zip(log(tmp_path), log(one), strict=True):
-        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    assert json.loads((one / "model" / "config.json").read_text())["eviction"]["hidden_dim"] is None
+def test_predictors_may_be_linear(script: Script, text: Path, tmp_path: Path) -> None:
+    script.run(text, tmp_path, "--predictor=linear", "--steps=2")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert weights["model.layers.0.self_attn.kvzap.weight"].shape == (2, 64)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["eviction"]["hidden_dim"] is None
 
 
 @pytest.mark.parametrize("kind", ["whole", "predicted"])
