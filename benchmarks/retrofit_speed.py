@@ -10,7 +10,6 @@ turns; the median counts.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -44,9 +43,10 @@ def fine_tuning(config: LlamaConfig, ids: torch.Tensor) -> Step:
 
 def retrofitting(folder: Path, ids: torch.Tensor) -> Step:
     """The same of a retrofit, half way to a ratio of 8."""
-    from retrofit import Distillation, load  # of examples/, which benchmarks.options makes importable
+    from adapter_distillation import Distillation  # of examples/, which benchmarks.options makes importable
+    from retrofit import load, parse
 
-    args = argparse.Namespace(checkpoint=folder, context=ids.shape[1], window=256, cpu=False, checkpointing=False)
+    args = parse([str(folder), str(folder), f"--output={folder}", f"--context={ids.shape[1]}"])
     distillation: Any = Distillation(load(args), 1.0).cuda().train()
     compile_layers(distillation)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import DynamicCache
 
 from benchmarks import quality
 from benchmarks.record import saved
@@ -44,6 +47,68 @@ def test_a_window_is_attention_to_so_many_tokens(made: Made, monkeypatch: pytest
         assert 0 < model.evicted(ids).float().mean() < 1
 
 
+@pytest.mark.parametrize("variant", ["llama-adapter", "qwen2-linear", "mistral-mlp"])
+def test_the_dense_model_is_the_model_without_eviction(variant: str, tmp_path: Path) -> None:
+    served = make_evicting(tmp_path, VARIANTS[variant]).served
+    model: Any = EvictingDecoderForCausalLM.from_pretrained(served, dtype=torch.float32).eval()
+    model.set_evicts(False)
+    ids = torch.randint(1, 257, (1, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(quality.dense_model(model)(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_borrowed_neuron_leaves_no_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    served = make_evicting(tmp_path, VARIANTS["qwen3-borrowed"]).served
+    model: Any = EvictingDecoderForCausalLM.from_pretrained(served)
+    assert quality.dense_model(model) is None
+    assert "which need the dense model: a neuron of its queries decides" in capsys.readouterr().err
+
+
+class Forgetful:
+    """A press that keeps all but the first ``gone`` tokens of a prompt."""
+
+    def __init__(self, gone: int) -> None:
+        self.gone = gone
+
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        def forget(layer: Any, _: Any, given: dict[str, Any], __: Any) -> None:
+            held = given["past_key_values"].layers[layer.layer_idx]
+            held.keys, held.values = held.keys[:, :, self.gone :], held.values[:, :, self.gone :]
+
+        hooks = [one.self_attn.register_forward_hook(forget, with_kwargs=True) for one in model.model.layers]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("gone", [0, 33])
+def test_what_follows_a_prompt_sees_what_a_press_keeps(made: Made, gone: int) -> None:
+    """Beside one pass over the whole text with a mask: the prompt sees all of itself, the rest what is kept."""
+    model: Any = EvictingDecoderForCausalLM.from_pretrained(made.served, dtype=torch.float32).eval()
+    dense = quality.dense_model(model)
+    ids = torch.randint(1, 257, (80,), generator=torch.Generator().manual_seed(0))
+    found = quality.logits_after(dense, Forgetful(gone), ids[:60], ids[60:])
+    seen = torch.ones(80, 80, dtype=torch.bool).tril()
+    seen[60:, :gone] = False
+    with torch.no_grad():
+        expected = dense(ids[None], attention_mask=seen[None, None]).logits[0, 60:]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", quality.PRESSES)
+def test_a_press_keeps_as_many_tokens_as_asked_for(made: Made, name: str) -> None:
+    package = pytest.importorskip("kvpress", reason="kvpress is not installed")
+    model: Any = EvictingDecoderForCausalLM.from_pretrained(made.served, dtype=torch.float32).eval()
+    dense = quality.dense_model(model)
+    ids = torch.randint(1, 257, (1, 150), generator=torch.Generator().manual_seed(0))
+    for kept in (20, 77, 149, 150):
+        cache = DynamicCache(config=dense.config)
+        with torch.no_grad(), quality.make_press(package, name, 150, kept)(dense):
+            dense.model(ids, past_key_values=cache, cache_position=torch.arange(150))
+        assert [layer.keys.shape[2] for layer in cache.layers] == [kept] * len(cache.layers)
+
+
 def test_a_run(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,7 +121,9 @@ def test_a_run(
     monkeypatch.setattr(sys, "argv", argv)
     quality.main()
     (figures,) = saved(tmp_path / "found.json")["models"].values()
-    said = capsys.readouterr().out
+    said, errors = capsys.readouterr()
+    presses = figures["systems"].keys() - set(quality.SYSTEMS)
+    assert presses == (set() if "The presses of kvpress are left out" in errors else set(quality.PRESSES))
     assert all(name in said for name in (*quality.SYSTEMS, "needle", "copying")) and "variables" not in said
     assert made.window < figures["held"] < 256
     model: Any = EvictingDecoderForCausalLM.from_pretrained(made.served, dtype=torch.float32).eval()

@@ -44,7 +44,7 @@ def base(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=256,
+        max_position_embeddings=384,
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=0,
@@ -65,6 +65,17 @@ def whole(script: Script, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A run that nothing interrupted."""
     output = tmp_path_factory.mktemp("retrofit")
     assert "is ready. Serve it with: vllm serve" in script.run_alone(text, output)
+    return output
+
+
+PREDICTOR = ("--predictor=mlp", "--hidden-dim=32", "--steps=30", "--lr=0.005")
+
+
+@pytest.fixture(scope="module")
+def predicted(script: Script, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which predictors learn."""
+    output = tmp_path_factory.mktemp("predicted")
+    assert "the predictors explain" in script.run(text, output, *PREDICTOR)
     return output
 
 
@@ -117,8 +128,40 @@ def test_two_processes_or_less_memory_change_nothing(
         assert checkpointed["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-6)
 
 
-def test_its_model_is_served_as_it_is(whole: Path) -> None:
+def test_predictors_learn_what_the_unchanged_model_attends_to(predicted: Path, base: Path) -> None:
+    found, last = json.loads((predicted / "figures.json").read_text()), log(predicted)[-1]
+    assert last["step"] == 30 and last["loss"] < 0.8 * log(predicted)[0]["loss"]
+    assert 0.1 < found["r_squared"] < 1 and found["r_squared"] == last["r_squared"]
+    assert found["evicted_share"] == pytest.approx(3 / 4, abs=0.02)
+    before, after = load_file(base / "model.safetensors"), load_file(predicted / "model" / "model.safetensors")
+    assert len(after.keys() - before.keys()) == 8 and all("kvzap" in name for name in after.keys() - before.keys())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    eviction = json.loads((predicted / "model" / "config.json").read_text())["eviction"]
+    assert (eviction["method"], eviction["window"], eviction["hidden_dim"]) == ("kvzap", 16, 32)
+
+
+def test_predictors_of_a_killed_run_are_the_same(
+    script: Script, text: Path, predicted: Path, tmp_path: Path
+) -> None:
+    assert script.stopped_at(text, tmp_path, 15, signal.SIGKILL, *PREDICTOR) == -9
+    assert 15 <= len(log(tmp_path)) < 30
+    script.run(text, tmp_path, *PREDICTOR)
+    assert log(tmp_path) == log(predicted)
+    first, second = ((folder / "model" / "model.safetensors").read_bytes() for folder in (predicted, tmp_path))
+    assert first == second
+
+
+def test_predictors_may_be_linear(script: Script, text: Path, tmp_path: Path) -> None:
+    script.run(text, tmp_path, "--predictor=linear", "--steps=2")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert weights["model.layers.0.self_attn.kvzap.weight"].shape == (2, 64)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["eviction"]["hidden_dim"] is None
+
+
+@pytest.mark.parametrize("kind", ["whole", "predicted"])
+def test_its_model_is_served_as_it_is(kind: str, request: pytest.FixtureRequest) -> None:
     """Perplexities of transformers and of the server are equal, and so is the answer."""
+    whole: Path = request.getfixturevalue(kind)
     folder = whole / "model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = np.load(whole / "data" / "held_out.npy")[:200].astype(np.int64)
@@ -136,10 +179,13 @@ def test_errors_name_what_is_wrong(script: Script, text: Path, whole: Path, tmp_
     nowhere = Script("retrofit.py", OPTIONS, (str(tmp_path / "nowhere"),))
     again = Script("retrofit.py", OPTIONS, (str(whole / "model"),))
     cases = [
-        (script, ["--context=512"], "has 256 positions"),
+        (script, ["--context=512"], "has 384 positions"),
         (script, ["--window=128"], "--window is 128: it must be less than --context 128"),
         (script, ["--ratio=1"], "--ratio.*a number above 1"),
         (script, ["--ramp=41"], "--ramp is 41: it must be at most --steps 40"),
+        (script, ["--predictor=mlp", "--context=256"], "--context is 256: .* are 5.. tokens, .* has 384 positions"),
+        (script, ["--predictor=linear", "--hidden-dim=4"], "--hidden-dim is given: only --predictor mlp has"),
+        (script, ["--predictor=linear", "--ramp=4"], "--ramp is given: it is for adapters"),
         (nowhere, [], "nowhere is no folder: download the checkpoint"),
         (again, [], "model_type is 'evicting_decoder': it must be one of llama, mistral, qwen2, qwen3"),
     ]

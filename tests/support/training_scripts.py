@@ -112,9 +112,9 @@ class Script:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout + done.stderr
 
-    def stopped_at(self, text: Path, output: Path, step: int, number: signal.Signals) -> int:
+    def stopped_at(self, text: Path, output: Path, step: int, number: signal.Signals, *more: str) -> int:
         """Start a run, send a signal once a step is logged; the exit code."""
-        pid = forks().start(*self.command(text, output))
+        pid = forks().start(*self.command(text, output, *more))
         try:
             deadline = time.monotonic() + LIMIT_S
             while len(log(output)) < step and not forks().has_answer() and time.monotonic() < deadline:

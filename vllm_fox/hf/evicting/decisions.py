@@ -40,7 +40,8 @@ def decision_logits(
     """
     if eviction.method == "kvzap":
         assert eviction.threshold is not None
-        scores = attention.kvzap(x)
+        # In training a predictor is wider than the model beside it.
+        scores = attention.kvzap(x.to(next(attention.kvzap.parameters()).dtype))
         # A threshold has the scores' dtype, as in kvpress.
         logits = _wide(torch.tensor(eviction.threshold, dtype=scores.dtype, device=x.device)) - _wide(scores)
     else:

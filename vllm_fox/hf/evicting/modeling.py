@@ -82,22 +82,37 @@ class EvictingSelfAttention(nn.Module):
         Returns:
             The output, and the share of what is decided that evicts, a scalar.
         """
-        q, k, v = (y(x).unflatten(-1, (-1, self.head_dim)) for y in (self.q_proj, self.k_proj, self.v_proj))
-        if self.normed:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = q.unflatten(1, (k.shape[1], -1))  # [N, KV heads, G, d]
+        q, k, v = self.project(x)
         kept, evicted = self._decide(x, residual, q, line)
         borrowed = self.eviction.method == "dms_borrowed_neuron"
         if borrowed:
             q = self._without_neuron(q)
-        q, k = (y.transpose(0, 1) for y in (q.flatten(1, 2), k))
-        q, k = (y[0].transpose(0, 1) for y in apply_rotary_pos_emb(q[None], k[None], *rope))
+        q, k = self.rotate(q, k, rope)
         if borrowed:
             # RoPE has turned another number of the query into its place.
-            q = self._without_neuron(q.unflatten(1, (k.shape[1], -1))).flatten(1, 2)
+            q = self._without_neuron(q)
         window = self.eviction.window
-        out = fading_attention(q, k, v.to(q.dtype), kept, window=window, cu_seqlens=line.cu_seqlens)
+        out = fading_attention(q.flatten(1, 2), k, v.to(q.dtype), kept, window=window, cu_seqlens=line.cu_seqlens)
         return self.o_proj(out.flatten(1).to(x.dtype)), evicted
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Map normed x [N, hidden] to queries [N, KV heads, G, d], keys and values [N, KV heads, d].
+
+        Queries and keys are normed, if the model does that, and not yet turned by RoPE.
+        """
+        q, k, v = (y(x).unflatten(-1, (-1, self.head_dim)) for y in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q.unflatten(1, (k.shape[1], -1)), k, v
+
+    @staticmethod
+    def rotate(
+        q: torch.Tensor, k: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn queries [N, KV heads, G, d] and keys [N, KV heads, d] by RoPE's cosines and sines [1, N, d]."""
+        heads = (y.transpose(0, 1)[None] for y in (q.flatten(1, 2), k))
+        turned, k = (y[0].transpose(0, 1) for y in apply_rotary_pos_emb(*heads, *rope))
+        return turned.unflatten(1, (k.shape[1], -1)), k
 
     def decisions(self, x: torch.Tensor, residual: torch.Tensor, q: torch.Tensor, line: Line) -> torch.Tensor:
         """Return what is decided about N tokens: [N, KV heads], more than 0 where a token goes. Nothing is decided
@@ -216,9 +231,17 @@ class EvictingDecoderForCausalLM(
             if isinstance(module, EvictingSelfAttention):
                 module.evicts = evicts
 
-    def set_offset(self, offset: float) -> None:
-        """Change DMS's offset, in the config and in all layers: a higher one evicts less."""
-        self.config.eviction = {**self.config.eviction, "offset": offset}
+    def move_threshold(self, by: float) -> None:
+        """Evict only where the decision is more than ``by``.
+
+        DMS's offset or KVzap's threshold changes by as much, in the config and in all layers.
+        """
+        eviction = dict(self.config.eviction)
+        if eviction["method"] == "kvzap":
+            eviction["threshold"] -= by
+        else:
+            eviction["offset"] += by
+        self.config.eviction = eviction
         for module in self.modules():
             if isinstance(module, EvictingSelfAttention):
                 module.eviction = Eviction.from_dict(self.config.eviction)
@@ -236,9 +259,7 @@ class EvictingDecoderForCausalLM(
         def record(layer: nn.Module, given: tuple[Any, ...], _: Any) -> None:
             x, residual, line = given[:3]
             assert isinstance(layer, EvictingSelfAttention)
-            q = layer.q_proj(x).unflatten(-1, (-1, layer.head_dim))
-            q = (layer.q_norm(q) if layer.normed else q).unflatten(1, (self.config.num_key_value_heads, -1))
-            decided = layer.decisions(x, residual, q, line)
+            decided = layer.decisions(x, residual, layer.project(x)[0], line)
             decided = decided if layer.evicts else torch.full_like(decided, float("-inf"))
             found.append(decided.view(*input_ids.shape, -1).transpose(1, 2))
 
