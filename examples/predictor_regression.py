@@ -140,10 +140,10 @@ class Regression(nn.Module):
             with torch.autocast(ids.device.type, enabled=False):
                 with torch.no_grad():
                     weight = attention.o_proj.weight
-                    scores = [
-                        kvzip_plus_scores(*attention.rotate(q, k, rope), v, row, weight, text, repeated)
-                        for row, (q, k, v) in zip(x, projected, strict=True)
-                    ]
+                    scores = []
+                    for row, (q, k, v) in zip(x, projected, strict=True):
+                        q, k = attention.rotate(q, k, rope)
+                        scores.append(kvzip_plus_scores(q, k, v, row, weight, text, repeated))
                 predicted = attention.kvzap(x[:, text].flatten(0, 1).float())
             yield predicted, torch.cat(scores)
 
@@ -152,7 +152,7 @@ class Regression(nn.Module):
         """Let all predictors begin with the mean scores of windows [B, T], from which steps are shorter."""
         for layer, (_, scores) in zip(self.model.model.layers, self.predictions(ids), strict=True):
             predictor = layer.self_attn.kvzap
-            last = predictor[-1] if isinstance(predictor, nn.Sequential) else predictor
+            last: Any = predictor[-1] if isinstance(predictor, nn.Sequential) else predictor
             last.bias.copy_(scores.mean(0))
 
     def figures(self, windows: Iterable[torch.Tensor]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from adapter_distillation import Distillation, divergence, wanted_share
+from adapter_distillation import TOKENS_AT_ONCE, Distillation, divergence, wanted_share
 from command_line import Parser, number, positive_float, positive_int, refuse
 from predictor_regression import Regression, repetition
 from safetensors import SafetensorError
@@ -48,7 +48,6 @@ OWN = ("checkpoint", "ratio", "window", "ramp", "budget", "predictor", "hidden_d
 LEARN = ("dms_proj_alpha", "kvzap")  # parts of names of weights
 SCALE, OFFSET = 100.0, 5.0  # of DMS, as published
 FIRST_THRESHOLD = -100.0  # of a predictor: nothing has so low a score
-TOKENS_AT_ONCE = 1024  # whose logits are in memory together
 CALIBRATION = 1 << 15  # tokens of the training texts by which the threshold is set, if there are so many
 READ_AT_ONCE = 1 << 13  # of these tokens
 CALIBRATIONS = 3  # what is evicted in one layer changes what later layers decide

@@ -114,35 +114,35 @@ def test_targets() -> None:
 def test_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "chat.json", tmp_path / "chat.png"
-    argv = ["chat", "--tiny", "--engines-at-once=2", "--systems", "fox", "fox-off", "--parts", "turns", "documents"]
+    argv = ["chat", "--tiny", "--systems", "fox", "--parts", "turns", "documents"]
     argv += [f"--models={tmp_path}", f"--json={file}"]
     monkeypatch.setattr(sys, "argv", argv)
     chat.main()
     figures = saved(file)
     tiny, systems = figures["options"], figures["systems"]
-    assert set(systems) == {"fox", "fox-off"} and tiny["conversations"] == 4
-    for name, found in systems.items():
-        assert set(found) == {"turns", "documents"}
-        rows = found["turns"]["rows"]
-        assert [row["turn"] for row in rows] == [1, 2, 3]
-        for row in rows:
-            assert len(row["all_ms"]) == 4 and 0 < row["median_ms"] <= row["p99_ms"]
-            before = 256 + (row["turn"] - 1) * (64 + 16)
-            assert row["prompt_tokens"] == 4 * (before + 64)
-            # What the last turn left, but for its last token; in the first turn, what the others share.
-            full = (before - (row["turn"] > 1)) // PAGE * PAGE
-            conversations = 4 if row["turn"] > 1 else 3
-            assert row["cached_tokens"] == (conversations * full if name == "fox" else 0)
-            assert row["unlimited_tokens"] == conversations * ((before - (row["turn"] > 1)) // 16 * 16)
-        documents = found["documents"]
-        assert documents["first_cached_tokens"] == [0, 0]
-        assert documents["second_cached_tokens"] == ([1024, 1024] if name == "fox" else [0, 0])
-        assert documents["first_ms"] > 0 and documents["second_ms"] > 0
-    assert systems["fox"]["turns"]["hit_share"] > 0.95 and systems["fox-off"]["turns"]["hit_share"] == 0
+    assert set(systems) == {"fox"} and tiny["conversations"] == 4
+    found = systems["fox"]
+    assert set(found) == {"turns", "documents"}
+    rows = found["turns"]["rows"]
+    assert [row["turn"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert len(row["all_ms"]) == 4 and 0 < row["median_ms"] <= row["p99_ms"]
+        before = 256 + (row["turn"] - 1) * (64 + 16)
+        assert row["prompt_tokens"] == 4 * (before + 64)
+        # What the last turn left, but for its last token; in the first turn, what the others share.
+        full = (before - (row["turn"] > 1)) // PAGE * PAGE
+        conversations = 4 if row["turn"] > 1 else 3
+        assert row["cached_tokens"] == conversations * full
+        assert row["unlimited_tokens"] == conversations * ((before - (row["turn"] > 1)) // 16 * 16)
+    documents = found["documents"]
+    assert documents["first_cached_tokens"] == [0, 0]
+    assert documents["second_cached_tokens"] == [1024, 1024]
+    assert documents["first_ms"] > 0 and documents["second_ms"] > 0
+    assert found["turns"]["hit_share"] > 0.95
     assert [one["what"][:11] for one in figures["targets"]] == ["tokens hit,", "ms to the s"]
 
     # What was saved can be printed and drawn later.
     monkeypatch.setattr(sys, "argv", ["chat", "--report", str(file), "--plot", str(picture)])
     capsys.readouterr()
     chat.main()
-    assert "fox-off, median" in capsys.readouterr().out and picture.stat().st_size > 0
+    assert "fox, median" in capsys.readouterr().out and picture.stat().st_size > 0

@@ -24,7 +24,7 @@ from tests.support.training_scripts import Script, log
 CONTEXT = 128
 OPTIONS = (
     "--cpu", f"--context={CONTEXT}", "--batch=4", "--steps=40", "--warmup=3", "--save-every=10", "--eval-every=20",
-    "--eval-windows=2", "--lr=0.003", "--ratio=4", "--window=16",
+    "--eval-windows=16", "--lr=0.003", "--ratio=4", "--window=16",
 )  # fmt: skip
 
 
