@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(DEVICE)$(VLLM)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test serve lint clean FORCE
+.PHONY: help setup demo test serve lint docs clean FORCE
 
 help:
 	@echo 'make setup   install vLLM (here: $(DEVICE)) and vllm-fox into .venv'
@@ -23,6 +23,7 @@ help:
 	@echo 'make test    run the tests'
 	@echo 'make serve   serve MODEL (default: examples/fox-tiny) on port 8000'
 	@echo 'make lint    ruff, mypy, and which part may import which'
+	@echo 'make docs    build the documentation site into site/'
 	@echo 'make clean   remove .venv, caches and build products'
 
 setup: $(STAMP)
@@ -49,6 +50,13 @@ serve: setup
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
+# In an environment of its own: the site is made from sources and docstrings, without vLLM.
+docs:
+	@test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && \
+	    .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[docs]'; }
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	@echo 'site/index.html is ready'
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-docs site build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
