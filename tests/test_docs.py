@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT
+from vllm_fox.cli.app import COMMANDS
 
 QUOTES = re.findall(r"^> (.+)$", (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE)
 
@@ -28,3 +30,48 @@ def test_every_page_is_in_the_navigation() -> None:
     named = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
     assert named == pages | {"index.md"} and len(QUOTES) > 5
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROGRAM = re.compile(
+    r"(?:python(?: -P)? (?:-m (?P<module>[\w.]+)|(?P<script>[\w/.]+\.py))"
+    rf"|vllm-fox (?P<command>{'|'.join(COMMANDS)})\b)"
+    r"(?P<rest>[^\n`]*(?:\\\n[^\n`]*)*)"
+)
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+
+def source_of(match: re.Match[str]) -> Path | None:
+    """The file of the program that a command in the docs runs; None if it is none of ours."""
+    if module := match["module"]:
+        if module.split(".")[0] not in ("benchmarks", "vllm_fox", "tests"):
+            return None
+        path = ROOT / Path(*module.split("."))
+        return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    if script := match["script"]:
+        return ROOT / script
+    return ROOT / "vllm_fox" / "cli" / f"{match['command']}.py"
+
+
+def options_of(path: Path) -> set[str]:
+    """Options that a program's source names, and those of modules in the same folder that it imports."""
+    code = path.read_text()
+    beside = [
+        path.with_name(f"{name}.py") for name in re.findall(r"^ *(?:from|import) \.?(?:\w+\.)?(\w+)", code, re.M)
+    ]
+    code += "".join(one.read_text() for one in beside if one.exists())
+    if path.parent.name == "cli":  # typer makes options of parameters
+        names = re.findall(r"^    (\w+): Annotated", code, re.M)
+        code += "".join(f" --{name.replace('_', '-')} " for name in names)
+    return set(OPTION.findall(code))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_programs_and_options_that_there_are(page: Path) -> None:
+    for match in PROGRAM.finditer(page.read_text()):
+        path = source_of(match)
+        if path is None:
+            continue
+        assert path.exists(), match[0]
+        rest = re.split(r" -- | \| |[;&#]", match["rest"])[0]
+        assert set(OPTION.findall(rest)) <= options_of(path) | {"--help", "--version"}, match[0]
