@@ -77,15 +77,17 @@ def streams(record: ForgettingMap) -> list[Stream]:
 
 def _with_sentence(record: ForgettingMap, number: int, found: Stream) -> Stream:
     name = record.name(number)
-    live, share = f"{found.mean_live:,.0f}", f"{1 - found.given_back:.0%}".replace("%", " %")
-    counts = f"{found.least_live:,} to {found.most_live:,} tokens"
+    live, share = f"{int(found.mean_live + 0.5):,}", f"{1 - found.given_back:.0%}".replace("%", " %")
+    counts = f"over the second half of the text ({found.least_live:,} to {found.most_live:,} tokens"
+    pages = record.page_size > 1
+    why = "how far back it sees changes with the text" if pages else "the text decides what it keeps"
     says = {
         "global": f"is global: it sees {share} of the text so far",
-        "local": f"is local: it sees little more than the newest tokens, {live} of them on average ({counts})",
+        "local": f"is local: it sees little more than the newest tokens, {live} of them on average {counts})",
         "punctuation-dropper": "drops punctuation soon and keeps names, numbers and keywords longer; it sees "
-        f"{live} tokens on average ({counts})",
-        "content-dependent": f"is content-dependent: the text decides what it keeps, {live} tokens on average "
-        f"({counts}, {share} of the text so far)",
+        f"{live} tokens on average {counts})",
+        "content-dependent": f"is content-dependent: {why}, {live} tokens on average {counts}, {share} of the "
+        "text so far)",
     }[found.kind]
     return replace(found, says=f"{name[0].upper()}{name[1:]} {says}.")
 

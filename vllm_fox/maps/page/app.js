@@ -8,6 +8,7 @@ async function start() {
   let waiting = false;
   let places = [];
   let place = -1;
+  let origin = view.cursor;
 
   const text = new TextView(map, byId("text"), point, hold);
   const heads = new HeadsView(map, (s) => choose(s === view.stream ? -1 : s));
@@ -71,18 +72,23 @@ async function start() {
       `<svg class="${kind}" viewBox="0 0 480 150" role="img" aria-label="${escaped(byId("plot-name").textContent)}">` +
       `${largePlot(values, map.tokens, cursor, 0, 0, 480, 150)}</svg>`;
     byId("status").textContent =
-      `Token ${whole(cursor)} of ${whole(map.tokens)}, “${shown(map.pieces[cursor])}”${view.held ? " (held)" : ""}. ` +
+      `Token at position ${whole(cursor)} (0 to ${whole(map.tokens - 1)}), “${shown(map.pieces[cursor])}”${view.held ? " (held)" : ""}. ` +
       (all
         ? `Its query sees ${whole(live)} of ${several(cursor + 1, "token")} so far in the average ${map.unit}: ${percent(1 - live / (cursor + 1))} of the places are given back.`
         : `Its query sees ${whole(live)} of ${several(cursor + 1, "token")} so far in ${streamName(map, stream)}; ${lifetime(cursor, stream)}.`);
     byId("legend").innerHTML = all
       ? `Before the cursor: seen by <span class="n0">no</span> <span class="n1">few</span> <span class="n3">half</span> <span class="n5">all</span> ${map.unit}s. After it: <span class="sees">some ${map.unit}s still see it</span>.`
       : 'Before the cursor: <span class="n5">still seen</span>, <span class="n0">dropped</span>. After it: <span class="sees">still sees the token at the cursor</span>.';
+    byId("legend").innerHTML += " Hover to move the token, click to hold it.";
+    byId("all").disabled = all;
     paintDroppedFirst(map, stream);
   }
 
   function lifetime(i, s) {
     const end = map.ends[s][i];
+    if (i === map.tokens - 1) {
+      return "there are no later queries";
+    }
     return end === map.tokens ? "all later queries see this token" : `the query at ${whole(end)} is the first that does not see this token`;
   }
 
@@ -93,9 +99,12 @@ async function start() {
       .map((kind) => [kind, map.heads.filter((head) => head.kind === kind).length])
       .filter(([, count]) => count)
       .map(([kind, count]) => `${whole(count)} ${kind}`);
+    const shape = map.streams === 1 ? several(map.layers, "layer") : `${several(map.layers, "layer")} of ${several(map.streams, "KV head")}`;
+    const more = map.textTokens > map.tokens ? ", and --max-tokens reads more" : "";
+    byId("headline").textContent =
+      `${percent(map.givenBackAtEnd)} of the KV cache is given back at the end of the text, and ${percent(map.givenBack)} on average over it.`;
     byId("summary").textContent =
-      `${map.family}: ${read} in ${several(map.count, "stream")} (${map.stream}), from ${map.source === "engine" ? "the engine's pages" : "transformers"}. ` +
-      `At the end ${percent(map.givenBackAtEnd)} of the places of a cache that never forgets are given back; over the whole text, ${percent(map.givenBack)}. ` +
+      `${map.family}: ${shape}, each ${map.unit} forgetting on its own. Shown: ${read}, from ${map.source === "engine" ? "the engine's pages" : "transformers"}${more}. ` +
       `Of ${several(map.count, map.unit)}: ${kinds.join(", ")}.${droppedFirstSaid(map)}`;
     byId("meaning").textContent =
       `A stream is what forgets on its own: ${map.stream}. A token is live in it as long as later queries see it. ` +
@@ -106,6 +115,7 @@ async function start() {
     byId("rules").innerHTML = Object.keys(MARKS)
       .map((kind) => `<dt class="${kind}">${MARKS[kind]} ${kind}</dt><dd>${escaped(map.rules[kind])}</dd>`)
       .join("");
+    byId("all").textContent = `All ${map.unit}s`;
     byId("heads-name").textContent = map.streams === 1 ? "Layers" : "Heads";
     themeButton();
   }
@@ -114,16 +124,21 @@ async function start() {
     if (places.length) {
       place = (place + way + places.length) % places.length;
       move(places[place]);
+    } else {
+      move(origin);
     }
     byId("found").textContent = byId("search").value ? (places.length ? `${place + 1} of ${places.length}` : "not found") : "";
   }
 
-  byId("search").addEventListener("input", (event) => {
-    places = text.search(event.target.value);
+  function search() {
+    places = text.search(byId("search").value);
     place = -1;
     find(1);
-    request();
-  });
+  }
+
+  byId("search").addEventListener("focus", () => (origin = view.cursor));
+  byId("search").addEventListener("input", search);
+  byId("all").addEventListener("click", () => choose(-1));
 
   function isDark() {
     const chosen = document.documentElement.dataset.theme;
@@ -146,9 +161,10 @@ async function start() {
 
   byId("theme").addEventListener("click", switchTheme);
   byId("help").addEventListener("click", explain);
+  const file = `${map.model.replace(/\/+$/, "").split("/").pop()}-map`;
   const svg = () => figure(map, view, text, heads);
-  byId("save-svg").addEventListener("click", () => save("map.svg", new Blob([svg()], { type: "image/svg+xml" })));
-  byId("save-png").addEventListener("click", async () => save("map.png", await asPng(svg())));
+  byId("save-svg").addEventListener("click", () => save(`${file}.svg`, new Blob([svg()], { type: "image/svg+xml" })));
+  byId("save-png").addEventListener("click", async () => save(`${file}.png`, await asPng(svg())));
 
   const keys = {
     ArrowLeft: (event) => move(view.cursor - (event.shiftKey ? 10 : 1)),
@@ -168,6 +184,9 @@ async function start() {
       if (event.key === "Enter") {
         find(event.shiftKey ? -1 : 1);
       } else if (event.key === "Escape") {
+        byId("search").value = "";
+        origin = view.cursor; // what was found stays chosen
+        search();
         byId("text").focus();
       }
       return;

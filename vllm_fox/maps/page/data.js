@@ -47,7 +47,8 @@ function streamName(map, s) {
 
 const numbers = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const whole = (value) => numbers.format(value);
-const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.0995 ? 1 : 0)} %`;
+const percent = (share) =>
+  share > 0 && share < 0.0005 ? "<\u00a00.1\u00a0%" : `${(100 * share).toFixed(share > 0 && share < 0.0995 ? 1 : 0)}\u00a0%`;
 const several = (count, one, more = `${one}s`) => `${whole(count)} ${count === 1 ? one : more}`;
 
 // A token as it stands in a sentence or a table: line breaks and blanks are visible.

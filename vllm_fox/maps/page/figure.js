@@ -57,7 +57,7 @@ function figure(map, view, textView, headsView) {
   const parts = [];
   const text = (x, y, value, extra = "") => parts.push(`<text x="${x}" y="${y}" ${extra}>${escaped(value)}</text>`);
   text(20, 34, document.getElementById("title").textContent, 'style="font-size:20px;font-weight:bold" class="ink"');
-  const summary = wrapped(document.getElementById("summary").textContent, 150);
+  const summary = wrapped(`${document.getElementById("headline").textContent} ${document.getElementById("summary").textContent}`, 150);
   summary.forEach((line, n) => text(20, 56 + 18 * n, line, 'style="font-size:13px" class="ink"'));
   let y = 74 + 18 * summary.length;
   text(20, y, document.getElementById("plot-name").textContent, 'style="font-size:14px;font-weight:bold" class="ink"');

@@ -37,9 +37,12 @@ class HeadsView {
     const filter = document.getElementById("filter");
     for (const kind of Object.keys(MARKS)) {
       const count = map.heads.filter((head) => head.kind === kind).length;
+      if (!count) {
+        continue;
+      }
       const label = document.createElement("label");
       label.innerHTML =
-        `<input type="checkbox" value="${kind}" ${count ? "checked" : "disabled"}> ` +
+        `<input type="checkbox" value="${kind}" checked> ` +
         `<span class="${kind}" aria-hidden="true">${MARKS[kind]}</span> ${kind} (${count})`;
       label.title = map.rules[kind];
       label.firstChild.addEventListener("change", (event) => {
@@ -47,11 +50,9 @@ class HeadsView {
         this.arrange();
       });
       filter.append(label);
-      if (count) {
-        const line = document.createElement("li");
-        line.innerHTML = `<span class="${kind}">${MARKS[kind]} ${kind}</span>: ${this.named(kind)}`;
-        document.getElementById("by-kind").append(line);
-      }
+      const line = document.createElement("li");
+      line.innerHTML = `<span class="${kind}">${MARKS[kind]} ${kind}</span>: ${this.named(kind)}. <small>${escaped(map.rules[kind])}</small>`;
+      document.getElementById("by-kind").append(line);
     }
     this.arrange();
   }

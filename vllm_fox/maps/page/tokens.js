@@ -39,7 +39,7 @@ class TokenView {
       cell.style.background = `rgba(var(--seen), ${later ? (0.55 * queries) / later : 0.55})`;
       cell.className = n === s ? "chosen" : "";
     });
-    document.getElementById("token-name").textContent = `Who still sees “${shown(map.pieces[cursor])}”, token ${whole(cursor)}`;
+    document.getElementById("token-name").textContent = `Who still sees “${shown(map.pieces[cursor])}”, at position ${whole(cursor)}`;
     document.getElementById("token-says").textContent =
       `At the end of the text ${whole(always)} of ${several(map.count, map.unit)} still ${always === 1 ? "sees" : "see"} it, ` +
       `${whole(gone)} ${gone === 1 ? "has" : "have"} dropped it. Each field says how many of the ${whole(later)} queries after it see it.`;
@@ -61,8 +61,10 @@ function droppedFirstSaid(map) {
   }
   const names = classesByLife(map, map.count).map((one) => one.name.replace(/(keyword|number|name)$/, "$1s"));
   const tokens = map.droppedFirst[map.count].slice(0, 5).map(([token]) => `“${shown(token)}”`);
-  const classes = names.length > 1 ? ` Classes of tokens by how soon they are dropped: ${names.join(", ")}.` : "";
-  return classes + (tokens.length ? ` Single tokens that are dropped first: ${tokens.join(", ")}.` : "");
+  const classes = names.length > 1 ? ` Classes of tokens by how soon they are dropped, as the mean of all ${map.unit}s: ${names.join(", ")}.` : "";
+  const soonest = map.heads.reduce((a, b) => (b.mean_live < a.mean_live ? b : a));
+  const first = map.count > 1 ? ` Soonest drops ${streamName(map, soonest.number)}, whose queries see ${several(Math.round(soonest.mean_live), "token")} on average.` : "";
+  return first + classes + (tokens.length ? ` Single tokens that are dropped first: ${tokens.join(", ")}.` : "");
 }
 
 // What is dropped first, by the chosen head or by all.
@@ -70,22 +72,34 @@ function paintDroppedFirst(map, s) {
   const row = s < 0 ? map.count : s;
   const who = s < 0 ? `all ${map.unit}s` : streamName(map, s);
   document.getElementById("first-name").textContent = `What is dropped first, by ${who}`;
-  const box = document.getElementById("first");
+  // Where pages are dropped as a whole, age decides and nothing else.
+  document.getElementById("first-section").hidden = map.pageSize > 1;
   if (map.pageSize > 1) {
-    box.innerHTML =
-      `<p>Here nothing is dropped for what it is: a head drops its oldest page of ${map.pageSize} tokens as a whole, ` +
-      "so older tokens always go before newer ones.</p>";
     return;
   }
   const classes = classesByLife(map, row);
   const tokens = map.droppedFirst[row];
-  box.innerHTML =
-    "<table><caption>Single tokens, soonest first</caption>" +
-    "<tr><th>token</th><th>times</th><th>queries that see it, median</th><th>share of later queries</th></tr>" +
+  document.getElementById("first").innerHTML =
+    "<table><caption>Single tokens, seen by the smallest share first</caption>" +
+    "<tr><th>token</th><th>times</th><th>later queries that see it, median</th><th>share of later queries that see it</th></tr>" +
     tokens
-      .map(([token, times, seen, lives]) => `<tr><td><code>${escaped(shown(token))}</code></td><td>${times}</td><td>${whole(lives)}</td><td>${percent(seen)}</td></tr>`)
+      .map(([token, times, seen, lives]) => `<tr><td><code>${escaped(shown(token))}</code></td><td>${times}</td><td>${whole(lives - 1)}</td><td>${percent(seen)}</td></tr>`)
       .join("") +
     "</table><table><caption>Classes of tokens, soonest first</caption><tr><th>class</th><th>share of later queries that see it</th></tr>" +
     classes.map((one) => `<tr><td>${one.name}</td><td>${percent(one.seen)}</td></tr>`).join("") +
-    "</table>";
+    "</table>" +
+    (s < 0 && map.count > 1 && map.count <= MOST_COLUMNS ? classesByStream(map, classes) : "");
+}
+
+// A table of all streams is no wider than this.
+const MOST_COLUMNS = 12;
+
+// The same for each stream: they differ, which a mean hides.
+function classesByStream(map, classes) {
+  const columns = map.heads.map((head) => `<th>${streamName(map, head.number)}</th>`).join("");
+  const rows = classes.map(({ name }) => {
+    const n = map.classNames.indexOf(name);
+    return `<tr><td>${name}</td>${map.heads.map((head) => `<td>${percent(map.classShares[head.number][n])}</td>`).join("")}</tr>`;
+  });
+  return `<table><caption>Share of later queries that see a class, by ${map.unit}</caption><tr><th>class</th>${columns}</tr>${rows.join("")}</table>`;
 }
