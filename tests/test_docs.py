@@ -75,3 +75,52 @@ def test_commands_name_programs_and_options_that_there_are(page: Path) -> None:
         assert path.exists(), match[0]
         rest = re.split(r" -- | \| |[;&#]", match["rest"])[0]
         assert set(OPTION.findall(rest)) <= options_of(path) | {"--help", "--version"}, match[0]
+
+
+RUN = {
+    ".ci/vllm_changes.py": "test_vllm_changes.py",
+    "benchmarks/cached_pages.py": "benchmarks/test_cached_pages.py",
+    "benchmarks/chat.py": "benchmarks/test_chat.py",
+    "benchmarks/checkpoint.py": "benchmarks/test_chat.py",
+    "benchmarks/cluster_sim.py": "benchmarks/test_cluster_sim.py",
+    "benchmarks/eviction.py": "benchmarks/test_eviction.py",
+    "benchmarks/quality.py": "benchmarks/test_quality.py",
+    "examples/client.py": "examples/test_offline_and_client.py",
+    "examples/finetune_dcp.py": "examples/test_finetune_dcp.py",
+    "examples/ray_batch.py": "examples/test_ray.py",
+    "examples/retrofit.py": "examples/test_retrofit.py",
+    "examples/train_fox.py": "examples/test_train_fox.py",
+    "vllm_fox/cli/__main__.py": "cli/test_app.py",
+    "vllm_fox/cli/convert.py": "cli/test_convert.py",
+    "vllm_fox/cli/doctor.py": "cli/test_doctor.py",
+    "vllm_fox/cli/inspect.py": "cli/test_inspect.py",
+    "vllm_fox/cli/map.py": "cli/test_map.py",
+    "vllm_fox/cli/plan.py": "cli/test_plan.py",
+    "vllm_fox/cli/top.py": "cli/test_top.py",
+    "vllm_fox/convert.py": "families/evicting/test_convert.py",
+}
+"""Programs that the docs name, and the tests that run them or what they consist of."""
+NOT_RUN = {
+    "benchmarks/capacity.py": "a GPU",
+    "benchmarks/dcp.py": "a long time",
+    "benchmarks/dcp_kernels.py": "a GPU",
+    "benchmarks/dcp_serving.py": "a GPU",
+    "benchmarks/eviction_kernels.py": "a GPU",
+    "benchmarks/kernels.py": "a GPU",
+    "benchmarks/live_pages.py": "a checkpoint of the official training code",
+    "benchmarks/page_size.py": "a long time",
+    "benchmarks/precision.py": "a GPU",
+    "benchmarks/scheduler_cost.py": "a quiet machine",
+    "benchmarks/serving.py": "a GPU",
+    "benchmarks/training.py": "a GPU",
+    "examples/ray_serve.py": "Ray Serve on a cluster",
+}
+"""Programs that the docs name and no test runs, and what continuous integration lacks for them."""
+
+
+def test_every_program_is_run_by_a_test_or_needs_what_there_is_not() -> None:
+    named = {path for page in PAGES for match in PROGRAM.finditer(page.read_text()) if (path := source_of(match))}
+    assert {str(path.relative_to(ROOT)) for path in named} == RUN.keys() | NOT_RUN.keys()
+    assert not RUN.keys() & NOT_RUN.keys()
+    for test in RUN.values():
+        assert (ROOT / "tests" / test).exists(), test
