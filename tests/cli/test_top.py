@@ -186,7 +186,15 @@ def test_what_is_no_server_of_ours(run: Run, server: Server) -> None:
 def test_ctrl_c_ends_it(server: Server, options: list[str]) -> None:
     """Without a sentence or a traceback, and with all that was seen on standard output."""
     command = [sys.executable, "-m", "vllm_fox.cli", "top", address(server), "--interval", "0.1", *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, they ignore the signal, and what they start would as well.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None and process.stdout.readline()
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGINT)

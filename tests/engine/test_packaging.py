@@ -72,7 +72,7 @@ def test_the_wheel_announces_the_plugin_and_requires_no_vllm_by_itself(wheel: Pa
     required = [r for r in metadata.get_all("Requires-Dist") or [] if "extra ==" not in r]
     assert required == ["numpy", "pydantic>=2", "prometheus-client", "typer>=0.29"]
     assert "[console_scripts]\nvllm-fox = vllm_fox.cli.app:main" in entry_points
-    assert set(metadata.get_all("Provides-Extra") or []) == {"cpu", "gpu", "ray", "train", "bench", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"cpu", "gpu", "ray", "train", "bench", "docs", "dev"}
     assert "Apache License" in licence
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -49,21 +50,24 @@ def serve(model: str, tensor: int = 1, stages: int = 1, kill: bool = False) -> d
 
     With ``kill``, then a worker dies in mid-request; the result says how the engine took it.
     """
-    metrics.SAMPLE_S = 0.0
-    with engine(
-        model,
-        {"page_size": PAGE},
-        tensor_parallel_size=tensor,
-        pipeline_parallel_size=stages,
-        distributed_executor_backend="mp" if tensor * stages > 1 else None,
-        # Without a graph to warm up, vLLM's CPU worker forgets to make a later stage's input buffers.
-        enforce_eager=stages == 1,
-        compilation_config={"backend": "eager"},
-        max_model_len=2048,
-        max_num_seqs=4,
-        max_num_batched_tokens=512,
-        num_gpu_blocks_override=300,
-    ) as llm:
+    every_step = patch.object(metrics, "SAMPLE_S", 0.0)
+    with (
+        every_step,
+        engine(
+            model,
+            {"page_size": PAGE},
+            tensor_parallel_size=tensor,
+            pipeline_parallel_size=stages,
+            distributed_executor_backend="mp" if tensor * stages > 1 else None,
+            # Without a graph to warm up, vLLM's CPU worker forgets to make a later stage's input buffers.
+            enforce_eager=stages == 1,
+            compilation_config={"backend": "eager"},
+            max_model_len=2048,
+            max_num_seqs=4,
+            max_num_batched_tokens=512,
+            num_gpu_blocks_override=300,
+        ) as llm,
+    ):
         prompts = [source_tokens(llm, length, seed=length) for length in LENGTHS]
         for name, prompt in enumerate(prompts):
             add(llm, str(name), prompt, ANSWER)
