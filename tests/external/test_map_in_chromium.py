@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ def token(page: Any, number: int) -> Any:
 
 
 def shown_heads(page: Any) -> list[str]:
-    return [one.get_attribute("data-s") for one in page.find_elements("css selector", "#heads li")]
+    return [one.get_attribute("data-s") for one in page.find_elements("css selector", "#heads li:not(#all)")]
 
 
 def reads(page: Any, name: str, *parts: str) -> None:
@@ -74,9 +75,16 @@ def reads(page: Any, name: str, *parts: str) -> None:
 
 
 def test_it_says_what_it_shows(page: Any) -> None:
-    assert "What made-up forgets" in page.title == by_id(page, "title").text
+    assert page.title == "What made-up forgets"
+    assert re.fullmatch(
+        r"\d+\u00a0% of the KV cache is given back at the end of the text \(\d+\u00a0% on average over it\)",
+        by_id(page, "headline").get_property("textContent"),
+    )
+    assert "made-up (Made-up models): 2 layers of 2 KV heads, each head forgetting" in by_id(page, "summary").text
     assert "Of 4 heads: 1 global, 2 local, 1 content-dependent." in by_id(page, "summary").text
-    assert "local: layer 0 head 0; layer 1 head 1" in by_id(page, "by-kind").text
+    kinds = by_id(page, "by-kind").text
+    assert "Layer 0 head 0; layer 1 head 1." in kinds and "local: At least 95 % of what queries see" in kinds
+    assert "mean over the text's second half" in page.find_element("css selector", ".columns").text
     assert by_id(page, "text").text.startswith("def f(x):") and " <b>&" in by_id(page, "text").text
 
 
@@ -92,7 +100,7 @@ def test_the_pointer_moves_the_token(page: Any) -> None:
     classes = {n: token(page, n).get_attribute("class").split()[0] for n in (230, 231, 249, 250, 251, 269, 270)}
     assert classes == {230: "n0", 231: "n5", 249: "n5", 250: "cursor", 251: "sees", 269: "sees", 270: "after"}
     assert by_id(page, "says").text.startswith(
-        "Layer 0, head 0 is local: it sees little more than the newest tokens, 20"
+        "Layer 0, head 0 is local: it sees little more than the newest tokens. It keeps 20 tokens on average over"
     )
     # All heads see the last three tokens; the global head alone sees the first.
     press(page, "a")
@@ -110,13 +118,18 @@ def test_keys(page: Any) -> None:
     press(page, Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
     reads(page, "status", "Token at position 1 ")
     press(page, Keys.END)
-    reads(page, "status", "Token at position 399 ")
+    reads(page, "status", "Token at position 399 (of 0 to 399)")
+    reads(page, "token-says", "there are no later queries")
     press(page, Keys.ARROW_DOWN, Keys.ARROW_DOWN)
     reads(page, "plot-name", "layer 0, head 1")
     press(page, Keys.ARROW_UP)
     reads(page, "plot-name", "layer 0, head 0")
     assert page.find_element("css selector", "[aria-selected=true]").get_attribute("data-s") == "0"
     press(page, Keys.ESCAPE)
+    reads(page, "plot-name", "all heads together")
+    press(page, Keys.ARROW_DOWN)
+    reads(page, "plot-name", "layer 0, head 0")
+    by_id(page, "all").click()
     reads(page, "plot-name", "all heads together")
     colours = set()
     for _ in range(2):
@@ -173,8 +186,10 @@ def test_what_is_dropped_first(page: Any, folder: Path) -> None:
     ends = np.full((2, 1, T), T)
     ends[0, 0, 2::10] = np.minimum(np.arange(2, T, 10) + 3, T)
     opened(page, made(ends, PIECES, stream="one layer"), folder / "layers.html")
+    assert "Layer 0 drops soonest: half of all tokens are seen by" in by_id(page, "summary").text
     assert "Single tokens that are dropped first: “(”" in by_id(page, "summary").text
     rows = by_id(page, "first").find_elements("css selector", "table:first-child tr")
+    assert rows[0].text.endswith("later queries that see it (median) share of later queries that see it")
     assert rows[1].text.startswith("( 30 ")
     assert "whitespace" in by_id(page, "first").text and by_id(page, "heads-name").text == "Layers"
 
@@ -185,7 +200,8 @@ def test_the_figure_is_saved(page: Any, folder: Path) -> None:
     wait_for(path.exists)
     figure = ElementTree.fromstring(path.read_text())
     words = ["".join(one.itertext()) for one in figure.iter("{http://www.w3.org/2000/svg}text")]
-    assert "What made-up forgets" in words and any("layer 1, head 1: 5" in one for one in words)
+    for part in ("of the KV cache is given back", "layer 1, head 1: 5"):
+        assert any(part in one for one in words)
     by_id(page, "save-png").click()
     path = folder / "downloads" / "made-up-map.png"
     wait_for(path.exists)

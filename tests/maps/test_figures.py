@@ -10,8 +10,8 @@ import pytest
 
 from tests.support.maps import made, random_ends, windowed
 from vllm_fox.maps.classes import CLASSES, classify
-from vllm_fox.maps.figures import classes, dropped_first, streams, summary
-from vllm_fox.maps.kinds import RULES, kinds
+from vllm_fox.maps.figures import classes, dropped_first, drops_soonest, streams, summary
+from vllm_fox.maps.kinds import RULES, kinds, rules
 from vllm_fox.maps.record import ForgettingMap
 from vllm_fox.maps.write import pack
 
@@ -69,6 +69,13 @@ def test_where_pages_are_dropped_a_local_head_may_hold_two() -> None:
     assert kinds(made(ends[None, None], page_size=64)) == ["local"]
     # Pages are dropped for their age, whatever is in them.
     assert dropped_first(made(ends[None, None], page_size=64)) == [[], []]
+    assert "the text decides" not in rules(made(ends[None, None], page_size=64))["content-dependent"]
+
+
+def test_which_stream_drops_soonest() -> None:
+    always, one_in_three = np.full(T, T), np.where(np.arange(T) % 3, np.full(T, T), np.arange(T) + 1)
+    record = made(np.stack([always, windowed(T, 9), one_in_three])[None])
+    assert drops_soonest(record) == (1, 8)
 
 
 def test_what_is_dropped_first_is_said_by_token_and_by_class() -> None:

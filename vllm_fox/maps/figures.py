@@ -77,19 +77,20 @@ def streams(record: ForgettingMap) -> list[Stream]:
 
 def _with_sentence(record: ForgettingMap, number: int, found: Stream) -> Stream:
     name = record.name(number)
-    live, share = f"{int(found.mean_live + 0.5):,}", f"{1 - found.given_back:.0%}".replace("%", " %")
-    counts = f"over the second half of the text ({found.least_live:,} to {found.most_live:,} tokens"
     pages = record.page_size > 1
     why = "how far back it sees changes with the text" if pages else "the text decides what it keeps"
     says = {
-        "global": f"is global: it sees {share} of the text so far",
-        "local": f"is local: it sees little more than the newest tokens, {live} of them on average {counts})",
-        "punctuation-dropper": "drops punctuation soon and keeps names, numbers and keywords longer; it sees "
-        f"{live} tokens on average {counts})",
-        "content-dependent": f"is content-dependent: {why}, {live} tokens on average {counts}, {share} of the "
-        "text so far)",
+        "global": "is global: it sees nearly the whole text so far",
+        "local": "is local: it sees little more than the newest tokens",
+        "punctuation-dropper": "drops punctuation soon and keeps names, numbers and keywords longer",
+        "content-dependent": f"is content-dependent: {why}",
     }[found.kind]
-    return replace(found, says=f"{name[0].upper()}{name[1:]} {says}.")
+    live, share = int(found.mean_live + 0.5), f"{1 - found.given_back:.0%}".replace("%", "\u00a0%")
+    counts = (
+        f"It keeps {live:,} token{'s' * (live != 1)} on average over the second half of the text "
+        f"({found.least_live:,} to {found.most_live:,}), {share} of the text so far."
+    )
+    return replace(found, says=f"{name[0].upper()}{name[1:]} {says}. {counts}")
 
 
 def classes(record: ForgettingMap) -> np.ndarray:
@@ -139,6 +140,19 @@ def dropped_first(record: ForgettingMap) -> list[list[Dropped]]:
             ]
         )
     return found
+
+
+def drops_soonest(record: ForgettingMap) -> tuple[int, int]:
+    """Return the number of the stream that drops soonest, and how many later queries see half of its tokens at
+    most.
+
+    Looked at are tokens in the first three quarters of the text.
+    """
+    judged = max(1, int(record.tokens * JUDGED))
+    later = record.flat[:, :judged] - np.arange(judged) - 1
+    half = np.sort(later, 1)[:, (judged - 1) // 2]
+    number = int(np.lexsort((later.mean(1), half))[0])
+    return number, int(half[number])
 
 
 def summary(record: ForgettingMap) -> dict[str, Any]:

@@ -15,15 +15,23 @@ JUDGED = 0.75
 them."""
 
 RULES = {
-    "global": f"Queries see at least {100 * GLOBAL_SHARE:.0f} % of all earlier tokens.",
-    "local": f"At least {100 * LOCAL_SHARE:.0f} % of what queries see is among the newest tokens, within an eighth "
-    "of the text's length, or two pages if that is more.",
+    "global": f"Queries see at least {100 * GLOBAL_SHARE:.0f}\u00a0% of all earlier tokens.",
+    "local": f"At least {100 * LOCAL_SHARE:.0f}\u00a0% of what queries see is among the newest tokens, within an "
+    "eighth of the text's length, or two pages if that is more.",
     "punctuation-dropper": "Tokens are dropped one by one, and later queries see punctuation at most half as often "
     "as names, numbers and keywords.",
     "content-dependent": "None of these: the text decides what is kept.",
 }
 """The kinds, and the rule of each as it stands in the page. The first that holds counts. The first two are about
 the queries in the second half of the text, the third about tokens in its first three quarters."""
+
+
+def rules(record: ForgettingMap) -> dict[str, str]:
+    """Return :data:`RULES` as they read for a map: where whole pages are dropped, no token is kept for what it
+    is."""
+    if record.page_size == 1:
+        return RULES
+    return RULES | {"content-dependent": "None of these: how far back it sees changes with the text."}
 
 
 def window(record: ForgettingMap) -> int:

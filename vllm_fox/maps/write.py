@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from .classes import CLASSES
-from .figures import classes, dropped_first, streams
-from .kinds import RULES
+from .figures import classes, dropped_first, drops_soonest, streams
+from .kinds import rules
 from .record import ForgettingMap
 
 SCRIPTS = ("data.js", "text.js", "plots.js", "heads.js", "tokens.js", "figure.js", "app.js")
@@ -60,9 +60,10 @@ def page_data(record: ForgettingMap) -> dict[str, Any]:
         "givenBack": record.given_back_overall,
         "pieces": record.pieces,
         "heads": [vars(one) for one in found],
-        "rules": RULES,
+        "rules": rules(record),
         "classNames": CLASSES,
         "classShares": [[None if math.isnan(x) else round(x, 4) for x in row] for row in classes(record).tolist()],
+        "soonest": drops_soonest(record),
         "droppedFirst": [
             [[one.token, one.times, round(one.seen, 4), one.lives] for one in row] for row in dropped_first(record)
         ],

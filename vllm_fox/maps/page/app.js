@@ -64,7 +64,7 @@ async function start() {
     const who = all ? `all ${map.unit}s together` : streamName(map, stream);
     byId("plot-name").textContent = `Live tokens over the text: ${who}`;
     byId("says").textContent = all
-      ? `On average a ${map.unit} holds ${whole(map.meanLive[map.tokens - 1])} of ${several(map.tokens, "token")} at the end of the text. Dashed: if nothing were forgotten.`
+      ? `A ${map.unit} keeps ${several(Math.round(map.lateLive), "token")} on average over the second half of the text, and ${whole(map.meanLive[map.tokens - 1])} of ${whole(map.tokens)} at its end. Dashed: if nothing were forgotten.`
       : map.heads[stream].says;
     const kind = all ? "" : map.heads[stream].kind;
     const values = all ? map.meanLive : map.live[stream];
@@ -72,15 +72,13 @@ async function start() {
       `<svg class="${kind}" viewBox="0 0 480 150" role="img" aria-label="${escaped(byId("plot-name").textContent)}">` +
       `${largePlot(values, map.tokens, cursor, 0, 0, 480, 150)}</svg>`;
     byId("status").textContent =
-      `Token at position ${whole(cursor)} (0 to ${whole(map.tokens - 1)}), “${shown(map.pieces[cursor])}”${view.held ? " (held)" : ""}. ` +
+      `Token at position ${whole(cursor)} (of 0 to ${whole(map.tokens - 1)}), “${shown(map.pieces[cursor])}”${view.held ? " (held)" : ""}. ` +
       (all
         ? `Its query sees ${whole(live)} of ${several(cursor + 1, "token")} so far in the average ${map.unit}: ${percent(1 - live / (cursor + 1))} of the places are given back.`
         : `Its query sees ${whole(live)} of ${several(cursor + 1, "token")} so far in ${streamName(map, stream)}; ${lifetime(cursor, stream)}.`);
     byId("legend").innerHTML = all
       ? `Before the cursor: seen by <span class="n0">no</span> <span class="n1">few</span> <span class="n3">half</span> <span class="n5">all</span> ${map.unit}s. After it: <span class="sees">some ${map.unit}s still see it</span>.`
       : 'Before the cursor: <span class="n5">still seen</span>, <span class="n0">dropped</span>. After it: <span class="sees">still sees the token at the cursor</span>.';
-    byId("legend").innerHTML += " Hover to move the token, click to hold it.";
-    byId("all").disabled = all;
     paintDroppedFirst(map, stream);
   }
 
@@ -93,19 +91,20 @@ async function start() {
   }
 
   function describe() {
-    byId("title").textContent = `What ${map.model} forgets`;
-    const read = map.textTokens > map.tokens ? `the first ${whole(map.tokens)} of ${several(map.textTokens, "token")}` : several(map.tokens, "token");
+    const part = map.textTokens > map.tokens;
+    const read = part ? `the first ${whole(map.tokens)} of ${several(map.textTokens, "token")}` : `all ${several(map.tokens, "token")}`;
     const kinds = Object.keys(MARKS)
       .map((kind) => [kind, map.heads.filter((head) => head.kind === kind).length])
       .filter(([, count]) => count)
       .map(([kind, count]) => `${whole(count)} ${kind}`);
     const shape = map.streams === 1 ? several(map.layers, "layer") : `${several(map.layers, "layer")} of ${several(map.streams, "KV head")}`;
-    const more = map.textTokens > map.tokens ? ", and --max-tokens reads more" : "";
+    const more = part ? " (<code>--max-tokens N</code> for more, up to the model's longest prompt)" : "";
     byId("headline").textContent =
-      `${percent(map.givenBackAtEnd)} of the KV cache is given back at the end of the text, and ${percent(map.givenBack)} on average over it.`;
-    byId("summary").textContent =
-      `${map.family}: ${shape}, each ${map.unit} forgetting on its own. Shown: ${read}, from ${map.source === "engine" ? "the engine's pages" : "transformers"}${more}. ` +
-      `Of ${several(map.count, map.unit)}: ${kinds.join(", ")}.${droppedFirstSaid(map)}`;
+      `${percent(map.givenBackAtEnd)} of the KV cache is given back at the end of the text (${percent(map.givenBack)} on average over it)`;
+    byId("summary").innerHTML =
+      `${escaped(map.name)} (${escaped(map.family)}): ${shape}, each ${map.unit} forgetting on its own. ` +
+      `Shown are ${read}, from ${map.source === "engine" ? "the engine's pages" : "transformers"}${more}. ` +
+      `Of ${several(map.count, map.unit)}: ${kinds.join(", ")}.${escaped(droppedFirstSaid(map))}`;
     byId("meaning").textContent =
       `A stream is what forgets on its own: ${map.stream}. A token is live in it as long as later queries see it. ` +
       (map.pageSize > 1
@@ -115,7 +114,6 @@ async function start() {
     byId("rules").innerHTML = Object.keys(MARKS)
       .map((kind) => `<dt class="${kind}">${MARKS[kind]} ${kind}</dt><dd>${escaped(map.rules[kind])}</dd>`)
       .join("");
-    byId("all").textContent = `All ${map.unit}s`;
     byId("heads-name").textContent = map.streams === 1 ? "Layers" : "Heads";
     themeButton();
   }
@@ -138,7 +136,6 @@ async function start() {
 
   byId("search").addEventListener("focus", () => (origin = view.cursor));
   byId("search").addEventListener("input", search);
-  byId("all").addEventListener("click", () => choose(-1));
 
   function isDark() {
     const chosen = document.documentElement.dataset.theme;
@@ -161,7 +158,7 @@ async function start() {
 
   byId("theme").addEventListener("click", switchTheme);
   byId("help").addEventListener("click", explain);
-  const file = `${map.model.replace(/\/+$/, "").split("/").pop()}-map`;
+  const file = `${map.name}-map`;
   const svg = () => figure(map, view, text, heads);
   byId("save-svg").addEventListener("click", () => save(`${file}.svg`, new Blob([svg()], { type: "image/svg+xml" })));
   byId("save-png").addEventListener("click", async () => save(`${file}.png`, await asPng(svg())));
@@ -181,7 +178,7 @@ async function start() {
   };
   document.addEventListener("keydown", (event) => {
     if (event.target === byId("search")) {
-      if (event.key === "Enter") {
+      if (event.key === "Enter" && places.length) {
         find(event.shiftKey ? -1 : 1);
       } else if (event.key === "Escape") {
         byId("search").value = "";

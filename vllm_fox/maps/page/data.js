@@ -10,6 +10,7 @@ async function readMap() {
   const lives = map.wide ? new Uint32Array(bytes) : new Uint16Array(bytes);
   const units = Math.ceil(map.tokens / map.pageSize);
   map.count = map.layers * map.streams;
+  map.name = map.model.replace(/\/+$/, "").split("/").pop();
   map.unit = map.streams === 1 ? "layer" : "head";
   map.ends = [];
   for (let s = 0; s < map.count; s++) {
@@ -26,6 +27,8 @@ async function readMap() {
   for (const live of map.live) {
     live.forEach((value, i) => (map.meanLive[i] += value / map.count));
   }
+  const late = map.meanLive.subarray(Math.floor(map.tokens / 2));
+  map.lateLive = late.reduce((sum, value) => sum + value, 0) / late.length;
   return map;
 }
 
@@ -45,6 +48,7 @@ function streamName(map, s) {
   return map.streams === 1 ? `layer ${layer}` : `layer ${layer}, head ${s % map.streams}`;
 }
 
+const capital = (words) => words[0].toUpperCase() + words.slice(1);
 const numbers = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const whole = (value) => numbers.format(value);
 const percent = (share) =>

@@ -56,8 +56,8 @@ function figure(map, view, textView, headsView) {
   const c = colours();
   const parts = [];
   const text = (x, y, value, extra = "") => parts.push(`<text x="${x}" y="${y}" ${extra}>${escaped(value)}</text>`);
-  text(20, 34, document.getElementById("title").textContent, 'style="font-size:20px;font-weight:bold" class="ink"');
-  const summary = wrapped(`${document.getElementById("headline").textContent} ${document.getElementById("summary").textContent}`, 150);
+  text(20, 34, document.getElementById("headline").textContent, 'style="font-size:20px;font-weight:bold" class="ink"');
+  const summary = wrapped(document.getElementById("summary").textContent, 150);
   summary.forEach((line, n) => text(20, 56 + 18 * n, line, 'style="font-size:13px" class="ink"'));
   let y = 74 + 18 * summary.length;
   text(20, y, document.getElementById("plot-name").textContent, 'style="font-size:14px;font-weight:bold" class="ink"');
@@ -88,7 +88,7 @@ function figure(map, view, textView, headsView) {
   }
 
   y += 34;
-  text(20, y, `Live tokens over the text, a plot for each of the ${several(headsView.shown.length, map.unit)} shown (dashed: if nothing were forgotten)`, 'style="font-size:14px;font-weight:bold" class="ink"');
+  text(20, y, `Live tokens over the text, a plot for each of the ${several(headsView.shown.length, map.unit)} shown, with its mean over the second half (dashed: if nothing were forgotten)`, 'style="font-size:14px;font-weight:bold" class="ink"');
   const { width, height, across } = FIGURE.small;
   headsView.shown.forEach((s, n) => {
     const x = 20 + (n % across) * (width + 6);
@@ -97,7 +97,7 @@ function figure(map, view, textView, headsView) {
     text(x, top + 11, `${MARKS[map.heads[s].kind]} ${streamName(map, s)}: ${whole(map.heads[s].mean_live)}`, 'style="font-size:11px"');
   });
   y += 24 + Math.ceil(headsView.shown.length / across) * height;
-  const legend = Object.keys(MARKS).map((name) => `<tspan fill="${c[name]}" dx="12">${MARKS[name]} ${name}</tspan>`);
+  const legend = Object.keys(MARKS).filter((name) => map.heads.some((head) => head.kind === name)).map((name) => `<tspan fill="${c[name]}" dx="12">${MARKS[name]} ${name}</tspan>`);
   parts.push(`<text x="8" y="${y}">${legend.join("")}</text>`);
   const kinds = Object.keys(MARKS).map((name) => `.${name}{color:${c[name]}}`);
   const style =

@@ -32,7 +32,15 @@ class HeadsView {
     this.list = document.getElementById("heads");
     this.sort = document.getElementById("sort");
     this.hidden = new Set();
-    this.items = map.heads.map((head, s) => this.item(head, s, onChoose));
+    this.items = map.heads.map((head, s) => {
+      head.number = s;
+      const item = this.item(s, streamName(map, s), head.kind, head.mean_live, map.live[s], onChoose);
+      item.setAttribute("aria-label", head.says);
+      item.title = head.says;
+      return item;
+    });
+    this.all = this.item(-1, `All ${map.unit}s`, "", map.lateLive, map.meanLive, onChoose);
+    document.getElementById("unit").textContent = map.unit;
     this.sort.addEventListener("change", () => this.arrange());
     const filter = document.getElementById("filter");
     for (const kind of Object.keys(MARKS)) {
@@ -51,28 +59,23 @@ class HeadsView {
       });
       filter.append(label);
       const line = document.createElement("li");
-      line.innerHTML = `<span class="${kind}">${MARKS[kind]} ${kind}</span>: ${this.named(kind)}. <small>${escaped(map.rules[kind])}</small>`;
+      line.innerHTML = `<span class="${kind}">${MARKS[kind]} ${kind}</span>: <small>${escaped(map.rules[kind])}</small> ${capital(this.named(kind))}.`;
       document.getElementById("by-kind").append(line);
     }
     this.arrange();
   }
 
-  item(head, s, onChoose) {
-    head.number = s;
+  item(s, name, kind, live, values, onChoose) {
     const item = document.createElement("li");
-    item.id = `head-${s}`;
+    item.id = s < 0 ? "all" : `head-${s}`;
     item.dataset.s = s;
-    item.dataset.kind = head.kind;
+    item.dataset.kind = kind;
     item.setAttribute("role", "option");
     item.setAttribute("aria-selected", "false");
-    item.setAttribute("aria-label", head.says);
-    item.title = head.says;
     item.innerHTML =
-      `<span>${streamName(this.map, s)}</span>` +
-      `<span class="${head.kind}">${MARKS[head.kind]} ${head.kind}</span>` +
-      `<span class="figure">${whole(head.mean_live)} live</span>` +
-      `<svg class="${head.kind}" viewBox="0 0 120 26" preserveAspectRatio="none" aria-hidden="true">` +
-      `${smallPlot(this.map.live[s], this.map.tokens, 0, 1, 120, 24)}</svg>`;
+      `<span>${name}</span><span class="${kind}">${kind && `${MARKS[kind]} ${kind}`}</span><span class="figure">${whole(live)}</span>` +
+      `<svg class="${kind}" viewBox="0 0 120 26" preserveAspectRatio="none" aria-hidden="true">` +
+      `${smallPlot(values, this.map.tokens, 0, 1, 120, 24)}</svg>`;
     item.addEventListener("click", () => onChoose(s));
     return item;
   }
@@ -93,7 +96,7 @@ class HeadsView {
   arrange() {
     const heads = this.map.heads.filter((head) => !this.hidden.has(head.kind));
     this.shown = heads.sort((a, b) => ORDERS[this.sort.value](a, b) || a.number - b.number).map((head) => head.number);
-    this.list.replaceChildren(...this.shown.map((s) => this.items[s]));
+    this.list.replaceChildren(this.all, ...this.shown.map((s) => this.items[s]));
   }
 
   // The head before or after `s` in the list; -1, all heads, is before the first.
@@ -103,20 +106,18 @@ class HeadsView {
   }
 
   paint(s) {
+    const chosen = s < 0 ? this.all : this.items[s];
     this.list.querySelector("[aria-selected=true]")?.setAttribute("aria-selected", "false");
-    this.list.removeAttribute("aria-activedescendant");
-    if (s >= 0) {
-      this.items[s].setAttribute("aria-selected", "true");
-      this.list.setAttribute("aria-activedescendant", this.items[s].id);
-    }
+    chosen.setAttribute("aria-selected", "true");
+    this.list.setAttribute("aria-activedescendant", chosen.id);
   }
 
   show(s) {
     if (s >= 0 && this.items[s].isConnected) {
       const item = this.items[s];
-      if (item.offsetTop < this.list.scrollTop + this.list.offsetTop) {
-        this.list.scrollTop = item.offsetTop - this.list.offsetTop;
-      }
+      // The row of all heads stays on top, and covers what is under it.
+      const above = item.offsetTop - this.list.offsetTop - this.all.offsetHeight;
+      this.list.scrollTop = Math.min(this.list.scrollTop, above);
       const below = item.offsetTop + item.offsetHeight - this.list.offsetTop - this.list.clientHeight;
       this.list.scrollTop = Math.max(this.list.scrollTop, below);
     }

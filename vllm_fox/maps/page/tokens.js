@@ -33,16 +33,17 @@ class TokenView {
       const stays = end === map.tokens;
       always += stays;
       gone += !stays;
-      const text = stays ? "all" : whole(queries);
+      const text = !later ? "–" : stays ? "all" : whole(queries);
       cell.textContent = map.streams > 16 ? "" : text;
-      cell.title = `${streamName(map, n)}: ${stays ? "seen to the end of the text" : `seen by the next ${several(queries, "query", "queries")}, then dropped`}`;
-      cell.style.background = `rgba(var(--seen), ${later ? (0.55 * queries) / later : 0.55})`;
+      cell.title = `${streamName(map, n)}: ${!later ? "there are no later queries" : stays ? "seen to the end of the text" : `seen by the next ${several(queries, "query", "queries")}, then dropped`}`;
+      cell.style.background = `rgba(var(--seen), ${later ? (0.55 * queries) / later : 0})`;
       cell.className = n === s ? "chosen" : "";
     });
     document.getElementById("token-name").textContent = `Who still sees “${shown(map.pieces[cursor])}”, at position ${whole(cursor)}`;
-    document.getElementById("token-says").textContent =
-      `At the end of the text ${whole(always)} of ${several(map.count, map.unit)} still ${always === 1 ? "sees" : "see"} it, ` +
-      `${whole(gone)} ${gone === 1 ? "has" : "have"} dropped it. Each field says how many of the ${whole(later)} queries after it see it.`;
+    document.getElementById("token-says").textContent = !later
+      ? "This is the last token: there are no later queries."
+      : `At the end of the text ${whole(always)} of ${several(map.count, map.unit)} still ${always === 1 ? "sees" : "see"} it, ` +
+        `${whole(gone)} ${gone === 1 ? "has" : "have"} dropped it. Each field says how many of the ${several(later, "query", "queries")} after it see it.`;
   }
 }
 
@@ -59,12 +60,13 @@ function droppedFirstSaid(map) {
   if (map.pageSize > 1) {
     return "";
   }
-  const names = classesByLife(map, map.count).map((one) => one.name.replace(/(keyword|number|name)$/, "$1s"));
   const tokens = map.droppedFirst[map.count].slice(0, 5).map(([token]) => `“${shown(token)}”`);
-  const classes = names.length > 1 ? ` Classes of tokens by how soon they are dropped, as the mean of all ${map.unit}s: ${names.join(", ")}.` : "";
-  const soonest = map.heads.reduce((a, b) => (b.mean_live < a.mean_live ? b : a));
-  const first = map.count > 1 ? ` Soonest drops ${streamName(map, soonest.number)}, whose queries see ${several(Math.round(soonest.mean_live), "token")} on average.` : "";
-  return first + classes + (tokens.length ? ` Single tokens that are dropped first: ${tokens.join(", ")}.` : "");
+  const [soonest, half] = map.soonest;
+  const first =
+    map.count > 1
+      ? ` ${capital(streamName(map, soonest))} drops soonest: half of all tokens are seen by ${several(half, "later query", "later queries")} at most.`
+      : "";
+  return first + (tokens.length ? ` Single tokens that are dropped first: ${tokens.join(", ")}.` : "");
 }
 
 // What is dropped first, by the chosen head or by all.
@@ -81,7 +83,7 @@ function paintDroppedFirst(map, s) {
   const tokens = map.droppedFirst[row];
   document.getElementById("first").innerHTML =
     "<table><caption>Single tokens, seen by the smallest share first</caption>" +
-    "<tr><th>token</th><th>times</th><th>later queries that see it, median</th><th>share of later queries that see it</th></tr>" +
+    "<tr><th>token</th><th>times</th><th>later queries that see it (median)</th><th>share of later queries that see it</th></tr>" +
     tokens
       .map(([token, times, seen, lives]) => `<tr><td><code>${escaped(shown(token))}</code></td><td>${times}</td><td>${whole(lives - 1)}</td><td>${percent(seen)}</td></tr>`)
       .join("") +
