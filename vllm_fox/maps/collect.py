@@ -77,11 +77,10 @@ def tokenize(folder: Path, text: str) -> tuple[list[str], list[int]]:
     """Return the text of each token, and its id. Together the texts are ``text`` if the tokenizer says where its
     tokens stand; a token that ends within a character has none of it."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    try:
-        found = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
-    except (NotImplementedError, ValueError):
+    if not tokenizer.is_fast:
         ids = tokenizer(text, verbose=False)["input_ids"]
         return [tokenizer.decode([one]) for one in ids], ids
+    found = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
     pieces, ids, at = [], found["input_ids"], 0
     for one, (_, stop), special in zip(ids, found["offset_mapping"], found["special_tokens_mask"], strict=True):
         if special:
