@@ -51,11 +51,14 @@ lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
 # In an environment of its own: the site is made from sources and docstrings, without vLLM.
-docs:
-	@test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && \
-	    .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[docs]'; }
-	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+docs: .venv-docs/.setup
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
 	@echo 'site/index.html is ready'
+
+.venv-docs/.setup: pyproject.toml
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[docs]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .venv-docs site build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,11 +1,12 @@
 """What the documentation site needs besides the pages of docs/ (MkDocs calls these functions).
 
 The README becomes its first page. Links to files that are no part of the site become the files' names, because they
-lead somewhere on a checkout only.
+lead somewhere on a checkout only. The page of the settings gets its tables.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
+SETTINGS = "<!-- settings -->"
+"""Stands in docs/settings.md where the tables belong."""
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<code)")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -24,10 +28,27 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite the links of a page of docs/."""
+    """Rewrite the links of a page of docs/, and put in the tables of the settings."""
     if page.file.src_uri == "index.md":
         return markdown
+    if SETTINGS in markdown:
+        markdown = markdown.replace(SETTINGS, _settings_tables())
     return _relinked(markdown, PurePosixPath("docs", page.file.src_uri).parent)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Leave out the roles of names in docstrings, which are Sphinx's: ``:func:`name``` becomes the name as code."""
+    return ROLE.sub("", html)
+
+
+def _settings_tables() -> str:
+    # MkDocs runs this file without its folder on the path.
+    spec = importlib.util.spec_from_file_location("settings_tables", ROOT / "docs" / "settings_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tables: str = module.tables()
+    return tables
 
 
 def _relinked(markdown: str, folder: PurePosixPath) -> str:
