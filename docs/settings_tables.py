@@ -1,6 +1,6 @@
 """The tables of docs/settings.md, made from the settings classes' fields, descriptions, defaults and docstrings.
 
-The site is built without torch, which the package of a family imports. So the files of families are read one by one.
+The site is built without torch, which the package of a family imports. So a family's file is read alone.
 """
 
 from __future__ import annotations

@@ -11,12 +11,14 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = "<!-- settings -->"
 """Stands in docs/settings.md where the tables belong."""
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<code)")
+LOADED = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]*)""")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -39,6 +41,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """Leave out the roles of names in docstrings, which are Sphinx's: ``:func:`name``` becomes the name as code."""
     return ROLE.sub("", html)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuse a page that would load something from elsewhere when it is read.
+
+    Raises:
+        PluginError: it would. MkDocs ends the build with the message.
+    """
+    if (found := LOADED.search(output)) is not None:
+        raise PluginError(f"{page.file.src_uri} loads {found[1]} when it is read: put a copy into docs/.")
+    return output
 
 
 def _settings_tables() -> str:

@@ -1,126 +1,80 @@
-"""Errors that docs/faq.md quotes, and the pages of the documentation site."""
+"""What docs/faq.md quotes, the tables of the settings, and the pages of the documentation site."""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
-from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import vllm_fox.hf
 from tests.support import ROOT
-from vllm_fox.cli.app import COMMANDS
+from vllm_fox.families import FAMILIES
 
-QUOTES = re.findall(r"^> (.+)$", (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE)
+ENTRIES = (ROOT / "docs" / "faq.md").read_text().split("\n## ")[1:]
 
 
 @pytest.fixture(scope="module")
-def sources() -> str:
-    """All of the package, with strings that are written in several parts joined."""
-    code = "\n".join(path.read_text() for path in sorted((ROOT / "vllm_fox").rglob("*.py")))
-    return re.sub(r"\"\s*\n\s*f?\"", "", code)
+def said() -> str:
+    """All strings of the package, with … for what is put into them, and all sentences of the docs but the FAQ."""
+    texts = []
+    for path in sorted((ROOT / "vllm_fox").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value.replace("%s", "…"))
+            elif isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                texts.append("".join(map(str, parts)))
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    texts += [page.read_text() for page in pages if page.name != "faq.md"]
+    return "\0".join(" ".join(text.split()) for text in texts)
 
 
-@pytest.mark.parametrize("quote", QUOTES)
-def test_an_error_that_is_quoted_is_still_said(quote: str, sources: str) -> None:
-    assert all(part in sources for part in quote.split("…"))
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.splitlines()[0])
+def test_what_an_entry_of_the_faq_quotes_is_still_said(entry: str, said: str) -> None:
+    (quote,) = re.findall(r"^> (.+)$", entry, re.MULTILINE)
+    assert quote in said
+
+
+def test_the_faq_has_a_dozen_entries_or_more() -> None:
+    assert len(ENTRIES) >= 12
+
+
+@pytest.fixture(scope="module")
+def settings_tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("settings_tables", ROOT / "docs" / "settings_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_setting_of_every_family_is_in_the_tables(settings_tables: ModuleType) -> None:
+    """They are made without importing the families; here that is held against the families themselves."""
+    text = settings_tables.tables()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| .+ \|$", text, re.MULTILINE)
+    fields = {name: field for family in FAMILIES for name, field in family.settings.model_fields.items()}
+    assert sorted(name for name, _, _ in rows) == sorted(fields)
+    for name, values, default in rows:
+        assert values == fields[name].description
+        if name == "page_size":
+            assert sorted(default.split("; ")) == sorted(f"{one.name}: {one.page_size}" for one in FAMILIES)
+    defaults = {name: default for name, _, default in rows}
+    assert defaults["release"] == "`true`" and defaults["log_pruning_tolerance"] == "from the checkpoint"
 
 
 def test_every_page_is_in_the_navigation() -> None:
     """And every page that is there exists, or is made from README.md."""
     named = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    assert named == pages | {"index.md"} and len(QUOTES) > 5
+    assert named == pages | {"index.md"}
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAM = re.compile(
-    r"(?:python(?: -P)? (?:-m (?P<module>[\w.]+)|(?P<script>[\w/.]+\.py))"
-    rf"|vllm-fox (?P<command>{'|'.join(COMMANDS)})\b)"
-    r"(?P<rest>[^\n`]*(?:\\\n[^\n`]*)*)"
-)
-OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-
-
-def source_of(match: re.Match[str]) -> Path | None:
-    """The file of the program that a command in the docs runs; None if it is none of ours."""
-    if module := match["module"]:
-        if module.split(".")[0] not in ("benchmarks", "vllm_fox", "tests"):
-            return None
-        path = ROOT / Path(*module.split("."))
-        return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-    if script := match["script"]:
-        return ROOT / script
-    return ROOT / "vllm_fox" / "cli" / f"{match['command']}.py"
-
-
-def options_of(path: Path) -> set[str]:
-    """Options that a program's source names, and those of modules in the same folder that it imports."""
-    code = path.read_text()
-    beside = [
-        path.with_name(f"{name}.py") for name in re.findall(r"^ *(?:from|import) \.?(?:\w+\.)?(\w+)", code, re.M)
-    ]
-    code += "".join(one.read_text() for one in beside if one.exists())
-    if path.parent.name == "cli":  # typer makes options of parameters
-        names = re.findall(r"^    (\w+): Annotated", code, re.M)
-        code += "".join(f" --{name.replace('_', '-')} " for name in names)
-    return set(OPTION.findall(code))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_name_programs_and_options_that_there_are(page: Path) -> None:
-    for match in PROGRAM.finditer(page.read_text()):
-        path = source_of(match)
-        if path is None:
-            continue
-        assert path.exists(), match[0]
-        rest = re.split(r" -- | \| |[;&#]", match["rest"])[0]
-        assert set(OPTION.findall(rest)) <= options_of(path) | {"--help", "--version"}, match[0]
-
-
-RUN = {
-    ".ci/vllm_changes.py": "test_vllm_changes.py",
-    "benchmarks/cached_pages.py": "benchmarks/test_cached_pages.py",
-    "benchmarks/chat.py": "benchmarks/test_chat.py",
-    "benchmarks/checkpoint.py": "benchmarks/test_chat.py",
-    "benchmarks/cluster_sim.py": "benchmarks/test_cluster_sim.py",
-    "benchmarks/eviction.py": "benchmarks/test_eviction.py",
-    "benchmarks/quality.py": "benchmarks/test_quality.py",
-    "examples/client.py": "examples/test_offline_and_client.py",
-    "examples/finetune_dcp.py": "examples/test_finetune_dcp.py",
-    "examples/ray_batch.py": "examples/test_ray.py",
-    "examples/retrofit.py": "examples/test_retrofit.py",
-    "examples/train_fox.py": "examples/test_train_fox.py",
-    "vllm_fox/cli/__main__.py": "cli/test_app.py",
-    "vllm_fox/cli/convert.py": "cli/test_convert.py",
-    "vllm_fox/cli/doctor.py": "cli/test_doctor.py",
-    "vllm_fox/cli/inspect.py": "cli/test_inspect.py",
-    "vllm_fox/cli/map.py": "cli/test_map.py",
-    "vllm_fox/cli/plan.py": "cli/test_plan.py",
-    "vllm_fox/cli/top.py": "cli/test_top.py",
-    "vllm_fox/convert.py": "families/evicting/test_convert.py",
-}
-"""Programs that the docs name, and the tests that run them or what they consist of."""
-NOT_RUN = {
-    "benchmarks/capacity.py": "a GPU",
-    "benchmarks/dcp.py": "a long time",
-    "benchmarks/dcp_kernels.py": "a GPU",
-    "benchmarks/dcp_serving.py": "a GPU",
-    "benchmarks/eviction_kernels.py": "a GPU",
-    "benchmarks/kernels.py": "a GPU",
-    "benchmarks/live_pages.py": "a checkpoint of the official training code",
-    "benchmarks/page_size.py": "a long time",
-    "benchmarks/precision.py": "a GPU",
-    "benchmarks/scheduler_cost.py": "a quiet machine",
-    "benchmarks/serving.py": "a GPU",
-    "benchmarks/training.py": "a GPU",
-    "examples/ray_serve.py": "Ray Serve on a cluster",
-}
-"""Programs that the docs name and no test runs, and what continuous integration lacks for them."""
-
-
-def test_every_program_is_run_by_a_test_or_needs_what_there_is_not() -> None:
-    named = {path for page in PAGES for match in PROGRAM.finditer(page.read_text()) if (path := source_of(match))}
-    assert {str(path.relative_to(ROOT)) for path in named} == RUN.keys() | NOT_RUN.keys()
-    assert not RUN.keys() & NOT_RUN.keys()
-    for test in RUN.values():
-        assert (ROOT / "tests" / test).exists(), test
+def test_the_reference_has_all_leaf_functions_and_models_for_transformers() -> None:
+    named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert set(vllm_fox.hf.__all__) <= {name.rpartition(".")[2] for name in named}
+    for path in (ROOT / "kernels").rglob("reference.py"):
+        leaf = ".".join(("vllm_fox", *path.parent.relative_to(ROOT).parts))
+        assert any(name.startswith(f"{leaf}.") for name in named), leaf

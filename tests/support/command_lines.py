@@ -32,8 +32,8 @@ def scripts(folder: str) -> list[str]:
     )
 
 
-def options_of(module: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, argparse.Action]]:
-    """Every option of a script that takes a value, with those of its commands, by its name."""
+def parser_of(module: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The command line that a script makes."""
 
     def made(parser: argparse.ArgumentParser, *_: object) -> None:
         raise _Made(parser)
@@ -41,7 +41,12 @@ def options_of(module: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[s
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", made)
     with pytest.raises(_Made) as caught:
         importlib.import_module(module).main()
-    parsers = [caught.value.parser]
+    return caught.value.parser
+
+
+def options_of(module: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, argparse.Action]]:
+    """Every option of a script that takes a value, with those of its commands, by its name."""
+    parsers = [parser_of(module, monkeypatch)]
     for parser in parsers:
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
