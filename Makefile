@@ -50,9 +50,10 @@ serve: setup
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
-# In an environment of its own: the site is made from sources and docstrings, without vLLM.
+# In an environment of its own: the site is made from sources and docstrings, without vLLM. With --quiet MkDocs would
+# count no warnings, so --strict would let broken links pass.
 docs: .venv-docs/.setup
-	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo 'site/index.html is ready'
 
 .venv-docs/.setup: pyproject.toml

@@ -73,6 +73,8 @@ def _relinked(markdown: str, folder: PurePosixPath) -> str:
         if not target or "://" in target:
             return match[0]
         path = _normal(folder / target)
+        if not (ROOT / path).exists():
+            return match[0]  # MkDocs says that it leads nowhere
         if path == PurePosixPath("README.md"):
             here = "index.md"
         elif path.parts[:1] == ("docs",) and (ROOT / path).is_file():
