@@ -43,7 +43,7 @@ def fine_tuning(config: LlamaConfig, ids: torch.Tensor) -> Step:
 
 def retrofitting(folder: Path, ids: torch.Tensor) -> Step:
     """The same of a retrofit, half way to a ratio of 8."""
-    from adapter_distillation import Distillation  # of examples/, which benchmarks.options makes importable
+    from adapter_distillation import Distillation
     from retrofit import load, parse
 
     args = parse([str(folder), str(folder), f"--output={folder}", f"--context={ids.shape[1]}"])
@@ -71,16 +71,9 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         refuse("No CUDA GPU was found, and on a CPU the figures would mean nothing.")
-    config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=-(-8 * args.hidden // (3 * 64)) * 64,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        max_position_embeddings=args.context,
-        tie_word_embeddings=True,
-    )
+    from train_llama import make_config  # of examples/, which benchmarks.options makes importable
+
+    config = make_config(args)
     ids = torch.randint(args.vocab, (args.windows, args.context), device="cuda")
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).bfloat16().save_pretrained(folder)

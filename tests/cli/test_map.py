@@ -30,7 +30,7 @@ def test_a_page_is_written_and_what_it_says_is_printed(
     assert done.code == 0 and not done.err
     first, share, kinds, written = done.out.splitlines()
     assert re.fullmatch(r".*fox-tiny \(.*\) has read the first 900 of [\d,]+ tokens, from transformers\.", first)
-    assert re.search(r"\d+% are given back at the end and \d+% over", share)
+    assert re.search(r"\d+% of the KV cache is given back at the end of the text, and \d+% on average", share)
     assert re.fullmatch(r"Of 32 heads: \d global, \d+ local, \d+ content-dependent\.", kinds)
     assert str(out) in written
     page = out.read_text()

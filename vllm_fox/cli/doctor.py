@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .errors import FINE, WRONG, CommandError
-from .options import choice, whole
+from .options import Json, choice, whole
 
 
 def doctor(
@@ -50,7 +50,7 @@ def doctor(
     self_test: Annotated[
         bool, typer.Option("--self-test/--no-self-test", help="Run the leaf functions, for 30 seconds at most.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> int:
     """Look for what keeps models that forget from being served, and say how to mend it.
 

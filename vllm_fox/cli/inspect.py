@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from .errors import WRONG, CommandError
-from .options import choice, number, whole
+from .options import Dtype, Json, MaxModelLen, Memory, Model, Tokens
 from .sizes import size
 
 if TYPE_CHECKING:
@@ -20,56 +18,18 @@ LENGTHS = [2048, 16384, 131072]
 
 
 def inspect(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Folder of a checkpoint, or its name in the Hugging Face cache.",
-            metavar="MODEL",
-            show_default=False,
-        ),
-    ],
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            parser=whole("--tokens", 1),
-            help="Lengths of requests, several in a row; 2048 16384 131072 unless given.",
-            metavar="N...",
-            show_default=False,
-        ),
-    ] = None,
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            parser=number("--memory", 0.1, 1e6, "80"),
-            help="GiB of a GPU's memory: how many such requests fit?",
-            metavar="GIB",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            parser=choice("--dtype", "bfloat16", "float16", "float32"),
-            help="As it will be served: bfloat16, float16 or float32. As vLLM chooses it unless given.",
-            metavar="DTYPE",
-            show_default=False,
-        ),
-    ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            parser=whole("--max-model-len", 1),
-            help="As it will be served: bounds hold for so many tokens. The config's longest context unless given.",
-            metavar="N",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    model: Model,
+    tokens: Tokens = None,
+    memory: Memory = None,
+    dtype: Dtype = None,
+    max_model_len: MaxModelLen = None,
+    as_json: Json = False,
 ) -> None:
     """Say what a model is, what it promises, and how much KV memory its requests hold.
 
     It reads config.json and the weights; no GPU and no engine is needed. Dense is what a request would hold if
-    nothing were forgotten. Pruned is said only where the weights prove it.
+    nothing were forgotten. Pruned is said only where the weights prove it. Requests of 2048, 16384 and 131072
+    tokens are looked at unless --tokens says others.
     """
     from .locate import folder_of
 

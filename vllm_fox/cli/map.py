@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import WRONG, CommandError
-from .options import choice, whole
+from .options import Json, Model, choice, whole
 
 if TYPE_CHECKING:
     from vllm_fox.maps.collect import Progress
@@ -23,14 +23,7 @@ MAX_TOKENS = 4096
 
 
 def map(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Folder of a checkpoint, or its name in the Hugging Face cache.",
-            metavar="MODEL",
-            show_default=False,
-        ),
-    ],
+    model: Model,
     text: Annotated[
         str,
         typer.Argument(help="A text file in UTF-8, or - for standard input.", metavar="TEXT", show_default=False),
@@ -69,7 +62,7 @@ def map(
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a page that shows what a model forgets of a text.
 
@@ -169,8 +162,8 @@ def _show(found: dict[str, Any]) -> None:
         read = f"the first {found['tokens']:,} of {found['text_tokens']:,} tokens"
     print(f"{found['model']} ({found['family']}) has read {read}, from {found['source']}.")
     print(
-        f"Of the places of a cache that never forgets, {found['given_back_at_end']:.0%} are given back at the end "
-        f"and {found['given_back']:.0%} over the whole text."
+        f"{found['given_back_at_end']:.0%} of the KV cache is given back at the end of the text, and "
+        f"{found['given_back']:.0%} on average over it."
     )
     unit = "heads" if found["streams"] > found["layers"] else "layers"
     kinds = [f"{count} {kind}" for kind, count in found["kinds"].items() if count]

@@ -1,9 +1,13 @@
-"""Types of options that are numbers: an error names the option, what was given, and what it may be."""
+"""Parsers of options, whose errors name the option, what was given and what it may be; and options that several
+commands have."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
+
+import typer
 
 from .errors import CommandError
 
@@ -50,3 +54,48 @@ def choice(option: str, *allowed: str) -> Callable[[str], str]:
         return text
 
     return read
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Folder of a checkpoint, or its name in the Hugging Face cache.", metavar="MODEL", show_default=False
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        parser=number("--memory", 0.1, 1e6, "80"),
+        help="GiB of a GPU's memory.",
+        metavar="GIB",
+        show_default=False,
+    ),
+]
+Tokens = Annotated[
+    list[int] | None,
+    typer.Option(
+        parser=whole("--tokens", 1),
+        help="Lengths of requests, several in a row.",
+        metavar="N...",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        parser=choice("--dtype", "bfloat16", "float16", "float32"),
+        help="As it will be served: bfloat16, float16 or float32. As vLLM chooses it unless given.",
+        metavar="DTYPE",
+        show_default=False,
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        parser=whole("--max-model-len", 1),
+        help="As it will be served: bounds hold for so many tokens. The config's longest context unless given.",
+        metavar="N",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

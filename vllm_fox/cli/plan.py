@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import WRONG, CommandError
-from .options import choice, number, whole
+from .options import Dtype, Json, MaxModelLen, Memory, Model, Tokens, choice, number, whole
 from .sizes import size
 
 if TYPE_CHECKING:
@@ -35,14 +35,7 @@ RANKS = [1, 2, 4, 8]
 
 
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Folder of a checkpoint, or its name in the Hugging Face cache.",
-            metavar="MODEL",
-            show_default=False,
-        ),
-    ],
+    model: Model,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -52,24 +45,8 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            parser=number("--memory", 0.1, 1e6, "80"),
-            help="GiB of a GPU's memory, instead of a name.",
-            metavar="GIB",
-            show_default=False,
-        ),
-    ] = None,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            parser=whole("--tokens", 1),
-            help="Lengths of requests, several in a row; unless given 2048, 8192 and 32768, as far as allowed.",
-            metavar="N...",
-            show_default=False,
-        ),
-    ] = None,
+    memory: Memory = None,
+    tokens: Tokens = None,
     tp: Annotated[
         list[int] | None,
         typer.Option(
@@ -98,30 +75,15 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            parser=choice("--dtype", "bfloat16", "float16", "float32"),
-            help="As it will be served: bfloat16, float16 or float32. As vLLM chooses it unless given.",
-            metavar="DTYPE",
-            show_default=False,
-        ),
-    ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            parser=whole("--max-model-len", 1),
-            help="As it will be served: bounds hold for so many tokens. The config's longest context unless given.",
-            metavar="N",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    dtype: Dtype = None,
+    max_model_len: MaxModelLen = None,
+    as_json: Json = False,
 ) -> None:
     """Say how many requests fit at a time, by their length and the number of GPUs, and what limits them.
 
     It reads config.json and the weights; no GPU and no engine is needed. Dense is as if nothing were forgotten.
-    Pruned is said where the weights prove it, or for the live share that you have measured.
+    Pruned is said where the weights prove it, or for the live share that you have measured. Requests of 2048, 8192
+    and 32768 tokens are planned for, as far as the model takes them, unless --tokens says others.
     """
     if gpu is not None and memory is not None:
         raise CommandError(f"--gpu is {gpu} and --memory is {memory:g}: give one of them.")

@@ -115,7 +115,7 @@ async function start() {
       .map((kind) => `<dt class="${kind}">${MARKS[kind]} ${kind}</dt><dd>${escaped(map.rules[kind])}</dd>`)
       .join("");
     byId("heads-name").textContent = map.streams === 1 ? "Layers" : "Heads";
-    themeButton();
+    setTheme(matchMedia("(prefers-color-scheme: dark)").matches);
   }
 
   function find(way) {
@@ -137,18 +137,13 @@ async function start() {
   byId("search").addEventListener("focus", () => (origin = view.cursor));
   byId("search").addEventListener("input", search);
 
-  function isDark() {
-    const chosen = document.documentElement.dataset.theme;
-    return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  }
-
-  function themeButton() {
-    byId("theme").textContent = isDark() ? "Light" : "Dark";
+  function setTheme(dark) {
+    document.documentElement.dataset.theme = dark ? "dark" : "light";
+    byId("theme").textContent = dark ? "Light" : "Dark";
   }
 
   function switchTheme() {
-    document.documentElement.dataset.theme = isDark() ? "light" : "dark";
-    themeButton();
+    setTheme(document.documentElement.dataset.theme === "light");
   }
 
   function explain() {
