@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 
 from .family import Family
 from .refusals import (
+    adapters,
     check_overrides,
     check_quantized_cache,
     quantized_weights,
@@ -57,6 +58,7 @@ class PagedConfigHook(VerifyAndUpdateConfig):
             check_quantized_cache(vllm_config, family.name)
         refusals = [
             *unsupported_options(vllm_config),
+            *adapters(vllm_config, family.adapters),
             *quantized_weights(vllm_config.model_config, family.quantized_weights),
             *unsupported_environment(vllm_config),
             _unsupported_dtype(vllm_config, family.float8_pages),

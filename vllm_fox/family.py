@@ -44,6 +44,8 @@ class Family:
         float8_pages: whether the family's pages can hold float8 (e4m3).
         quantized_weights: whether weights may be quantised. The models must then leave that to vLLM's linear
             layers, whose names must be those of the checkpoint, as quantisation configs name layers.
+        adapters: whether requests may use LoRA adapters. The models must then be of vLLM's interface SupportsLoRA,
+            and leave every projection that an adapter may change to vLLM's linear layers.
         refusals: function that returns what the models cannot do besides what no family can, given an engine's
             configuration. It returns pairs: whether the feature is asked for (any true value), and the name of the
             feature, for the error "NAME do not support WHAT".
@@ -70,6 +72,7 @@ class Family:
     shares_pages: bool = False
     float8_pages: bool = False
     quantized_weights: bool = False
+    adapters: bool = False
     refusals: Callable[[VllmConfig], Iterable[tuple[object, str]]] = _nothing_refused
     lookalikes: Mapping[str, Callable[[ModelConfig], str | None]] = field(default_factory=dict)
     token_ends: str | None = None

@@ -37,7 +37,6 @@ def _features(vllm_config: VllmConfig) -> Refusals:
     model, cache, offload = vllm_config.model_config, vllm_config.cache_config, vllm_config.offload_config
     yield vllm_config.speculative_config, "speculative decoding (--speculative-config)"
     yield vllm_config.diffusion_config, "generation by diffusion (--diffusion-config)"
-    yield vllm_config.lora_config, "LoRA (--enable-lora)"
     yield (
         model.convert_type == "classify",
         "classification (--convert classify), as no weights are loaded for it",
@@ -49,6 +48,19 @@ def _features(vllm_config: VllmConfig) -> Refusals:
     gib, group = offload.uva.cpu_offload_gb, offload.prefetch.offload_group_size
     yield gib, f"weights in CPU memory (--cpu-offload-gb {gib:g})"
     yield group, f"weights in CPU memory (--offload-group-size {group})"
+
+
+def adapters(vllm_config: VllmConfig, supported: bool) -> Refusals:
+    """Yield adapters that are asked for in vain.
+
+    Args:
+        vllm_config: the engine's configuration.
+        supported: whether requests may use LoRA adapters (:attr:`Family.adapters`).
+    """
+    lora = vllm_config.lora_config
+    yield lora and not supported, "LoRA (--enable-lora)"
+    # vLLM 0.32's functions for CPUs take -1, which stands for no adapter, for the last one.
+    yield lora and current_platform.is_cpu(), "LoRA (--enable-lora) on a CPU, where other requests would get it too"
 
 
 def quantized_weights(model: ModelConfig, supported: bool) -> Refusals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from vllm.platforms import current_platform
 from tests.support.checkpoints import make_checkpoint, save_sparse_gpt2
 from tests.support.evicting import VARIANTS, make_evicting
 from tests.support.startup import configure, refused
-from vllm_fox.refusals import unsupported_environment
+from vllm_fox.refusals import adapters, unsupported_environment
 
 CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
@@ -128,6 +129,16 @@ def test_quantised_weights_by_family(sparse: Path, evicting: Path, what: str) ->
         assert ignored in refused(evicting, **REFUSED[what])
     both = REFUSED["quantised weights (--quantization-config)"] | {"quantization": "online"}
     assert configure(evicting, **both).quant_config is not None
+
+
+def test_adapters_by_family_and_device(sparse: Path, evicting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "In vllm-fox, Sparse GPT-2 models do not support LoRA (--enable-lora): leave it out."
+    assert sentence in refused(sparse, enable_lora=True)
+    mixed = "LoRA (--enable-lora) on a CPU, where other requests would get it too: leave it out."
+    assert f"In vllm-fox, Decoders that evict tokens do not support {mixed}" in refused(evicting, enable_lora=True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    on_a_gpu: Any = SimpleNamespace(lora_config=object())
+    assert not any(found for found, _ in adapters(on_a_gpu, supported=True))
 
 
 REFUSED_VARIABLES = {

@@ -50,6 +50,7 @@ EVICTING = Family(
     page_size=32,
     float8_pages=True,
     quantized_weights=True,
+    adapters=True,
     refusals=_refusals,
     token_ends="vllm_fox.hf.evicting.token_ends:token_ends",
     lookalikes=dict.fromkeys(

@@ -133,6 +133,8 @@ class EvictingDecoderForCausalLM(LlamaForCausalLM):
     # Load only safetensors, which hold no code, and ignore other .safetensors files beside the model.
     fall_back_to_pt_during_load: ClassVar[bool] = False
     allow_patterns_overrides: ClassVar[list[str]] = CHECKPOINT_FILES
+    # vLLM's layer for adapters of lm_head takes one row a request, which log-probabilities of prompts have not.
+    embedding_modules: ClassVar[dict[str, str]] = {}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=EvictingDecoderLayer)

@@ -1,0 +1,25 @@
+"""LoRA adapters on decoders that evict tokens: answers and evictions are those of the merged weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.engines import engine
+from tests.support.adapters import check_adapters
+from tests.support.evicting import VARIANTS, make_evicting
+from vllm_fox import config_hook
+
+
+def test_adapters_in_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose decisions an adapter changes directly.
+
+    On a CPU this is refused, since vLLM gives requests without an adapter the last one. Here that one is empty.
+    """
+    made = make_evicting(tmp_path, VARIANTS["qwen3-borrowed"])
+    monkeypatch.setattr(config_hook, "adapters", lambda *_: ())
+    lora = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
+    with engine(made.served, {"page_size": 16}, max_model_len=512, max_num_batched_tokens=160, **lora) as llm:
+        # float32's roundoff on logits of at most some ten, through two layers.
+        check_adapters(llm, made, tmp_path, atol=2e-4)
