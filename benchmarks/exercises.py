@@ -1,19 +1,25 @@
 """Exercises whose answers lie far back in a text, in the manner of RULER (arXiv 2404.06654).
 
 python -m benchmarks.exercises FOLDER [--documents 1000] [--characters 16000]
+python -m benchmarks.exercises FOLDER --texts TEXT_FOLDER [--documents 1000] [--characters 16000]
 
 A task makes a prompt of about so many tokens, and its answer: ``python -m benchmarks.quality`` asks them. The
-program writes documents full of such facts and questions. A small model that is trained on text alone does not
-learn to look far back for a number; with a share of these documents among its texts it does.
+program writes documents of one of two kinds. A small model that is trained on text alone does not learn to look far
+back; with a share of these documents among its texts it does.
+
+- exercises: full of facts and questions such as those of the tasks.
+- revisions, with ``--texts``: passages of real texts, most of which come again later with changes, as the files of
+  a code review do.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.options import Parser, non_negative_int, positive_int
+from benchmarks.options import Parser, find_texts, non_negative_int, positive_int
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 SENTENCES = [f"{one.strip()}. " for one in FILLER.split(".") if one.strip()]
@@ -96,17 +102,56 @@ def document(rng: random.Random, characters: int) -> str:
     return text
 
 
+AGAIN = 0.65
+"""Share of a document's passages that stood before."""
+SHORTEST, LONGEST = 60, 4000
+"""Characters of a passage."""
+
+
+def revised(rng: random.Random, passage: str) -> str:
+    """A passage with one name changed, and one in thirty lines dropped or doubled."""
+    lines = []
+    for line in passage.split("\n"):
+        chance = rng.random()
+        lines += [] if chance < 1 / 60 else [line, line] if chance < 1 / 30 else [line]
+    text = "\n".join(lines)
+    names = sorted(set(re.findall(r"\b[A-Za-z_]{4,}\b", text)))
+    if not names:
+        return text
+    return re.sub(rf"\b{rng.choice(names)}\b", f"{rng.choice(names)}_{rng.choice(NAMES)}", text)
+
+
+def revisions(rng: random.Random, texts: Sequence[str], characters: int) -> str:
+    """A document of about ``characters``: passages of the texts, of which most come again later, revised."""
+    passages: list[str] = []
+    parts, length = [], 0
+    while length < characters:
+        if passages and rng.random() < AGAIN:
+            part = revised(rng, rng.choice(passages))
+        else:
+            source, size = rng.choice(texts), round(SHORTEST * (LONGEST / SHORTEST) ** rng.random())
+            start = rng.randrange(max(1, len(source) - size))
+            part = source[start : start + size]
+            passages.append(part)
+        parts.append(part)
+        length += len(part) + 2
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--documents", type=positive_int, default=1000)
     parser.add_argument("--characters", type=positive_int, default=16000, help="of a document")
+    parser.add_argument("--texts", type=Path, help="folder of text files: write revisions of them")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     args = parser.parse_args()
+    texts = [path.read_text(encoding="utf-8") for path in find_texts(args.texts)] if args.texts else []
     args.folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(args.seed)
     for number in range(args.documents):
-        (args.folder / f"{number:06}.txt").write_text(document(rng, args.characters))
+        text = revisions(rng, texts, args.characters) if texts else document(rng, args.characters)
+        (args.folder / f"{number:06}.txt").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

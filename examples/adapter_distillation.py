@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from vllm_fox.hf import EvictingDecoderForCausalLM
 
 TOKENS_AT_ONCE = 1024  # whose logits are in memory together
+FIRMNESS = 200.0
+"""How much faster than linearly a missed share costs. A model that loses ten nats by each further token that it
+evicts still comes to within 2 points of its ratio: the loss rises by 1 + 2 * 200 * 0.02 there."""
 
 
 def wanted_share(step: int, args: argparse.Namespace) -> float:
@@ -24,7 +27,9 @@ class Distillation(nn.Module):
     """A model that evicts, and learns what the same model without eviction answers.
 
     Its output in training is the loss: the mean divergence KL(teacher || student) of the next token's distribution,
-    plus what is missing to the share that is to be evicted.
+    plus ``budget * (missing + FIRMNESS * missing**2)`` where ``missing`` is what is missing to the share that is to
+    be evicted. The square is ours: with the first term alone, as published, a model that needs its tokens stops far
+    from the share.
     """
 
     def __init__(self, model: EvictingDecoderForCausalLM, budget: float) -> None:
@@ -35,7 +40,8 @@ class Distillation(nn.Module):
     def forward(self, ids: torch.Tensor, share: float) -> torch.Tensor:
         """Return the loss of windows [B, T], given the share of tokens to evict."""
         mean, evicted = divergence(self.model, ids)
-        return mean + self.budget * (share - evicted.mean()).clamp(min=0.0)
+        missing = (share - evicted.mean()).clamp(min=0.0)
+        return mean + self.budget * (missing + FIRMNESS * missing.square())
 
 
 def divergence(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from vllm import envs
 from vllm.distributed.kv_transfer import has_kv_transfer_group
 from vllm.platforms import current_platform
@@ -61,6 +62,9 @@ def adapters(vllm_config: VllmConfig, supported: bool) -> Refusals:
     yield lora and not supported, "LoRA (--enable-lora)"
     # vLLM 0.32's functions for CPUs take -1, which stands for no adapter, for the last one.
     yield lora and current_platform.is_cpu(), "LoRA (--enable-lora) on a CPU, where other requests would get it too"
+    # vLLM's kernels for adapters assert this without a word.
+    single = vllm_config.model_config.dtype == torch.float32
+    yield lora and single, "LoRA (--enable-lora) with --dtype float32"
 
 
 def quantized_weights(model: ModelConfig, supported: bool) -> Refusals:

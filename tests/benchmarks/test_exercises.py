@@ -37,3 +37,14 @@ def test_exercises_ask_for_what_was_said_before() -> None:
     while (found := re.search(rf"\b{name} = (\w+)\. ", before)) is not None and not found[1].isdigit():
         name = found[1]
     assert found is not None and found[1] == handed[2]
+
+
+def test_revisions_repeat_passages_that_stood_before() -> None:
+    """Most lines of a document stand in it more than once, some are changed, and its passages are of the texts."""
+    texts = ["\n".join(f"line {n} of text number {seed}" for n in range(300)) for seed in range(3)]
+    text = exercises.revisions(random.Random(4), texts, 40000)
+    lines = [line for line in text.split("\n") if re.fullmatch(r"line \d+ of text number \d", line)]
+    assert 40000 <= len(text) < 50000
+    assert len(lines) > 1.8 * len(set(lines)) and set(lines) <= {line for one in texts for line in one.split("\n")}
+    assert re.search(r"_(amber|birch|cedar|delta|ember|fjord|grove|heron|ivory|jade|koala|lotus)\b", text)
+    assert text == exercises.revisions(random.Random(4), texts, 40000)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import PretrainedConfig
 from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.platforms import current_platform
@@ -137,8 +138,10 @@ def test_adapters_by_family_and_device(sparse: Path, evicting: Path, monkeypatch
     mixed = "LoRA (--enable-lora) on a CPU, where other requests would get it too: leave it out."
     assert f"In vllm-fox, Decoders that evict tokens do not support {mixed}" in refused(evicting, enable_lora=True)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    on_a_gpu: Any = SimpleNamespace(lora_config=object())
-    assert not any(found for found, _ in adapters(on_a_gpu, supported=True))
+    for dtype, refusals in ((torch.float16, 0), (torch.float32, 1)):
+        on_a_gpu: Any = SimpleNamespace(lora_config=object(), model_config=SimpleNamespace(dtype=dtype))
+        found = [what for found, what in adapters(on_a_gpu, supported=True) if found]
+        assert found == ["LoRA (--enable-lora) with --dtype float32"][:refusals]
 
 
 REFUSED_VARIABLES = {

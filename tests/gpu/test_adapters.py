@@ -22,7 +22,10 @@ pytestmark = [
 def test_adapters_in_one_batch(tmp_path: Path, variant: str) -> None:
     """Both slots are taken, and the batch has a request without an adapter."""
     made = make_evicting(tmp_path, VARIANTS[variant])
-    lora: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    lora: dict[str, Any] = {"dtype": "float16", "enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
     graphs = {"cudagraph_capture_sizes": [1, 2, 4, 8]}
     with engine(made.served, max_model_len=2048, compilation_config=graphs, **lora, **GPU_DEFAULTS) as llm:
-        check_adapters(llm, made, tmp_path, atol=1e-3)
+        apart = check_adapters(llm, made, tmp_path)
+    # vLLM's kernels for adapters take no float32. In float16 some decisions fall on their threshold's other side.
+    print(apart)
+    assert (5 * apart.diagonal() < (apart + 100 * torch.eye(3)).amin(1)).all()

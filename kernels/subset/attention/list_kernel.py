@@ -44,7 +44,9 @@ def launch(head_dim: int, groups: int, dtype: torch.dtype, several: bool) -> Lau
         return Launch(64 if head_dim <= 128 else 32, groups, 4, 3, 2)
     if dtype == torch.float32:  # without tensor cores: larger blocks would not fit into registers
         return Launch(16, 1, 8, 2, 1)
-    return Launch(64 if head_dim <= 128 else 32, 1, 8, 3, 2)
+    if head_dim > 128:
+        return Launch(32, 1, 8, 3, 2)
+    return Launch(64, 1, 4 if head_dim <= 64 else 8, 3, 1)
 
 
 @triton.jit

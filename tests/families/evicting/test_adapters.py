@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.engines import engine
 from tests.support.adapters import check_adapters
@@ -21,5 +22,6 @@ def test_adapters_in_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(config_hook, "adapters", lambda *_: ())
     lora = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
     with engine(made.served, {"page_size": 16}, max_model_len=512, max_num_batched_tokens=160, **lora) as llm:
-        # float32's roundoff on logits of at most some ten, through two layers.
-        check_adapters(llm, made, tmp_path, atol=2e-4)
+        apart = check_adapters(llm, made, tmp_path)
+    # float32's roundoff on logits of at most some ten, through two layers.
+    assert apart.diagonal().max() < 1e-4 and (apart + torch.eye(3)).min() > 0.1
