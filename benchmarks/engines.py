@@ -42,7 +42,7 @@ def processes_under(pid: int, name: str) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def engine(model: str | Path, fox: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
-    """A real engine in this process; float32 and eager unless told otherwise."""
+    """A real engine in this process; float32, eager, and with NaN in free pages, unless told otherwise."""
     options = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -52,8 +52,7 @@ def engine(model: str | Path, fox: dict[str, Any] | None = None, **options: Any)
         "seed": 0,
         **options,
     }
-    if fox is not None:
-        options["additional_config"] = {"fox": fox}
+    options["additional_config"] = {"fox": {"poison_free_pages": True, **(fox or {})}}
     llm = LLM(model=str(model), **options)
     try:
         yield llm

@@ -34,7 +34,8 @@ def main() -> None:
     rows = []
     for size in get_args(PageSize):
         blocks = -(-LONGEST // size) + 2
-        with engine(args.model, {"page_size": size}, max_model_len=LONGEST, num_gpu_blocks_override=blocks) as llm:
+        fox = {"page_size": size, "poison_free_pages": False}
+        with engine(args.model, fox, max_model_len=LONGEST, num_gpu_blocks_override=blocks) as llm:
             spec = manager(llm).kv_cache_spec
             form = spec.page_format
             assert isinstance(form, ForgettingPageFormat)

@@ -21,6 +21,7 @@ class PageSettings(BaseModel):
     Attributes:
         release: whether dead pages are given back while their request runs.
         page_size: tokens per page; None stands for the family's own page size.
+        poison_free_pages: whether pages are filled with NaN while they are free, for debugging.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -29,6 +30,7 @@ class PageSettings(BaseModel):
     page_size: PageSize | None = Field(
         None, description="one of " + ", ".join(map(str, get_args(PageSize))) + ", or null"
     )
+    poison_free_pages: bool = Field(False, description="true or false")
 
     @classmethod
     def from_options(cls, options: Any) -> Self:
@@ -52,5 +54,14 @@ class PageSettings(BaseModel):
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> Self:
         """Read the options from an engine's ``additional_config`` (see :meth:`from_options`)."""
-        additional = vllm_config.additional_config
-        return cls.from_options(additional.get("fox", {}) if isinstance(additional, Mapping) else {})
+        return cls.from_options(_options(vllm_config))
+
+
+def poisons_free_pages(vllm_config: VllmConfig) -> bool:
+    """Return :attr:`PageSettings.poison_free_pages` of an engine whose options have been checked."""
+    return bool(_options(vllm_config).get("poison_free_pages", False))
+
+
+def _options(vllm_config: VllmConfig) -> Any:
+    additional = vllm_config.additional_config
+    return additional.get("fox", {}) if isinstance(additional, Mapping) else {}

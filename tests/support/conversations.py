@@ -6,10 +6,9 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from vllm import LLM, SamplingParams
 
-from benchmarks.engines import generate, manager, num_blocks, scheduler, step
+from benchmarks.engines import generate, num_blocks, scheduler, step
 
 
 @dataclass
@@ -58,19 +57,8 @@ def answer_of(out: Any) -> Answer:
     return Answer(list(out.prompt_token_ids), tokens, logprobs, out.num_cached_tokens)
 
 
-def poison_free_pages(llm: LLM) -> None:
-    """Make every page NaN that is neither live nor cached (of a single worker in this process)."""
-    pool = manager(llm).pool
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    layer = next(layer for layer in layers.values() if hasattr(layer, "page_format"))
-    raw = layer.pool()
-    pages = raw[: raw.numel() // layer.page_format.page_bytes * layer.page_format.page_bytes]
-    pages = pages.view(-1, layer.page_format.page_bytes)
-    pages[torch.from_numpy(pool.free_ids(0).copy()).long().to(raw.device)] = 0xFF
-
-
 def random_conversations(
-    llm: LLM, requests: int, order: random.Random, *, room: int, longest: int, vocabulary: int, poison: bool
+    llm: LLM, requests: int, order: random.Random, *, room: int, longest: int, vocabulary: int
 ) -> Traffic:
     """Run ``requests`` greedy requests that arrive at random.
 
@@ -78,7 +66,6 @@ def random_conversations(
         room: blocks that they have; the rest is held aside.
         longest: most tokens of a prompt; a conversation that would be longer begins anew.
         vocabulary: tokens are drawn from 1 to this number.
-        poison: make free pages NaN after every step.
     """
 
     def words(count: int) -> list[int]:
@@ -112,8 +99,6 @@ def random_conversations(
                 running.discard(out.request_id)
                 answers.append(answer_of(out))
                 texts.append(answers[-1].prompt + answers[-1].tokens)
-        if poison:
-            poison_free_pages(llm)
         for request in sched.requests.values():
             preempted[request.request_id] = request.num_preemptions
         if sched.running and order.random() < 0.03:

@@ -23,10 +23,13 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 
+from vllm_fox.settings import poisons_free_pages
+
 from .geometry import PageGeometry
 from .manager import StreamPageManager
 from .messages import PageReport, TableUpdate
 from .metrics import PageMetrics, PageStats, StatsSource
+from .poison import Poison
 from .spec import StreamPageSpec
 from .tables import DeviceTables, FirstLiveAt
 
@@ -46,6 +49,8 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         self._follow_weights: Callable[[], None] = lambda: None
         self._first_live_at: FirstLiveAt
         self._stats: StatsSource | None = None
+        self._poisons = poisons_free_pages(vllm_config)
+        self._poison: Poison | None = None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -69,11 +74,15 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         attention[0].bind_page_table(attention, self._tables.table, max_rows)
         self._follow_weights = attention[0].watch_weights(attention)
         self._first_live_at = attention[0].first_live_at
+        if self._poisons:
+            self._poison = Poison(attention[0].pool(), spec.page_format.page_bytes, geometry.streams[rank])
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         assert self._tables is not None and isinstance(connector_metadata, TableUpdate)
         self._follow_weights()
+        if self._poison is not None and connector_metadata.freed is not None:
+            self._poison.fill(connector_metadata.freed[self._tables.rank])
         self._tables.write(connector_metadata)
 
     def build_connector_worker_meta(self) -> PageReport:
@@ -100,10 +109,15 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         (manager,) = kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, StreamPageManager)
         self._manager, self._stats = manager, StatsSource(manager)
+        if self._poisons:
+            manager.pool.watch_freed()
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> TableUpdate:
         assert self._manager is not None
-        return self._manager.take_update(scheduler_output.num_scheduled_tokens)
+        update = self._manager.take_update(scheduler_output.num_scheduled_tokens)
+        if self._poisons:
+            update.freed = self._manager.pool.take_freed()
+        return update
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         assert self._manager is not None

@@ -27,6 +27,8 @@ class TableUpdate(KVConnectorMetadata):
         columns: pages handed out for the step.
         boundary_slots, boundary_pages: [B] the step also reports the live ranges as they are after so many pages of
             these slots' requests, which it fills.
+        freed: for each rank, pages that were freed since the last step, and may have been handed out again for this
+            one; None unless free pages are poisoned.
     """
 
     step: int
@@ -37,6 +39,7 @@ class TableUpdate(KVConnectorMetadata):
     columns: Columns
     boundary_slots: np.ndarray
     boundary_pages: np.ndarray
+    freed: list[np.ndarray] | None = None
 
     def __repr__(self) -> str:
         """Return a short text: vLLM prints it when a step fails, and the arrays may hold a million ids."""

@@ -121,6 +121,8 @@ class PagePool:
         # What a slot's request began with: the column of the end, and the table entries that the device lacks.
         self._began_with: dict[int, int] = {}
         self._adopted: dict[int, Columns] = {}
+        # Pages of each rank that were freed, for whoever asked to be told.
+        self._freed: list[list[np.ndarray]] | None = None
 
     def _available(self) -> list[int]:
         """Pages of each rank that are free or cached."""
@@ -473,6 +475,8 @@ class PagePool:
         top = self._num_free[rank]
         self._free[rank][top : top + len(ids)] = ids
         self._num_free[rank] = top + len(ids)
+        if self._freed is not None:
+            self._freed[rank].append(ids)
 
     def _push_all(self, ids: list[np.ndarray]) -> None:
         for rank, mine in enumerate(ids):
@@ -490,6 +494,17 @@ class PagePool:
         if end > first:
             self._free_chunks.extend(self._chunk_of[slot, first:end].tolist())
             self._first_chunk[slot] = end
+
+    def watch_freed(self) -> None:
+        """Take note of pages that are freed, from now on."""
+        self._freed = [[] for _ in range(self.ranks)]
+
+    def take_freed(self) -> list[np.ndarray]:
+        """Return the pages of each rank that were freed since the last call, or since they are watched."""
+        assert self._freed is not None
+        freed = [np.concatenate([NO_NUMBERS, *ids]) for ids in self._freed]
+        self.watch_freed()
+        return freed
 
     def held_ids(self, slot: int, rank: int) -> np.ndarray:
         """Return the page ids that ``slot`` holds on ``rank`` (for checks and tests)."""
