@@ -33,6 +33,7 @@ RUN = {
     "python -m benchmarks.chat": ("tests/benchmarks/test_chat.py", "chat.main()"),
     "python -m benchmarks.checkpoint": ("tests/benchmarks/test_capacity.py", "checkpoint.main()"),
     "python -m benchmarks.eviction": ("tests/benchmarks/test_eviction.py", "eviction.main()"),
+    "python -m benchmarks.exercises": ("tests/benchmarks/test_exercises.py", "exercises.main()"),
     "python -m benchmarks.quality": ("tests/benchmarks/test_quality.py", "quality.main()"),
     "python -m vllm_fox.cli": ("tests/cli/test_app.py", '"vllm_fox.cli"'),
     "python -m vllm_fox.convert": ("tests/families/evicting/test_convert.py", '"vllm_fox.convert"'),

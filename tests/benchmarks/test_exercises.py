@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +50,13 @@ def test_revisions_repeat_passages_that_stood_before() -> None:
     assert len(lines) > 1.8 * len(set(lines)) and set(lines) <= {line for one in texts for line in one.split("\n")}
     assert re.search(r"_(amber|birch|cedar|delta|ember|fjord|grove|heron|ivory|jade|koala|lotus)\b", text)
     assert text == exercises.revisions(random.Random(4), texts, 40000)
+
+
+def test_the_program_writes_either_kind(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, words in (("exercises", []), ("revisions", ["--texts", str(text)])):
+        command = ["exercises", str(tmp_path / name), *words, "--documents", "3", "--characters", "900"]
+        monkeypatch.setattr(sys, "argv", command)
+        exercises.main()
+        written = [path.read_text() for path in sorted((tmp_path / name).iterdir())]
+        assert len(set(written)) == 3 and min(map(len, written)) >= 900
+    assert "The secret number" not in "".join(written)
