@@ -42,6 +42,9 @@ class PrefixMachine(RuleBasedStateMachine):
         self.mail: list[dict[str, Any]] = []
         self.promised: dict[int, tuple[int, ...]] = {}
         self.ended: list[tuple[int, ...]] = []
+        # Pages that a worker has filled with NaN since they were last handed out.
+        self.pool.watch_freed()
+        self.poisoned = [set(self.pool.free_ids(rank).tolist()) for rank in range(RANKS)]
 
     def keys(self, text: tuple[int, ...]) -> list[tuple[int, ...]]:
         return [text[:count] for count in range(1, len(text) + 1)]
@@ -96,6 +99,10 @@ class PrefixMachine(RuleBasedStateMachine):
     def step(self, reported: bool, offered: bool) -> None:
         """Pages are handed out and written, put into the cache, and the device notes live ranges for the report."""
         columns = self.pool.hand_out()
+        for rank, freed in enumerate(self.pool.take_freed()):
+            self.poisoned[rank] |= set(freed.tolist())
+            self.poisoned[rank] -= set(columns.ids[:, self.pool.columns[rank]].ravel().tolist())
+            assert self.poisoned[rank] == set(self.pool.free_ids(rank).tolist())
         adopted = len(columns.ids) - sum(map(len, self.promised.values()))
         ids = iter(columns.ids[adopted:])
         for slot, new in self.promised.items():
