@@ -47,7 +47,7 @@ def retrofitting(folder: Path, ids: torch.Tensor) -> Step:
     from retrofit import load, parse
 
     args = parse([str(folder), str(folder), f"--output={folder}", f"--context={ids.shape[1]}"])
-    distillation: Any = Distillation(load(args), 1.0).cuda().train()
+    distillation: Any = Distillation(load(args), 1.0, compiled=True).cuda().train()
     compile_layers(distillation)
 
     def step() -> None:

@@ -52,8 +52,7 @@ CALIBRATION = 1 << 16  # tokens of the training texts by which the threshold is 
 READ_AT_ONCE = 1 << 13  # of these tokens
 CALIBRATIONS = 3  # what is evicted in one layer changes what later layers decide
 ADAPTER = {
-    "context": 8192, "batch": 16, "steps": 544, "warmup": 20, "lr": 1e-3, "weight_decay": 0.0, "window": 256,
-    "budget": 1.0,
+    "context": 8192, "batch": 16, "steps": 544, "warmup": 20, "weight_decay": 0.0, "window": 256, "budget": 1.0,
 }  # fmt: skip
 """Defaults of options for adapters. Those for predictors: windows as long as the texts that KVzap's authors take,
 their learning rate, decay, window and hidden size."""
@@ -61,13 +60,16 @@ PREDICTOR = {
     "context": 1024, "batch": 8, "steps": 2000, "warmup": 100, "lr": 5e-3, "weight_decay": 0.01, "window": 128,
     "hidden_dim": 512,
 }  # fmt: skip
+RATE = 0.12
+"""Learning rate of adapters, times the hidden size: DMS's authors take 3e-5 where the hidden size is 4096. So a
+step of Adam moves a logit by about 10 at most, however large the model is."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="folder of a Llama, Mistral, Qwen2 or Qwen3")
     add_run_options(parser)
-    parser.set_defaults(micro_batch=1, **dict.fromkeys(ADAPTER))
+    parser.set_defaults(micro_batch=1, lr=None, **dict.fromkeys(ADAPTER))
     above_1 = number(lambda value: value > 1, "a number above 1")
     parser.add_argument("--ratio", type=above_1, default=8.0, help="of all tokens to those that are kept")
     parser.add_argument("--window", type=positive_int, help="tokens for which an evicted one stays")
@@ -78,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--hidden-dim", type=positive_int, help="of --predictor mlp: size of its hidden layer, 512")
     parser.add_argument(
-        "--ramp", type=positive_int, help="of adapters: steps in which the ratio rises; 15/16 of --steps"
+        "--ramp", type=positive_int, help="of adapters: steps in which the ratio rises; half of --steps"
     )
     parser.add_argument(
         "--checkpointing", action="store_true", help="of adapters: keep no activations: slower, less memory"
@@ -98,7 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.predictor == "linear":
         args.hidden_dim = None
     if not args.predictor:
-        args.ramp = args.ramp or max(1, 15 * args.steps // 16)
+        args.ramp = args.ramp or max(1, args.steps // 2)
         if args.ramp > args.steps:
             parser.error(f"--ramp is {args.ramp}: it must be at most --steps {args.steps}.")
     if args.window >= args.context:
@@ -130,6 +132,8 @@ def load(args: argparse.Namespace) -> EvictingDecoderForCausalLM:
     missing = [name for name in found["missing_keys"] if not learns(name)]
     if wrong := [*missing, *found["unexpected_keys"]]:
         raise SystemExit(f"CHECKPOINT {args.checkpoint}: the tensor {wrong[0]} is missing or left over.")
+    if args.lr is None:
+        args.lr = RATE / config.hidden_size
     if (most := config.max_position_embeddings) < args.context:
         refuse(f"--context is {args.context}: CHECKPOINT {args.checkpoint} has {most} positions.")
     for name, weight in model.named_parameters():
@@ -211,7 +215,7 @@ def cost_of_eviction(model: Any, windows: Iterable[torch.Tensor]) -> dict[str, f
     """
     losses, dense, divergences, shares = [], [], [], []
     for ids in windows:
-        mean, evicted = divergence(model, ids)
+        mean, evicted, _ = divergence(model, ids)
         divergences.append(mean)
         shares.append(evicted)
         losses.append(loss_of_text(model, ids))
@@ -252,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
 def retrofit(args: argparse.Namespace, model: EvictingDecoderForCausalLM) -> None:
     """The whole run, or what is left of it."""
     fixed = (*RUN, *OWN)
-    learner: Any = regression(args, model) if args.predictor else Distillation(model, args.budget)
+    learner: Any = regression(args, model) if args.predictor else Distillation(model, args.budget, args.compile)
     accelerator, corpus = begin(args, fixed, args.checkpoint / "tokenizer.json")
     save_learned_only(accelerator)
 

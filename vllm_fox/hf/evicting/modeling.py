@@ -34,6 +34,8 @@ from .decisions import about, add_decisions, decision_logits, log_kept, noisy
 
 TEMPERATURE = 0.1
 """Of the soft decision in training, as in DMS."""
+DECIDED = 6.0
+"""Logits beyond it say no more: noise turns one such decision in 400 round, and fewer hardly give a gradient."""
 
 
 @dataclass
@@ -43,9 +45,12 @@ class EvictingModelOutput(BaseModelOutput):
     Attributes:
         evicted: [layers] share of the decisions about tokens that evict. In training mode a soft decision has the
             gradient (straight through).
+        excess: [layers] mean square of what the decisions' logits have beyond :data:`DECIDED`, on either side. It
+            is 0 where the model is evaluated.
     """
 
     evicted: torch.Tensor | None = None
+    excess: torch.Tensor | None = None
 
 
 class EvictingSelfAttention(nn.Module):
@@ -80,10 +85,10 @@ class EvictingSelfAttention(nn.Module):
             rope: cosines and sines, [1, N, d].
 
         Returns:
-            The output, and the share of what is decided that evicts, a scalar.
+            The output, and two numbers: the share of what is decided that evicts, and the logits' excess.
         """
         q, k, v = self.project(x)
-        kept, evicted = self._decide(x, residual, q, line)
+        kept, said = self._decide(x, residual, q, line)
         borrowed = self.eviction.method == "dms_borrowed_neuron"
         if borrowed:
             q = self._without_neuron(q)
@@ -93,7 +98,7 @@ class EvictingSelfAttention(nn.Module):
             q = self._without_neuron(q)
         window = self.eviction.window
         out = fading_attention(q.flatten(1, 2), k, v.to(q.dtype), kept, window=window, cu_seqlens=line.cu_seqlens)
-        return self.o_proj(out.flatten(1).to(x.dtype)), evicted
+        return self.o_proj(out.flatten(1).to(x.dtype)), said
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Map normed x [N, hidden] to queries [N, KV heads, G, d], keys and values [N, KV heads, d].
@@ -124,17 +129,21 @@ class EvictingSelfAttention(nn.Module):
     def _decide(
         self, x: torch.Tensor, residual: torch.Tensor, q: torch.Tensor, line: Line
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log_kept [N, KV heads] for attention, and the share that is evicted."""
+        """Return log_kept [N, KV heads] for attention, and [2]: the evicted share and the logits' excess."""
         logits = self.decisions(x, residual, q, line)
+        nothing = torch.zeros((), dtype=logits.dtype, device=logits.device)
         if not self.evicts:
-            return torch.zeros_like(logits), torch.zeros((), dtype=logits.dtype, device=logits.device)
+            return torch.zeros_like(logits), torch.stack([nothing, nothing])
         if not self.training:
             gone = logits > 0
-            return torch.zeros_like(logits).masked_fill(gone, float("-inf")), gone.to(logits.dtype).mean()
+            share = gone.to(logits.dtype).mean()
+            return torch.zeros_like(logits).masked_fill(gone, float("-inf")), torch.stack([share, nothing])
+        beyond = (logits.abs() - DECIDED).clamp(min=0).masked_fill(logits.isinf(), 0)
         logits = noisy(logits)
         soft = (logits / TEMPERATURE).sigmoid()
         hard = (logits > 0).to(soft.dtype)
-        return log_kept(logits, TEMPERATURE), (soft + (hard - soft).detach()).mean()
+        share = (soft + (hard - soft).detach()).mean()
+        return log_kept(logits, TEMPERATURE), torch.stack([share, beyond.square().mean()])
 
     @staticmethod
     def _without_neuron(q: torch.Tensor) -> torch.Tensor:
@@ -157,10 +166,10 @@ class EvictingDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, x: torch.Tensor, line: Line, rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map x [N, hidden] to the output [N, hidden], and say what share is evicted."""
-        y, evicted = self.self_attn(self.input_layernorm(x), x, line, rope)
+        """Map x [N, hidden] to the output [N, hidden], and say what the attention says."""
+        y, said = self.self_attn(self.input_layernorm(x), x, line, rope)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), evicted
+        return x + self.mlp(self.post_attention_layernorm(x)), said
 
 
 class EvictingPreTrainedModel(PreTrainedModel):
@@ -205,11 +214,12 @@ class EvictingDecoderModel(LineModelMixin, EvictingPreTrainedModel):
         return cos, sin
 
     def run_layer(self, layer: nn.Module, x: torch.Tensor, line: Line, context: Any) -> tuple[torch.Tensor, Any]:
-        x, evicted = layer(x, line, context)
-        return x, evicted
+        x, said = layer(x, line, context)
+        return x, said
 
     def output(self, hidden: Any, cache: Any, states: tuple[Any, ...] | None, said: list[Any]) -> Any:
-        return EvictingModelOutput(last_hidden_state=hidden, hidden_states=states, evicted=torch.stack(said))
+        evicted, excess = torch.stack(said).unbind(1)
+        return EvictingModelOutput(last_hidden_state=hidden, hidden_states=states, evicted=evicted, excess=excess)
 
 
 class EvictingDecoderForCausalLM(
