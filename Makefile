@@ -19,7 +19,7 @@ STAMP := $(VENV)/.setup-$(DEVICE)$(VLLM)
 
 help:
 	@echo 'make setup   install vLLM (here: $(DEVICE)) and vllm-fox into .venv'
-	@echo 'make demo    serve two small models, send them long prompts, show what was given back'
+	@echo 'make demo    serve three small models, send them long prompts, show what was given back'
 	@echo 'make test    run the tests'
 	@echo 'make serve   serve MODEL (default: examples/fox-tiny) on port 8000'
 	@echo 'make lint    ruff, mypy, and which part may import which'

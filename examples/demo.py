@@ -2,12 +2,14 @@
 
     python examples/demo.py
 
-For each of two small models, a Forgetting Transformer and a GPT-2 with Dynamic Context Pruning: starts the real
-server (``vllm serve``) on a free port of this machine, sends it a few long prompts at once through the OpenAI
-client, prints what the model wrote, and then what happened to the KV pages, as read from the server's /metrics.
-Where prefix caching is on, a short conversation comes last, with what each turn found in the cache. In the end it
-names the maps that it has written of its requests: pages for a browser that show what the model forgot. It exits
-with 1 if a request failed, the server died, nothing was released or nothing was found, and always stops the server.
+For each of three small models, a Forgetting Transformer, a GPT-2 with Dynamic Context Pruning and a Llama that has
+learned to evict: starts the real server (``vllm serve``) on a free port of this machine, sends it a few long
+prompts at once through the OpenAI client, prints what the model wrote, and then what happened to the KV pages, as
+read from the server's /metrics. Where prefix caching is on, a short conversation comes last, with what each turn
+found in the cache. Of a model that can also keep everything, it says how much worse it continues these texts for
+what it forgets. In the end it names the maps that it has written of its requests: pages for a browser that show
+what the model forgot. It exits with 1 if a request failed, the server died, nothing was released or nothing was
+found, and always stops the server.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from vllm_fox.families import family_of
 from vllm_fox.registration import register_configs
 
 HERE = Path(__file__).resolve().parent
-MODELS = (HERE / "fox-tiny", HERE / "dcp-tiny")
+MODELS = (HERE / "fox-tiny", HERE / "dcp-tiny", HERE / "llama-evict-tiny")
 MODEL_NAME = "demo"
 # Files of the standard library, and the beginning that is sent, as a share of the context.
 PROMPTS = {"argparse": 0.49, "fractions": 0.55, "difflib": 0.61, "configparser": 0.67, "tarfile": 0.73}
@@ -539,6 +541,39 @@ def write_maps(model: Model, requests: list[Request], folder: Path) -> list[tupl
     return written
 
 
+def cost_of_forgetting(model: Model, requests: list[Request]) -> tuple[float, float] | None:
+    """Nats a token of all prompts and answers, as the model is and as it is if it keeps everything.
+
+    They are computed by transformers. It is None for models that cannot keep everything.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import vllm_fox.hf  # noqa: F401 (makes transformers know the models)
+
+    twin: Any = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
+    if not hasattr(twin, "set_evicts"):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    lost, tokens = [0.0, 0.0], 0
+    for request in requests:
+        ids = tokenizer(request.prompt + request.text, return_tensors="pt").input_ids[:, : model.context]
+        for which, evicts in enumerate((True, False)):
+            twin.set_evicts(evicts)
+            with torch.no_grad():
+                lost[which] += (ids.shape[1] - 1) * twin(input_ids=ids, labels=ids).loss.item()
+        tokens += ids.shape[1] - 1
+    return lost[0] / tokens, lost[1] / tokens
+
+
+def print_cost(cost: tuple[float, float]) -> None:
+    ours, dense = cost
+    print(
+        f"\nWhat it costs: {ours - dense:+.3f} nats a token on these texts ({ours:.3f}, and {dense:.3f} if the "
+        "model keeps everything)."
+    )
+
+
 def print_maps(written: list[tuple[Path, float]]) -> None:
     print("\nMaps of what was forgotten of each request, to open in a browser:")
     for path, share in written:
@@ -604,7 +639,7 @@ def interrupt(*_: object) -> None:
 
 def main() -> int:
     parser = Parser(description="Serve models that forget and watch their KV pages.")
-    parser.add_argument("--model", type=Path, help="folder of a checkpoint (default: the two that ship)")
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint (default: the three that ship)")
     parser.add_argument(
         "--max-tokens", type=integer(1, 900), default=192, help="to write per prompt (default: 192)"
     )
@@ -626,6 +661,8 @@ def main() -> int:
         written = []
         for model in models:
             requests = run(model, options.max_tokens, log)
+            if (cost := cost_of_forgetting(model, requests)) is not None:
+                print_cost(cost)
             if model.has_maps:
                 written += write_maps(model, requests, maps)
         if written:

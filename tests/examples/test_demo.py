@@ -153,6 +153,18 @@ def test_maps_are_written_of_requests_and_named(
     assert all(f"{path}  ({share:.0%} given back at the end)" in said for path, share in written)
 
 
+def test_the_cost_is_that_of_models_that_can_keep_everything(
+    demo: ModuleType, dcp_tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = [demo.Request("one", Path(demo.__file__).read_text()[:6000], text="import sys\n")]
+    assert demo.cost_of_forgetting(demo.Model.read(dcp_tiny), requests) is None
+    ours, dense = demo.cost_of_forgetting(demo.Model.read(demo.MODELS[2]), requests)
+    assert 0 < dense < ours < dense + 0.5
+    demo.print_cost((2.5, 2.375))
+    said = capsys.readouterr().out
+    assert "+0.125 nats a token on these texts (2.500, and 2.375 if the model keeps everything)" in said
+
+
 def test_a_server_that_ends_is_reported_with_the_end_of_its_log(demo: ModuleType, tmp_path: Path) -> None:
     log = tmp_path / "log"
     noise = "INFO see FileNotFoundError: it is harmless\n" * 50
