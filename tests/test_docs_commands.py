@@ -19,7 +19,10 @@ from tests.support.command_lines import parser_of
 from tests.support.shell_commands import Command, commands_in
 from vllm_fox.cli.app import app
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 COMMANDS = [(page, command) for page in PAGES for command in commands_in(page.read_text())]
 RUN = {
     "examples/serve.sh": ("tests/test_docs_commands.py", "serve.sh"),
@@ -43,8 +46,10 @@ RUN = {
     "python examples/ray_batch.py": ("tests/examples/test_ray.py", "ray_batch"),
     "python examples/retrofit.py": ("tests/examples/test_retrofit.py", "retrofit"),
     "python examples/train_fox.py": ("tests/examples/test_train_fox.py", "train_fox"),
+    "sha256sum": ("tests/engine/test_packaging.py", '"sha256sum"'),
     "vllm run-batch": ("tests/external/test_run_batch.py", "run-batch"),
     "vllm serve": ("tests/external/serving.py", '"serve"'),
+    "vllm-fox --help": (".ci/check_installed.py", 'run("--help")'),
     "vllm-fox convert": ("tests/cli/test_convert.py", 'run("convert"'),
     "vllm-fox doctor": ("tests/cli/test_doctor.py", '"doctor"'),
     "vllm-fox inspect": ("tests/cli/test_inspect.py", '"inspect"'),
@@ -54,11 +59,19 @@ RUN = {
 }
 """Programs that the docs run, the file that runs them too, and words of that file."""
 NOT_RUN = {
+    ".venv-release/bin/twine upload": "an account at the package index",
     "accelerate launch": "two GPUs",
     "apt-get install": "the network, and an administrator",
+    "git commit": "a maintainer's key",
+    "git push": "a repository to push to",
+    "git tag": "a maintainer's key",
+    "git verify-tag": "a signed tag",
+    "make audit": "a database of advisories on the network",
     "make clean": "an environment that is not the one which the tests run in",
     "make demo": "an installation in the checkout, and minutes; tests/examples/test_demo.py tests its parts",
     "make lint": "the time; it belongs to each change instead",
+    "make lock": "the network; tests/test_constraints.py runs its script",
+    "make release": "the network; tests/engine/test_packaging.py runs its checks",
     "make serve": "an installation in the checkout; what it runs then is examples/serve.sh",
     "pip install": "the network",
     "pipx install": "the network",
@@ -138,7 +151,7 @@ def wrong(command: Command, monkeypatch: pytest.MonkeyPatch) -> str | None:
     return None
 
 
-OPTIONS_OF_ALL = ("--install-completion", "--show-completion", "--version")
+OPTIONS_OF_ALL = ("--help", "--install-completion", "--show-completion", "--version")
 """Options of ``vllm-fox`` that stand before a command."""
 NEED_MATPLOTLIB = ("benchmarks.cached_pages", "benchmarks.dcp", "benchmarks.live_pages")
 

@@ -29,6 +29,7 @@ PROGRAMS = (
         "python3",
         "ray",
         "sh",
+        "sha256sum",
         "torchrun",
         "uv",
         "vllm",
@@ -36,11 +37,14 @@ PROGRAMS = (
         "wget",
         "examples/serve.sh",
     ),
-    *(".ci/run", ".ci/setup.sh"),
+    *(".ci/run", ".ci/setup.sh", ".venv-release/bin/twine"),
 )
 """What a line must begin with to be a command, unless it begins with a dollar sign."""
 START = re.compile(rf"(?:\w+=\S+ +)*(?:{'|'.join(map(re.escape, PROGRAMS))})(?= |$)")
-WITH_COMMANDS = {"accelerate", "apt-get", "make", "pip", "pipx", "ray", "vllm", "vllm-fox"}
+WITH_COMMANDS = {
+    *("accelerate", "apt-get", "git", "make", "pip", "pipx", "ray", "vllm", "vllm-fox"),
+    ".venv-release/bin/twine",
+}
 """Programs whose first argument says what is done."""
 
 
