@@ -169,7 +169,8 @@ def release(dist: Path, lender: Path, work: Path, options: Sequence[str]) -> Non
     say(f"vllm-fox {version} of commit {commit}")
     sdist, wheel = build_both(tree, work, epoch)
     say(f"{sdist.name} and {wheel.name} are built; the wheel from the sdist is the same, byte for byte")
-    say(" ".join(run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", sdist, wheel).split()))
+    run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", sdist, wheel)
+    say("`twine check --strict` passes both")
     pythons = dict[Path, Path]()
     for package in (sdist, wheel):
         python = pythons[package] = install(package, work / f"env{package.suffix}", *options)
