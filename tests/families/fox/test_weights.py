@@ -387,3 +387,14 @@ def test_constant_gates_stay_float32(name: str, tmp_path: Path) -> None:
         # Kernels are compiled ahead for the dtype that they will get.
         dry = block.attn.attn.dry_inputs(1, torch.device("cpu"))
         assert dry[3].dtype == gate.dtype == torch.float32 and dry[0].dtype == torch.bfloat16
+
+
+def test_thresholds_are_float32_in_a_model_of_bfloat16(tmp_path: Path) -> None:
+    """Rounded to bfloat16, half of them would be higher than the bound allows."""
+    model = _load(make_checkpoint(tmp_path, **VARIANTS["pro"]), dtype="bfloat16")
+    for block in model.model.layers:
+        layer = block.attn.attn
+        layer.follow_weights()
+        wide = with_rounding(layer._bound_of_weights(), torch.bfloat16, torch.bfloat16)
+        off = pruning_threshold(wide, 512, -10.0) - layer.threshold.flatten().double()
+        assert ((off >= 0) & (off < 1e-5)).all(), off

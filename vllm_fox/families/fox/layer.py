@@ -83,7 +83,9 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         self._bounded_by, self._bound_of_weights = bounded_by, logit_bound
         # Upper bound of |q . k| / sqrt(d), which is known once weights are loaded.
         self.logit_bound = math.inf
-        self.register_buffer("threshold", torch.full((num_kv_heads, groups), -math.inf), persistent=False)
+        # In the model's dtype, which vLLM makes the default, a threshold could be rounded up.
+        never = torch.full((num_kv_heads, groups), -math.inf, dtype=torch.float32)
+        self.register_buffer("threshold", never, persistent=False)
         self.impl = ForgettingFormula(
             self.index, head_dim**-0.5, k_norm, qk_norm_eps, rope_base, shift_k=k_shift, shift_v=v_shift
         )
