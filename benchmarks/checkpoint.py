@@ -1,7 +1,7 @@
 """Models to benchmark serving with: a FoX (Pro) with random weights and real forgetting, and a Llama of its size;
 a GPT-2 that drops tokens, and one that does not.
 
-    python -m benchmarks.checkpoint fox FOLDER [--layers 24 --hidden 1536 --heads 24]
+    python -m benchmarks.checkpoint fox FOLDER [--layers 24 --hidden 1536 --heads 24] [--no-qk-norm]
     python -m benchmarks.checkpoint llama FOLDER
     python -m benchmarks.checkpoint statistics gates.safetensors
     python -m benchmarks.checkpoint sparse-gpt2 FOLDER     # GPT-2 small's sizes
@@ -10,7 +10,8 @@ a GPT-2 that drops tokens, and one that does not.
 What a Forgetting Transformer costs to serve depends on how its heads forget and on the bounds of their logits, not
 on what it has learned. So the weights are random, but each head's forget gate is constant at the mean log-forget
 of a head of a trained FoX (Pro), and its QK-norm has that head's logit bound (both up to bfloat16 rounding of the
-weights). data/gate_statistics.json holds the 48 heads; `statistics` makes it from measured gates.
+weights). Without QK-norm, the bound is that of the random projections. data/gate_statistics.json holds the 48
+heads; `statistics` makes it from measured gates.
 
 The Llama is the baseline of the FoX paper (arXiv 2503.02130): as many layers and heads of the same size, and an MLP
 of ratio 4 where FoX (Pro) has 3.5 and an output gate, which makes as many parameters. It is only a config.json, for
@@ -29,7 +30,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -63,18 +64,20 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of both models; the defaults are those of the published 760M models."""
+    """Sizes of both models, and whether the FoX has QK-norm. The defaults are the published 760M models'."""
 
     layers: int = 24
     hidden: int = 1536
     heads: int = 24
     vocab: int = 32000
     max_positions: int = 131072
+    qk_norm: bool = True
 
     @property
     def name(self) -> str:
         """For folder names."""
-        return f"{self.layers}x{self.hidden}x{self.heads}-v{self.vocab}-p{self.max_positions}"
+        sizes = f"{self.layers}x{self.hidden}x{self.heads}-v{self.vocab}-p{self.max_positions}"
+        return sizes if self.qk_norm else f"{sizes}-no-qk-norm"
 
 
 # FoX (Pro).
@@ -95,7 +98,7 @@ def fox_config(geometry: Geometry) -> FoxConfig:
         max_position_embeddings=geometry.max_positions,
         use_output_gate=True,
         use_output_norm=True,
-        qk_norm=True,
+        qk_norm=geometry.qk_norm,
         use_k_shift=True,
         use_v_shift=True,
     )
@@ -120,7 +123,7 @@ def fox_weights(config: FoxConfig, heads: Sequence[Head], seed: int = 0) -> dict
     """Every tensor of the checkpoint, in bfloat16.
 
     Args:
-        config: of an official FoX with QK-norm per head and full forget gates.
+        config: of an official FoX with full forget gates, and with QK-norm per head or none.
         heads: head h of layer l forgets as entry ``(l * config.num_heads + h) % len(heads)``.
         seed: of the random weights.
     """
@@ -330,6 +333,7 @@ def main() -> None:
         command = commands.add_parser(name, help=text)
         command.add_argument("folder", type=Path)
         add_geometry_options(command)
+    commands.choices["fox"].add_argument("--no-qk-norm", dest="qk_norm", action="store_false")
     for name, text in (("sparse-gpt2", "a GPT-2 that drops tokens"), ("gpt2", "config.json of GPT-2")):
         commands.add_parser(name, help=text).add_argument("folder", type=Path)
     statistics = commands.add_parser("statistics", help=f"write {STATISTICS.name} from measured gates")
@@ -348,6 +352,8 @@ def main() -> None:
         print(f"saved {args.folder}")
         return
     geometry = geometry_of(args)
+    if args.what == "fox":
+        geometry = replace(geometry, qk_norm=args.qk_norm)
     ready(args.folder, write_fox if args.what == "fox" else write_llama, geometry)
     count = (fox_parameters if args.what == "fox" else llama_parameters)(geometry)
     print(f"saved {args.folder}: {count / 1e6:.1f}M parameters")

@@ -46,6 +46,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from benchmarks.exercises import TASKS, Task
 from benchmarks.options import Parser, find_texts, integer, non_negative_int, positive_int, refuse
 from benchmarks.record import save
+from benchmarks.texts import token_windows
 from vllm_fox.hf import EvictingDecoderForCausalLM
 from vllm_fox.hf.evicting.modeling import EvictingSelfAttention
 from vllm_fox.hf.line import Line
@@ -240,7 +241,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model."""
     model = load(folder, args)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = text_windows(tokenizer, args)
+    windows = token_windows(tokenizer, find_texts(args.text), args.windows, args.context)
+    texts = [ids[None].to(args.device) for ids in windows]
     held = sum(held_at_end(model, ids) for ids in texts) / len(texts)
     asked = {name: questions(TASKS[name], tokenizer, args) for name in args.tasks}
     found: dict[str, Any] = {"held": held, "live_share": held / args.context, "systems": {}}
@@ -267,19 +269,6 @@ def load(folder: Path, args: argparse.Namespace) -> EvictingDecoderForCausalLM:
         refuse(f"--context is {args.context}: MODEL {folder} has {most} positions.")
     assert isinstance(model, EvictingDecoderForCausalLM)
     return model
-
-
-def text_windows(tokenizer: Any, args: argparse.Namespace) -> list[torch.Tensor]:
-    """Texts [1, context] from the folder's files, one after the other."""
-    ids: list[int] = []
-    for path in find_texts(args.text):
-        ids += tokenizer(path.read_text(), add_special_tokens=False).input_ids
-        if len(ids) >= args.windows * args.context:
-            break
-    found = min(args.windows, len(ids) // args.context)
-    if not found:
-        refuse(f"--text {args.text} has {len(ids)} tokens, less than --context {args.context}: give more text.")
-    return list(torch.tensor(ids[: found * args.context], device=args.device).view(found, 1, -1))
 
 
 # What is said.

@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 import plugin_setup
+from benchmarks.bound import load, thresholds
 from tests.support.checkpoints import VARIANTS, make_checkpoint, make_config, make_weights
 from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, rounded_down, with_rounding
 from vllm_fox.families.fox.head_order import deal, memory_score
@@ -352,6 +353,19 @@ def test_the_layer_prunes_by_the_bound_of_its_own_weights(pro: ForgettingTransfo
     found = pro.model.layers[1].attn.attn.threshold.flatten().double()
     # Never above it; below it by four roundings of q and k to float32, and by that of the bound and its own.
     assert ((delta - found >= 0) & (delta - found <= 1e-6 * delta.abs())).all(), delta - found
+
+
+@pytest.mark.parametrize("name", ["pro", "llama", "fla_gqa_bias"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_pruning_loses_is_measured_by_the_thresholds_of_the_layers(
+    name: str, dtype: str, tmp_path: Path
+) -> None:
+    """benchmarks.bound takes the weights from the model for transformers, where an engine has vLLM's."""
+    folder = make_checkpoint(tmp_path, log_pruning_tolerance=-7.0, **VARIANTS[name])
+    served, measured = _load(folder, dtype=dtype), load(folder, getattr(torch, dtype))
+    for layer, threshold in zip(served.model.layers, thresholds(measured, measured.dtype, 512), strict=True):
+        layer.attn.attn.follow_weights()
+        assert torch.equal(layer.attn.attn.threshold.flatten(), threshold.cpu())
 
 
 def test_thresholds_are_never_rounded_up(

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_fox.kernels.acp import pruning_threshold
+
 
 def qk_norm_bound(q_weight: torch.Tensor, k_weight: torch.Tensor) -> torch.Tensor:
     """Return U of every query head of a layer whose q and k are RMS-normed per head.
@@ -78,6 +80,21 @@ def with_rounding(bound: torch.Tensor, q_dtype: torch.dtype, k_dtype: torch.dtyp
     The result is float64.
     """
     return _growth(q_dtype, 2) * _growth(k_dtype, 2) * bound.double()
+
+
+def serving_threshold(bound: torch.Tensor, max_length: float, log_tolerance: float) -> torch.Tensor:
+    """Return the threshold by which a server prunes: ACP's ``-2 U - log L + log eps``, never rounded up.
+
+    Args:
+        bound: [...] U that allows for rounding, as :func:`with_rounding` returns it.
+        max_length: L, the longest context that the server admits, so that a page that is dead now is dead for all
+            later queries.
+        log_tolerance: log eps: what the pruned weights of a query may sum to.
+
+    Returns:
+        [...] float32. A threshold that is rounded up would prune pairs that the bound says nothing about.
+    """
+    return rounded_down(pruning_threshold(bound, max_length, log_tolerance))
 
 
 def rounded_down(threshold: torch.Tensor) -> torch.Tensor:

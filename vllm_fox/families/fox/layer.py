@@ -10,13 +10,12 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_fox.attention.layer import PagedAttention
-from vllm_fox.kernels.acp import pruning_threshold
 from vllm_fox.kernels.float8 import FP8
 from vllm_fox.kernels.forgetting.pages import LIVE_RANGE_PERIOD, ForgettingPageFormat
 from vllm_fox.kernels.paged import Batch, PageTable
 
 from .attention import ForgettingFormula, ForgettingState
-from .bounds import rounded_down, with_rounding
+from .bounds import serving_threshold, with_rounding
 from .settings import FoxSettings
 
 
@@ -94,19 +93,14 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         return self._bounded_by()
 
     def follow_weights(self) -> None:
-        """Compute the pruning threshold ``-2U - log L + log eps`` (ACP, eq. 5) from the weights.
-
-        L is the longest context that the engine admits, so that a page that is dead now is dead for all later
-        queries.
-        """
+        """Compute the pruning threshold ``-2U - log L + log eps`` (ACP, eq. 5) from the weights."""
         if any(tensor.is_meta for tensor in (self.threshold, *self.source_weights())):
             return  # vLLM is reloading weights, and calls this again at the end
         bound = with_rounding(self._bound_of_weights(), self.page_format.dtype, self.page_format.kv_dtype)
         self.logit_bound = bound.max().item()
         if self.tolerance is not None:
-            limit = pruning_threshold(bound, self.max_model_len, self.tolerance)
-            # A threshold that is rounded up would prune pairs that the bound says nothing about.
-            self.threshold.copy_(rounded_down(limit).view(self.num_kv_heads, self.num_gates))
+            limit = serving_threshold(bound, self.max_model_len, self.tolerance)
+            self.threshold.copy_(limit.view(self.num_kv_heads, self.num_gates))
         if self._state is not None:
             self._state.set_bound(self.index, self.threshold, self.logit_bound)
 

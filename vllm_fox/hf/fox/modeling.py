@@ -190,7 +190,7 @@ class ForgettingSelfAttention(nn.Module):
             input_norm: [hidden] weight of the norm that made ``x``.
             tolerance: stands in for a ``log_pruning_tolerance`` that the config does not have.
         """
-        arch, dim, device = self.arch, self.arch.head_dim, self.o_proj.weight.device
+        arch, device = self.arch, self.o_proj.weight.device
         # Under autocast, projections round their weights and their results to the dtype of autocast.
         dtype = self.o_proj.weight.dtype
         if torch.is_autocast_enabled(device.type):
@@ -199,18 +199,26 @@ class ForgettingSelfAttention(nn.Module):
             tolerance = arch.log_pruning_tolerance
         if tolerance is None:
             return torch.full((arch.num_heads,), -torch.inf, device=device)
+        bound = with_rounding(self.logit_bound(input_norm, dtype), dtype, dtype)
+        return pruning_threshold(bound, self.max_length, tolerance).to(device)
+
+    def logit_bound(self, input_norm: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return U >= |q . k| / sqrt(d) of every query head, from the weights alone: [H] float32 on the CPU.
+
+        Args:
+            input_norm: [hidden] weight of the norm that made ``x``.
+            dtype: in which the projections compute.
+        """
+        arch, dim = self.arch, self.arch.head_dim
         if arch.qk_norm != "none":
             w_q, w_k = self.q_norm.weight.view(-1, dim), self.k_norm.weight.view(-1, dim)
-            bound = qk_norm_bound(w_q.expand(arch.num_heads, -1), w_k.expand(arch.num_kv_heads, -1))
-        else:
-            k_proj = self.k_proj.linear if isinstance(self.k_proj, ShiftedLinear) else self.k_proj
-            assert isinstance(k_proj, nn.Linear)
-            both = (self.q_proj, k_proj)
-            w_q, w_k = (p.weight.to(dtype).unflatten(0, (-1, dim)) for p in both)
-            b_q, b_k = (p.bias.to(dtype).unflatten(0, (-1, dim)) if arch.qkv_bias else None for p in both)
-            bound = projection_bound(w_q, w_k, input_norm, b_q, b_k, rotated=arch.rope_base is not None)
-        bound = with_rounding(bound, dtype, dtype)
-        return pruning_threshold(bound, self.max_length, tolerance).to(device)
+            return qk_norm_bound(w_q.expand(arch.num_heads, -1), w_k.expand(arch.num_kv_heads, -1))
+        k_proj = self.k_proj.linear if isinstance(self.k_proj, ShiftedLinear) else self.k_proj
+        assert isinstance(k_proj, nn.Linear)
+        both = (self.q_proj, k_proj)
+        w_q, w_k = (p.weight.to(dtype).unflatten(0, (-1, dim)) for p in both)
+        b_q, b_k = (p.bias.to(dtype).unflatten(0, (-1, dim)) if arch.qkv_bias else None for p in both)
+        return projection_bound(w_q, w_k, input_norm, b_q, b_k, rotated=arch.rope_base is not None)
 
 
 class GatedMLP(nn.Module):
