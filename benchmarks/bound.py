@@ -287,7 +287,7 @@ def heading(model: Any, args: argparse.Namespace, texts: str) -> str:
     """Model, texts and promise."""
     tolerance, longest = tolerance_of(model), model.config.max_position_embeddings
     said = (
-        f"{args.model}: {texts} of {args.context:,} tokens each, from {args.text or 'the standard library'}; "
+        f"{args.model}: {texts} of {args.context:,} tokens from {args.text or 'the standard library'}; "
         f"a query and head may lose e^{tolerance:g} = {math.exp(tolerance):.2e}"
     )
     if args.context > longest:

@@ -31,6 +31,7 @@ RUN = {
     "make test": (".ci/run", "make test"),
     "pytest": ("Makefile", "-m pytest"),
     "python -c": ("tests/external/test_lm_eval.py", "cli_evaluate"),
+    "python -m benchmarks.bound": ("tests/benchmarks/test_bound.py", "bound.main()"),
     "python -m benchmarks.cached_pages": ("tests/benchmarks/test_cached_pages.py", "cached_pages.main()"),
     "python -m benchmarks.capacity": ("tests/benchmarks/test_capacity.py", "capacity.main()"),
     "python -m benchmarks.chat": ("tests/benchmarks/test_chat.py", "chat.main()"),
