@@ -334,7 +334,8 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     files = find_texts(args.text) if args.text else standard_library()
-    texts = [ids.to(DEVICE) for ids in token_windows(tokenizer, files, args.windows, args.context)]
+    source = f"--text {args.text}" if args.text else "The standard library"
+    texts = [ids.to(DEVICE) for ids in token_windows(tokenizer, files, args.windows, args.context, source)]
     found: dict[str, Any] = {}
     for name in args.pages:
         dtype, kv_dtype = PAGES[name]

@@ -241,7 +241,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model."""
     model = load(folder, args)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = token_windows(tokenizer, find_texts(args.text), args.windows, args.context)
+    windows = token_windows(tokenizer, find_texts(args.text), args.windows, args.context, f"--text {args.text}")
     texts = [ids[None].to(args.device) for ids in windows]
     held = sum(held_at_end(model, ids) for ids in texts) / len(texts)
     asked = {name: questions(TASKS[name], tokenizer, args) for name in args.tasks}

@@ -17,8 +17,13 @@ def standard_library() -> list[Path]:
     return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 
 
-def token_windows(tokenizer: Any, files: Iterable[Path], windows: int, context: int) -> list[torch.Tensor]:
+def token_windows(
+    tokenizer: Any, files: Iterable[Path], windows: int, context: int, source: str
+) -> list[torch.Tensor]:
     """Windows [context] of the files' tokens, one after the other, at most so many.
+
+    Args:
+        source: what an error calls the files.
 
     Raises:
         Refused: there is too little text for one.
@@ -30,5 +35,5 @@ def token_windows(tokenizer: Any, files: Iterable[Path], windows: int, context: 
             break
     found = min(windows, len(ids) // context)
     if not found:
-        refuse(f"--text has {len(ids)} tokens, less than --context {context}: give more text.")
+        refuse(f"{source} has {len(ids)} tokens, less than --context {context}: give more text.")
     return list(torch.tensor(ids[: found * context]).view(found, context))

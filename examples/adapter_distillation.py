@@ -98,7 +98,8 @@ class _Divergence(torch.autograd.Function):
         for theirs, ours, into in zip(*parts, strict=True):
             found, difference = comparison(*((x.to(head.dtype) @ head.T) for x in (theirs, ours)))
             total += found
-            into.copy_(difference @ head)
+            if ctx.needs_input_grad[2]:
+                into.copy_(difference @ head)
         ctx.save_for_backward(gradient)
         return total
 

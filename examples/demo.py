@@ -74,6 +74,7 @@ class Model:
         kv_bytes: KV memory, for four contexts in bfloat16. That is small enough for the share in use to say
             something, and large enough for all prompts without forgetting.
         has_maps: whether maps can be made of what it forgets.
+        evicts: whether it evicts tokens, and can also keep them all.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class Model:
     context: int
     kv_bytes: int
     has_maps: bool
+    evicts: bool
 
     @classmethod
     def read(cls, folder: Path) -> Model:
@@ -98,7 +100,8 @@ class Model:
         kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
         token_bytes = 4 * config.num_hidden_layers * kv_heads * (config.hidden_size // config.num_attention_heads)
         size, maps = 4 * context * token_bytes, family.token_ends is not None
-        return cls(folder, family.streams(config), family.stream, context, size, maps)
+        evicts = hasattr(config, "eviction")
+        return cls(folder, family.streams(config), family.stream, context, size, maps, evicts)
 
 
 # --- the server ---------------------------------------------------------------------------------------------
@@ -541,10 +544,10 @@ def write_maps(model: Model, requests: list[Request], folder: Path) -> list[tupl
     return written
 
 
-def cost_of_forgetting(model: Model, requests: list[Request]) -> tuple[float, float] | None:
+def cost_of_forgetting(model: Model, requests: list[Request]) -> tuple[float, float]:
     """Nats a token of all prompts and answers, as the model is and as it is if it keeps everything.
 
-    They are computed by transformers. It is None for models that cannot keep everything.
+    They are computed by transformers. The model must be one that evicts.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -552,8 +555,6 @@ def cost_of_forgetting(model: Model, requests: list[Request]) -> tuple[float, fl
     import vllm_fox.hf  # noqa: F401 (makes transformers know the models)
 
     twin: Any = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval()
-    if not hasattr(twin, "set_evicts"):
-        return None
     tokenizer = AutoTokenizer.from_pretrained(model.folder)
     lost, tokens = [0.0, 0.0], 0
     for request in requests:
@@ -661,8 +662,8 @@ def main() -> int:
         written = []
         for model in models:
             requests = run(model, options.max_tokens, log)
-            if (cost := cost_of_forgetting(model, requests)) is not None:
-                print_cost(cost)
+            if model.evicts:
+                print_cost(cost_of_forgetting(model, requests))
             if model.has_maps:
                 written += write_maps(model, requests, maps)
         if written:

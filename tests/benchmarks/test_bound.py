@@ -77,3 +77,13 @@ def test_thresholds_that_are_too_high_break_it(
 def test_a_model_that_forgets_nothing_is_refused(dcp_tiny: Path) -> None:
     with pytest.raises(SystemExit, match="must be a Forgetting Transformer"):
         bound.load(dcp_tiny, torch.float32)
+
+
+@pytest.mark.parametrize(("words", "source"), [([], "The standard library"), (["--text=TEXT"], "--text .*")])
+def test_too_little_text_is_named(
+    words: list[str], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.txt").write_text("import os\n")
+    monkeypatch.setattr(bound, "standard_library", lambda: [tmp_path / "one.txt"])
+    with pytest.raises(SystemExit, match=rf"{source} has \d+ tokens, less than --context {LENGTH}"):
+        run(monkeypatch, *(word.replace("TEXT", str(tmp_path)) for word in words))

@@ -154,11 +154,12 @@ def test_maps_are_written_of_requests_and_named(
 
 
 def test_the_cost_is_that_of_models_that_can_keep_everything(
-    demo: ModuleType, dcp_tiny: Path, capsys: pytest.CaptureFixture[str]
+    demo: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     requests = [demo.Request("one", Path(demo.__file__).read_text()[:6000], text="import sys\n")]
-    assert demo.cost_of_forgetting(demo.Model.read(dcp_tiny), requests) is None
-    ours, dense = demo.cost_of_forgetting(demo.Model.read(demo.MODELS[2]), requests)
+    models = [demo.Model.read(folder) for folder in demo.MODELS]
+    assert [model.evicts for model in models] == [False, False, True]
+    ours, dense = demo.cost_of_forgetting(models[2], requests)
     assert 0 < dense < ours < dense + 0.5
     demo.print_cost((2.5, 2.375))
     said = capsys.readouterr().out

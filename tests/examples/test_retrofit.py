@@ -88,6 +88,30 @@ def test_it_learns_to_evict_as_much_as_was_asked(whole: Path) -> None:
     assert 0 < found["divergence"] < 0.1 and found["dense_loss"] == last["dense_loss"]
 
 
+def test_defaults_follow_the_model_and_the_steps(base: Path, text: Path, tmp_path: Path) -> None:
+    """The hidden size is 64, for which the learning rate of DMS's authors, 3e-5 for 4,096, is 64 times as large."""
+    import retrofit
+
+    words = [
+        str(base),
+        str(text),
+        f"--output={tmp_path}",
+        "--cpu",
+        f"--context={CONTEXT}",
+        "--window=16",
+        "--steps=9",
+    ]
+    args = retrofit.parse(words)
+    retrofit.load(args)
+    assert args.ramp == 4 and args.lr == pytest.approx(64 * 3e-5, rel=0.03)
+    predictors = retrofit.parse([*words, "--predictor=linear"])
+    retrofit.load(predictors)
+    assert predictors.lr == 5e-3
+    given = retrofit.parse([*words, "--lr=0.01", "--ramp=9"])
+    retrofit.load(given)
+    assert (given.lr, given.ramp) == (0.01, 9)
+
+
 def test_only_adapters_are_new(whole: Path, base: Path) -> None:
     """The model's other weights are those that it had, and checkpoints of the run hold adapters alone."""
     before, after = load_file(base / "model.safetensors"), load_file(whole / "model" / "model.safetensors")

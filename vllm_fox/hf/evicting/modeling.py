@@ -35,7 +35,8 @@ from .decisions import about, add_decisions, decision_logits, log_kept, noisy
 TEMPERATURE = 0.1
 """Of the soft decision in training, as in DMS."""
 DECIDED = 6.0
-"""Logits beyond it say no more: noise turns one such decision in 400 round, and fewer hardly give a gradient."""
+"""Size of a logit from which a decision is sure: noise turns one in 400 of them. Beyond it there is next to no
+gradient."""
 
 
 @dataclass
