@@ -41,3 +41,27 @@ def load(pointer, mask, MASKED: tl.constexpr):
         return tl.load(pointer, mask=mask, other=0.0)
     else:
         return tl.load(pointer)
+
+
+@triton.jit
+def sequence_of(cu_seqlens, sequences, steps, at, SIZE: tl.constexpr, EXTRA: tl.constexpr):
+    """The last sequence s with ``cu_seqlens[s] // SIZE + s * EXTRA <= at``, for one number or a block of them.
+    ``steps`` is how many bits the number of sequences has."""
+    low = tl.zeros_like(at)
+    high = low + sequences - 1
+    for _ in range(steps):
+        middle = (low + high + 1) // 2
+        before = tl.load(cu_seqlens + middle).to(tl.int32) // SIZE + middle * EXTRA <= at
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle - 1)
+    return low
+
+
+@triton.jit
+def tile_of(cu_seqlens, sequences, steps, tile, SIZE: tl.constexpr):
+    """First token of a tile, or of a block of tiles, and where its sequence begins and ends: see
+    :func:`.segments.tile_bounds`."""
+    sequence = sequence_of(cu_seqlens, sequences, steps, tile, SIZE, 1)
+    begin = tl.load(cu_seqlens + sequence).to(tl.int32)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int32)
+    return tl.minimum(begin + (tile - (begin // SIZE + sequence)) * SIZE, end), begin, end

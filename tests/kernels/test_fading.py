@@ -10,6 +10,7 @@ from torch import library
 
 from benchmarks.one_layer import DEVICE
 from vllm_fox.kernels.subset.training import _backward, _forward, fading_attention
+from vllm_fox.kernels.subset.training.reference import GONE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Roundoff of the dtype, times the 10 or so roundings between an input and an output or gradient.
@@ -86,6 +87,24 @@ def test_grouped_heads_and_head_sizes(heads: int, kv_heads: int, dim: int) -> No
 def test_packed_sequences() -> None:
     """Of one token, of none, of less than a block and of several."""
     compare(make_inputs(330), 33, [0, 1, 1, 45, 173, 330])
+
+
+def test_long_sequences() -> None:
+    """What is left of them does not fit into the part that is listed at once."""
+    compare(make_inputs(1300, heads=2, kv_heads=1), 20, [0, 1100, 1300])
+
+
+def test_next_to_nothing_is_nothing() -> None:
+    *inputs, log_kept, grad = (x.to(DEVICE) for x in make_inputs(200))
+    cu_seqlens = torch.tensor([0, 200], dtype=torch.int32, device=DEVICE)
+    log_kept[::3] = 1.001 * GONE
+    found, expected = (
+        with_gradients(lambda *x: fading_attention(*x, window=30, cu_seqlens=cu_seqlens), [*inputs, kept], grad)
+        for kept in (log_kept, log_kept.masked_fill(log_kept < GONE, float("-inf")))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not found[-1][::3].any() and found[-1].any()
 
 
 @pytest.mark.parametrize("value", [float("-inf"), 0.0])

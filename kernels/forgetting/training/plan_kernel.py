@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ...common import LOG2E
 from ...launch import Launcher
+from ...whole_sequences import sequence_of, tile_of
 from .plan import ANCHOR, Tiles
 
 TOKENS_PER_SUM = 2048
@@ -38,19 +39,6 @@ def _running_sum(x, c, tokens, token_stride, head_stride, TOKENS_PER_SUM: tl.con
 
 
 @triton.jit
-def _sequence(cu_seqlens, sequences, steps, at, SIZE: tl.constexpr, EXTRA: tl.constexpr):
-    """The last sequence s with ``cu_seqlens[s] // SIZE + s * EXTRA <= at``."""
-    low = tl.zeros_like(at)
-    high = low + sequences - 1
-    for _ in range(steps):
-        middle = (low + high + 1) // 2
-        before = tl.load(cu_seqlens + middle).to(tl.int32) // SIZE + middle * EXTRA <= at
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle - 1)
-    return low
-
-
-@triton.jit
 def _since(high, low, token, anchor, mask):
     """c_token - c_anchor."""
     near = tl.load(high + token, mask=mask, other=0.0) - tl.load(high + anchor, mask=mask, other=0.0)
@@ -62,7 +50,7 @@ def _since_anchor(c, cu_seqlens, tokens, sequences, steps, ANCHOR: tl.constexpr,
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    sequence = _sequence(cu_seqlens, sequences, steps, token, 1, 0)
+    sequence = sequence_of(cu_seqlens, sequences, steps, token, 1, 0)
     begin = tl.load(cu_seqlens + sequence).to(tl.int32)
     anchor = token - (token - begin) % ANCHOR
     gone = _since(c + head * tokens, c + (heads + head) * tokens, token, anchor, inside)
@@ -83,10 +71,7 @@ def _visits(
     kv_head = tl.program_id(1)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = tile < tiles
-    sequence = _sequence(cu_seqlens, sequences, steps, tile, SIZE, 1)
-    begin = tl.load(cu_seqlens + sequence).to(tl.int32)
-    end = tl.load(cu_seqlens + sequence + 1).to(tl.int32)
-    start = tl.minimum(begin + (tile - (begin // SIZE + sequence)) * SIZE, end)
+    start, begin, end = tile_of(cu_seqlens, sequences, steps, tile, SIZE)
     used = inside & (start < end)
     if kv_head == 0:
         tl.store(bounds + 3 * tile, start, mask=inside)
@@ -145,7 +130,7 @@ def _gate_gradient(sums, grad, cu_seqlens, tokens, sequences, steps, H: tl.const
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
     head = tl.program_id(1)
-    sequence = _sequence(cu_seqlens, sequences, steps, token, 1, 0)
+    sequence = sequence_of(cu_seqlens, sequences, steps, token, 1, 0)
     begin = tl.load(cu_seqlens + sequence).to(tl.int32)
     high = sums + head.to(tl.int64) * tokens
     low = high + H * tokens.to(tl.int64)

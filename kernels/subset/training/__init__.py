@@ -111,8 +111,9 @@ def fading_attention(
     """Causal softmax attention whose tokens fade behind a window (DMS, arXiv 2506.05345), differentiable.
 
     Logits are ``scale * q_i . k_j``, and ``log_kept_j`` more where ``i - j > window``. A token with -inf there is
-    evicted, one with 0 stays whole, and what lies between is for training. Nothing of the size of all pairs of
-    tokens is ever in memory. Results are the same, bit by bit, in every run: nothing is added up atomically.
+    evicted, one with 0 stays whole, and what lies between is for training. A token of which less than 2^-24 is left
+    counts as evicted (:data:`.reference.GONE`), and what is evicted takes no time. Nothing of the size of all pairs
+    of tokens is ever in memory. Results are the same, bit by bit, in every run: nothing is added up atomically.
 
     Args:
         q: [N, H, d] float16, bfloat16 or float32, sequences one after the other.

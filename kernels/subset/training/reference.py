@@ -3,9 +3,13 @@ queries at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
+
+GONE = -24 * math.log(2)
+"""A token whose logarithm is less is evicted. In float32 ``1 - p`` is 0 from there on, if p is what is gone."""
 
 BLOCK_M = 512
 """The weights of so many queries are in memory at once."""
@@ -25,7 +29,8 @@ def forward(
     Args:
         q: [N, H, d], sequences one after the other.
         k, v: [N, KV heads, d]; query head h reads KV head h // (H / KV heads).
-        log_kept: [N, KV heads], at most 0: logarithm of what is left of a token behind its window; -inf if nothing.
+        log_kept: [N, KV heads], at most 0: logarithm of what is left of a token behind its window. Less than
+            :data:`GONE` means -inf, which is nothing.
         cu_seqlens: [S + 1] int: where each sequence begins, and N.
         window: W.
         scale: of the logits.
@@ -94,6 +99,7 @@ def _blocks(
     bounds = cu_seqlens.tolist()
     query, key, value = _wide(q).transpose(0, 1), _by_head(k, heads), _by_head(v, heads)
     fading = _by_head(log_kept[..., None], heads)[..., 0].to(query.dtype)  # [H, N]
+    fading = fading.masked_fill(fading < GONE, float("-inf"))
     for start, end in zip(bounds[:-1], bounds[1:]):
         for first in range(0, end - start, BLOCK_M):
             last = min(first + BLOCK_M, end - start)
