@@ -85,6 +85,7 @@ NOT_RUN = {
     "python -m benchmarks.live_pages": "the extra bench, and a minute",
     "python -m benchmarks.page_size": "minutes",
     "python -m benchmarks.precision": "a GPU",
+    "python -m benchmarks.retrofit_speed": "a GPU",
     "python -m benchmarks.scheduler_cost": "a machine that does nothing else",
     "python -m benchmarks.serving": "a GPU",
     "python -m benchmarks.training": "a GPU",
