@@ -25,11 +25,13 @@ class Entry(NamedTuple):
         file: where it is.
         dtype: in safetensors' words, such as "BF16".
         shape: its sizes.
+        bytes: what it takes in the file.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    bytes: int
 
     @property
     def size(self) -> int:
@@ -60,7 +62,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         tensors = {name: one for name, one in json.loads(header).items() if name != "__metadata__"}
         wanted = 8 + length + max((one["data_offsets"][1] for one in tensors.values()), default=0)
-        found = {name: Entry(path, one["dtype"], tuple(one["shape"])) for name, one in tensors.items()}
+        found = {
+            name: Entry(path, one["dtype"], tuple(one["shape"]), one["data_offsets"][1] - one["data_offsets"][0])
+            for name, one in tensors.items()
+        }
     except (ValueError, AttributeError, KeyError, TypeError, IndexError):
         raise ValueError(f"{path} is cut short or no safetensors file: copy it again.") from None
     if wanted != size:

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import vllm_fox.hf  # noqa: F401 (makes AutoModelForCausalLM know the models)
 from benchmarks.one_layer import OneLayer
 from tests.support.checkpoints import GATE_BIASES, make_checkpoint
+from tests.support.checkpoints import VARIANTS as FOX_VARIANTS
 from tests.support.evicting import VARIANTS, Made, make_evicting
 from tests.support.harness import random_inputs
+from tests.support.quantised import PROJECTIONS, quantise
 from vllm_fox.cli.facts import Facts, facts_of
 
 from .conftest import Run, documented
@@ -228,3 +231,32 @@ def test_a_name_in_the_cache(run: Run, fox_tiny: Path, tmp_path: Path, monkeypat
     (repository / "refs" / "main").write_text(commit)
     found = run("inspect", "someone/fox-tiny", "--json").json()
     assert found["model"] == "someone/fox-tiny" and found["layers"] == 4
+
+
+@pytest.mark.parametrize("method, bits", [("int8", 8), ("int4", 4), ("gptq", 4)])
+def test_quantised_weights_count_as_they_are_stored(tmp_path: Path, method: str, bits: int) -> None:
+    """With the bound of a model with QK-norm, which follows from weights that are not quantised."""
+    first = make_checkpoint(tmp_path / "first", **FOX_VARIANTS["pro"])
+    before = facts_of(first, "bfloat16")
+    stored, _ = quantise(first, method, torch.bfloat16)
+    found = facts_of(stored)
+    projections = sum(
+        tensor.numel() for name, tensor in load_file(first / "model.safetensors").items() if PROJECTIONS.match(name)
+    )
+    assert before.weights_bytes is not None and found.weights_bytes is not None
+    saved = (before.weights_bytes - found.weights_bytes) / projections
+    # Scales, zeros and indices take some of it: less than a bit of each weight.
+    assert 2 - bits / 8 - 1 / 8 < saved < 2 - bits / 8
+    assert found.heads == facts_of(first, "bfloat16").heads
+    loose, _ = quantise(make_checkpoint(tmp_path / "loose"), method, torch.bfloat16)
+    assert not facts_of(loose).heads and "once an engine has loaded" in " ".join(facts_of(loose).notes)
+
+
+def test_tensors_of_a_quantised_checkpoint(tmp_path: Path) -> None:
+    stored, _ = quantise(make_checkpoint(tmp_path / "first", **FOX_VARIANTS["pro"]), "int8", torch.bfloat16)
+    weights = load_file(stored / "model.safetensors")
+    for part in ("weight", "weight_scale"):
+        del weights[f"model.layers.1.mlp.down_proj.{part}"]
+    save_file(weights, stored / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"tensor model\.layers\.1\.mlp\.down_proj\.weight is missing"):
+        facts_of(stored)

@@ -52,12 +52,6 @@ REFUSED: dict[str, dict[str, Any]] = {
         "runner": "pooling",
         "convert": "classify",
     },
-    "quantised weights (--quantization fp8)": {"quantization": "fp8", "dtype": "bfloat16"},
-    "quantised weights (--quantization fp8_per_tensor)": {"quantization": "fp8_per_tensor", "dtype": "bfloat16"},
-    "quantised weights (--quantization-config)": {
-        "quantization_config": {"linear": "fp8_per_tensor"},
-        "dtype": "bfloat16",
-    },
     "routed experts (--enable-return-routed-experts)": {"enable_return_routed_experts": True},
     "a KV connector (--kv-transfer-config)": {"kv_transfer_config": CONNECTOR},
     "KV offloading (--kv-offloading-size 1.5)": {"kv_offloading_size": 1.5},
@@ -113,23 +107,29 @@ def test_options(fox: Path, what: str) -> None:
     assert sentence in refused(fox, **REFUSED[what])
 
 
-QUANTISED = [name for name in REFUSED if name.startswith("quantised weights")]
+QUANTISED: dict[str, dict[str, Any]] = {
+    "quantised weights (--quantization fp8)": {"quantization": "fp8", "dtype": "bfloat16"},
+    "quantised weights (--quantization fp8_per_tensor)": {"quantization": "fp8_per_tensor", "dtype": "bfloat16"},
+    "quantised weights (--quantization-config)": {
+        "quantization_config": {"linear": "fp8_per_tensor"},
+        "dtype": "bfloat16",
+    },
+}
 
 
 @pytest.mark.parametrize("what", QUANTISED)
-def test_quantised_weights_by_family(sparse: Path, evicting: Path, what: str) -> None:
+def test_quantised_weights_by_family(fox: Path, sparse: Path, evicting: Path, what: str) -> None:
     """A family says whether vLLM's own linear layers have all of its weights that may be quantised."""
     sentence = f"In vllm-fox, Sparse GPT-2 models do not support {what}: leave it out."
-    assert sentence in refused(sparse, **REFUSED[what])
-    if "quantization" in REFUSED[what]:
-        assert configure(evicting, **REFUSED[what]).quant_config is not None
-    else:
-        ignored = (
-            "do not support --quantization-config without --quantization (vLLM would ignore it): leave it out."
-        )
-        assert ignored in refused(evicting, **REFUSED[what])
-    both = REFUSED["quantised weights (--quantization-config)"] | {"quantization": "online"}
-    assert configure(evicting, **both).quant_config is not None
+    assert sentence in refused(sparse, **QUANTISED[what])
+    both = QUANTISED["quantised weights (--quantization-config)"] | {"quantization": "online"}
+    for model in (fox, evicting):
+        if "quantization" in QUANTISED[what]:
+            assert configure(model, **QUANTISED[what]).quant_config is not None
+        else:
+            ignored = "--quantization-config without --quantization (vLLM would ignore it): leave it out."
+            assert f"do not support {ignored}" in refused(model, **QUANTISED[what])
+        assert configure(model, **both).quant_config is not None
 
 
 def test_adapters_by_family_and_device(sparse: Path, evicting: Path, monkeypatch: pytest.MonkeyPatch) -> None:

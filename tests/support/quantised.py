@@ -1,4 +1,4 @@
-"""Quantised copies of checkpoints that evict tokens, made by the formulas of the published formats alone."""
+"""Quantised copies of checkpoints, made by the formulas of the published formats alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import vllm_fox.hf  # noqa: F401  # transformers then knows the models
 
 GROUP = 32
 """Inputs of a row that share a scale."""
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 """Which of eight outputs stands where in a number of AWQ, from the lowest bits on."""
-PROJECTIONS = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
+PROJECTIONS = re.compile(
+    r"model\.layers\.\d+\.((self_)?attn\.([qkvog]|ogate)_proj(\.linear)?|mlp\.(gate|up|down)_proj)\.weight"
+)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -138,6 +143,22 @@ METHODS: dict[str, tuple[Callable[[torch.Tensor, torch.dtype], tuple[Tensors, to
 The last three are formats of compressed-tensors: "int8" and "float8" round a layer's inputs too, token by token."""
 
 
+def as_int8(x: torch.Tensor) -> torch.Tensor:
+    """Token by token: the largest number becomes 127."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+def as_float8(x: torch.Tensor) -> torch.Tensor:
+    """Token by token: the largest number becomes 448."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).double() * scale
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
 def quantise(folder: Path, method: str, dtype: torch.dtype) -> tuple[Path, Path]:
     """Write a checkpoint with quantised projections beside ``folder``, and one with the same weights in float64.
 
@@ -166,3 +187,51 @@ def quantise(folder: Path, method: str, dtype: torch.dtype) -> tuple[Path, Path]
         given = json.loads((out / "config.json").read_text()) | added | {"dtype": str(dtype).removeprefix("torch.")}
         (out / "config.json").write_text(json.dumps(given))
     return quantised, plain
+
+
+FUSED = re.compile(r"(.*\.)(?:attn\.([qkvg]|ogate)_proj(?:\.linear)?|mlp\.(?:gate|up)_proj)\.weight")
+
+
+def quantised_at_load(folder: Path) -> Path:
+    """Write the weights, in float64, that a Forgetting Transformer has under ``--quantization fp8``.
+
+    What vLLM computes as one product has one scale.
+    """
+    plain = folder.with_name(f"{folder.name}-fp8-plain")
+    weights = load_file(folder / "model.safetensors")
+    largest: dict[str, float] = {}
+
+    def product(name: str) -> str:
+        found = FUSED.fullmatch(name)
+        return name if found is None else f"{found[1]}{'attn' if found[2] else 'mlp'}"
+
+    quantised = {name: tensor.float() for name, tensor in weights.items() if PROJECTIONS.fullmatch(name)}
+    for name, tensor in quantised.items():
+        largest[product(name)] = max(largest.get(product(name), 0.0), tensor.abs().max().item())
+    for name, tensor in quantised.items():
+        scale = torch.tensor(largest[product(name)]) / 448
+        weights[name] = (tensor / scale).to(torch.float8_e4m3fn).double() * scale.double()
+    shutil.copytree(folder, plain)
+    save_file(
+        {name: tensor.double() for name, tensor in weights.items()}, plain / "model.safetensors", {"format": "pt"}
+    )
+    return plain
+
+
+def fox_likelihood(
+    plain: Path, tokens: list[int], rounded: Callable[[torch.Tensor], torch.Tensor] | None
+) -> torch.Tensor:
+    """Log-probabilities [T - 1] of a text's tokens by the transformers model, in float64.
+
+    Args:
+        plain: the weights that are meant, as :func:`quantise` writes them.
+        tokens: the text.
+        rounded: how quantised projections round their inputs; None if they do not.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float64).eval()
+    for name, module in model.named_modules():
+        if rounded is not None and PROJECTIONS.fullmatch(f"{name}.weight"):
+            module.register_forward_pre_hook(lambda _, inputs: rounded(inputs[0]))
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, :-1].double().log_softmax(-1)
+    return logits.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]

@@ -18,7 +18,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm_fox.checkpoint_files import Entry, read_header, weight_files
 from vllm_fox.families import all_families, family_of
 from vllm_fox.families.evicting.config import EvictingDecoderConfig, Eviction
-from vllm_fox.families.fox.architecture import OFFICIAL, Architecture, expected_weights, is_derived_weight
+from vllm_fox.families.fox.architecture import (
+    OFFICIAL,
+    Architecture,
+    expected_weights,
+    is_derived_weight,
+    may_be_quantised,
+)
 from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, with_rounding
 from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
 from vllm_fox.families.fox.settings import FoxSettings
@@ -82,7 +88,8 @@ class Facts:
         streams: what holds pages of its own, such as a KV head of a layer.
         page_size, page_bytes: tokens and bytes of a page of one stream.
         page_bytes_on: gives the bytes of a page on each of so many tensor-parallel ranks.
-        weights_bytes: of the weights in ``dtype``; None if there are none in the folder.
+        weights_bytes: of the weights in ``dtype``, and of quantised ones as they are stored; None if there are none
+            in the folder.
         pruned: how much a pruned request holds, as a sentence.
         windows: of Forgetting Transformers with weights: for each stream the tokens that it holds at most, the
             longest context if it never forgets; None where the gates follow the text.
@@ -156,7 +163,7 @@ def facts_of(folder: Path, dtype: str | None = None, max_model_len: int | None =
     for path in weight_files(folder):
         entries |= read_header(path)
     served, notes = _dtype(config, entries, dtype)
-    size = sum(entry.size * served.itemsize if entry.dtype in BITS else entry.size for entry in entries.values())
+    size = sum(_served_bytes(name, entry, served) for name, entry in entries.items())
     common: dict[str, Any] = {
         "model_type": given["model_type"],
         "dtype": str(served).removeprefix("torch."),
@@ -228,6 +235,11 @@ def _config(folder: Path, given: dict[str, Any]) -> PretrainedConfig:
     return config
 
 
+def _served_bytes(name: str, entry: Entry, dtype: torch.dtype) -> int:
+    """Bytes that a checkpoint's tensor takes in an engine: quantised weights and their scales stay as they are."""
+    return entry.size * dtype.itemsize if entry.dtype in BITS and "scale" not in name else entry.bytes
+
+
 def _dtype(config: PretrainedConfig, entries: dict[str, Entry], asked: str | None) -> tuple[torch.dtype, list[str]]:
     """The dtype in which the model is served, and what is to be said about it."""
     if asked is not None:
@@ -266,9 +278,13 @@ def _fox(
         common["longest_context"],
     )
     assert tolerance is not None
-    for problem in _wrong_tensors(arch, entries) if entries else ():
+    quantised = getattr(config, "quantization_config", None) is not None
+    for problem in _wrong_tensors(arch, entries, quantised) if entries else ():
         raise ValueError(f"{folder}: {problem}")
-    heads = list(_heads(arch, entries, dtype, longest, tolerance)) if entries else []
+    unknown = quantised and arch.qk_norm == "none"
+    if unknown:
+        notes.append("What bounds the logits is known once an engine has loaded the quantised projections.")
+    heads = list(_heads(arch, entries, dtype, longest, tolerance)) if entries and not unknown else []
     # A page is dead once every query head that shares it has forgotten it.
     shared = [heads[start : start + groups] for start in range(0, len(heads), groups)]
     limits = [
@@ -280,7 +296,7 @@ def _fox(
         pruned = "The model has no forget gates, so nothing is ever pruned."
     elif heads and all(one.window_at_least >= longest for one in heads):
         pruned = f"The gates stay so far open that nothing is ever pruned within {longest:,} tokens of any text."
-    elif not entries:
+    elif not entries or unknown:
         pruned = f"How much is pruned follows from the weights, and from the text where gates read it. {MEASURE}"
     elif known == len(windows):
         pruned = "Pruned is what the windows of the heads allow, whatever the text: their weights prove it."
@@ -314,9 +330,18 @@ def _fox(
     )
 
 
-def _wrong_tensors(arch: Architecture, entries: Mapping[str, Entry]) -> Iterator[str]:
-    """A sentence for each tensor that is missing, left over, or of a wrong shape."""
+def _wrong_tensors(arch: Architecture, entries: Mapping[str, Entry], quantised: bool) -> Iterator[str]:
+    """A sentence for each tensor that is missing, left over, or of a wrong shape.
+
+    Of projections that may be quantised there has to be something; how it is stored is left to vLLM.
+    """
     wanted = expected_weights(arch)
+    if quantised:
+        layers = {name.rpartition(".")[0] for name in wanted if may_be_quantised(name)}
+        stored = {name: name.rpartition(".")[0] for name in entries}
+        there = layers & {layer for name, layer in stored.items() if not name.endswith(".bias")}
+        entries = {name: entry for name, entry in entries.items() if stored[name] not in layers}
+        wanted = {name: shape for name, shape in wanted.items() if name.rpartition(".")[0] not in there}
     for name in sorted(wanted.keys() | entries.keys()):
         if name not in entries:
             yield f"tensor {name} is missing, and config.json asks for it: copy the checkpoint again."

@@ -40,9 +40,10 @@ class HeadShare:
             return cls(total, list(range(rank * count, (rank + 1) * count)))
         return cls(total, [rank // (ranks // total)])
 
-    def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of a tensor whose first dimension is heads, or heads times something."""
-        return tensor.unflatten(0, (self.total, -1))[self.heads].flatten(0, 1)
+    def take(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """Return this rank's part of a tensor whose given dimension is heads, or heads times something."""
+        heads = torch.tensor(self.heads, device=tensor.device)
+        return tensor.unflatten(dim, (self.total, -1)).index_select(dim, heads).flatten(dim, dim + 1)
 
     def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
         """Make a parameter [count, \\*shape] that loads its part of a checkpoint's tensor.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,13 +14,19 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
+from vllm.platforms import current_platform
 
 from vllm_fox.checkpoint_files import damaged_files
 
+from .linear import is_quantised
+
 _LISTED = 10
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
 
 Destination = tuple[str, str | int | None, torch.Tensor]
 """A parameter's name, the part of it to fill (None unless several tensors share it), and the values."""
@@ -43,12 +50,82 @@ def heads_compared(
         yield name, tensor
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How a checkpoint stores a tensor.
+
+    Attributes:
+        shape: its shape; None if that is left to vLLM.
+        dtype: of a quantised weight, or of integers that belong to it; None for any that a model can have.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it is a quantised weight, or belongs to one."""
+        return self.shape is None or self.dtype is not None
+
+    def problem(self, name: str, tensor: torch.Tensor) -> str | None:
+        """Say what is wrong with a tensor."""
+        if self.shape is not None and tuple(tensor.shape) != self.shape:
+            return f"tensor {name} is {list(tensor.shape)}, expected {list(self.shape)}"
+        if self.dtype is None and tensor.dtype not in _DTYPES:
+            return f"tensor {name} is {tensor.dtype}, expected float16, bfloat16 or float32"
+        same = tensor.dtype == self.dtype or (tensor.dtype in _INTEGERS and self.dtype in _INTEGERS)
+        if self.dtype is not None and not same:
+            return f"tensor {name} is {tensor.dtype}, expected {self.dtype}"
+        return None
+
+
+def as_quantised(
+    model: nn.Module, expected: Mapping[str, tuple[int, ...]], layer_of: Callable[[str], str]
+) -> dict[str, Stored]:
+    """Return how a checkpoint stores its tensors for a model of which some weights are, or become, quantised.
+
+    Tensors of other pipeline stages, whose layers are not here, are left out.
+
+    Args:
+        model: the vLLM model, before anything is loaded.
+        expected: names and shapes of the tensors of a checkpoint that is not quantised.
+        layer_of: returns the name of the layer that a tensor goes into.
+    """
+    stored = dict[str, Stored]()
+    modules = dict(model.named_modules())
+    for name, shape in expected.items():
+        layer, (stem, _, kind) = modules.get(layer_of(name)), name.rpartition(".")
+        if is_pp_missing_parameter(name, model):
+            continue
+        if kind != "weight" or not isinstance(layer, LinearBase) or not is_quantised(layer):
+            stored[name] = Stored(shape)
+            continue
+        for own, param in layer.named_parameters(recurse=False):
+            if own != "bias":
+                dtype = None if param.dtype in _DTYPES else param.dtype
+                stored[f"{stem}.{own}"] = Stored(shape if own == "weight" else None, dtype)
+    return stored
+
+
+def check_update(model: nn.Module) -> None:
+    """Refuse new weights for a model in use whose old ones vLLM cannot replace.
+
+    Raises:
+        ValueError: weights are quantised, on a CPU. Kernels there keep addresses of scales that are given up.
+    """
+    if current_platform.is_cpu() and any(is_quantised(module) for module in model.modules()):
+        raise ValueError(
+            "Quantised weights cannot be loaded again on a CPU, where vLLM's kernels keep to the first ones: start "
+            "the engine again with the new weights."
+        )
+
+
 class CheckpointLoader:
     """Fills a model's parameters: all of them at first, and any part of them whenever weights are updated later.
 
     Args:
         vllm_config: the engine's configuration.
-        expected: names and shapes of a checkpoint's tensors.
+        expected: names of a checkpoint's tensors, and their shapes or how they are stored.
         kind: kind of checkpoint, for errors.
 
     Attributes:
@@ -56,8 +133,11 @@ class CheckpointLoader:
         head_is_embeddings: whether the last checkpoint with an output head had the embeddings for it.
     """
 
-    def __init__(self, vllm_config: VllmConfig, expected: Mapping[str, tuple[int, ...]], kind: str) -> None:
-        self._model_config, self._expected, self._kind = vllm_config.model_config, expected, kind
+    def __init__(
+        self, vllm_config: VllmConfig, expected: Mapping[str, tuple[int, ...] | Stored], kind: str
+    ) -> None:
+        self._model_config, self._kind = vllm_config.model_config, kind
+        self._expected = {name: one if isinstance(one, Stored) else Stored(one) for name, one in expected.items()}
         # Dummy weights are there from the start, for a trainer to replace them part by part.
         self.has_weights = vllm_config.load_config.load_format == "dummy"
         self.head_is_embeddings = False
@@ -76,20 +156,25 @@ class CheckpointLoader:
             Names of the parameters that were filled.
 
         Raises:
-            ValueError: tensors are missing, unexpected, of a wrong shape or of a quantised dtype, or they hold NaN
-                or infinity. One message names them (the first ten) with what was expected. Or a file is damaged,
-                which the message names.
+            ValueError: tensors are missing, unexpected, of a wrong shape or dtype, or they hold NaN or infinity.
+                One message names them (the first ten) with what was expected. Or a file is damaged, which the
+                message names. Or quantised weights cannot be replaced.
         """
+        if self.has_weights:
+            check_update(model)
         missing, problems, filled = dict(self._expected), list[str](), set[str]()
-        params = dict(model.named_parameters())
+        # Where adapters are in use, vLLM has moved the weights, but goes on naming them as before.
+        params = {name.replace(".base_layer.", "."): param for name, param in model.named_parameters()}
         try:
             for name, tensor in weights:
+                if name not in self._expected and is_pp_missing_parameter(name, model):
+                    continue  # how it is stored is known where it belongs, on another pipeline stage
                 problem = self._problem(name, tensor)
                 if problem is None and name not in missing and not self.has_weights:
                     problem = f"tensor {name} is there twice"
                 if problem is None:
                     missing.pop(name, None)
-                    names, finite = _fill(model, params, destinations(name, tensor))
+                    names, finite = _fill(model, params, destinations(name, tensor), update=self.has_weights)
                     filled |= names
                     problem = None if finite else f"tensor {name} has values that are NaN or infinite"
                 if problem is not None:
@@ -100,7 +185,10 @@ class CheckpointLoader:
                 raise
             raise ValueError(" ".join(damaged) or f"A file of the checkpoint is damaged: {error}.") from None
         if not self.has_weights:
-            problems += [f"missing tensor {name}, expected {list(shape)}" for name, shape in missing.items()]
+            problems += [
+                f"missing tensor {name}" + ("" if one.shape is None else f", expected {list(one.shape)}")
+                for name, one in missing.items()
+            ]
         if problems:
             more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
             raise ValueError(
@@ -115,15 +203,11 @@ class CheckpointLoader:
     def _problem(self, name: str, tensor: torch.Tensor) -> str | None:
         if name not in self._expected:
             return f"unexpected tensor {name} {list(tensor.shape)}"
-        if tuple(tensor.shape) != self._expected[name]:
-            return f"tensor {name} is {list(tensor.shape)}, expected {list(self._expected[name])}"
-        if tensor.dtype not in _DTYPES:
-            return f"tensor {name} is {tensor.dtype}, expected float16, bfloat16 or float32"
-        return None
+        return self._expected[name].problem(name, tensor)
 
 
 def _fill(
-    model: nn.Module, params: Mapping[str, nn.Parameter], destinations: Iterable[Destination]
+    model: nn.Module, params: Mapping[str, nn.Parameter], destinations: Iterable[Destination], update: bool
 ) -> tuple[set[str], bool]:
     """Fill the parameters of this pipeline stage; returns their names, and whether the values are finite."""
     filled, finite = set(), True
@@ -132,7 +216,15 @@ def _fill(
             continue  # it belongs to another pipeline stage
         if target == TIED_HEAD and target not in params:
             continue  # it is the embeddings' own parameter, except while vLLM reloads both
-        param = params[target]
+        param = params.get(target)
+        # While vLLM loads weights again, they are as at first, and on no device.
+        loading = param is not None and (param.is_meta or not update)
+        if not loading and is_quantised(_base_layer(model.get_submodule(target.rpartition(".")[0]))):
+            raise ValueError(
+                f"The weight {target} cannot be written: it is quantised. Use the engine's reload_weights, or a "
+                "weight update, which quantise what they load."
+            )
+        assert param is not None, target
         if not param.numel():
             raise ValueError(
                 f"The weight {target} cannot be written: vLLM's CPU build has packed it. Use the engine's "
@@ -147,9 +239,15 @@ def _fill(
     return filled, finite
 
 
+def _base_layer(layer: nn.Module) -> nn.Module:
+    """Return the layer that adapters are added to, or the layer itself if there are none."""
+    return layer.base_layer if isinstance(layer, BaseLayerWithLoRA) else layer
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether no value is NaN or infinite, in one pass that needs no memory."""
-    low, high = tensor.aminmax()
+    """Return whether no value is NaN or infinite, in one pass that needs no memory but for float8."""
+    # The smallest and the largest number are not known of float8.
+    low, high = (tensor.bfloat16() if tensor.itemsize == 1 and tensor.is_floating_point() else tensor).aminmax()
     return bool(low.isfinite() & high.isfinite())
 
 

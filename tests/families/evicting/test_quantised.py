@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.engines import assert_all_free, engine, generate, greedy
 from tests.support.evicting import THRESHOLD, VARIANTS, Made, make_evicting
-from tests.support.quantised import quantise
+from tests.support.quantised import as_float8, as_int8, quantise, rms
 from tests.support.reference_evicting import reference_logits
 from tests.support.startup import configure, refused
 from vllm_fox.families.evicting.attention import EvictingFormula
@@ -99,22 +99,6 @@ def formula(
         folder, tokens, made.predictor, THRESHOLD, made.window, evictions=evicted, rounded=rounded
     )
     return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0], decided
-
-
-def as_int8(x: torch.Tensor) -> torch.Tensor:
-    """Token by token: the largest number becomes 127."""
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    return (x / scale).round() * scale
-
-
-def as_float8(x: torch.Tensor) -> torch.Tensor:
-    """Token by token: the largest number becomes 448."""
-    scale = x.abs().amax(-1, keepdim=True) / 448
-    return (x / scale).to(torch.float8_e4m3fn).double() * scale
-
-
-def rms(x: torch.Tensor) -> float:
-    return x.square().mean().sqrt().item()
 
 
 TOKENS = torch.randint(1, 257, (301,), generator=torch.Generator().manual_seed(1)).tolist()

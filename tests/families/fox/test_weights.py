@@ -6,25 +6,14 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    ensure_model_parallel_initialized,
-    init_distributed_environment,
-)
-from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader import get_model_loader
-from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.utils.torch_utils import set_default_torch_dtype
 
-import plugin_setup
 from benchmarks.bound import load, thresholds
 from tests.support.checkpoints import VARIANTS, make_checkpoint, make_config, make_weights
+from tests.support.loading import group_of_one, load_model
 from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, rounded_down, with_rounding
 from vllm_fox.families.fox.head_order import deal, memory_score
 from vllm_fox.families.fox.model import ForgettingTransformerForCausalLM
@@ -34,36 +23,18 @@ from vllm_fox.modules.heads import HeadShare
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A tensor-parallel group of this process alone."""
-    plugin_setup.register()
-    with set_current_vllm_config(VllmConfig()):
-        store = tmp_path_factory.mktemp("store") / "file"
-        init_distributed_environment(1, 0, f"file://{store}", 0, backend="gloo")
-        ensure_model_parallel_initialized(1, 1)
-    yield
-    cleanup_dist_env_and_memory()
-
-
-def _load(folder: Path, **options: Any) -> ForgettingTransformerForCausalLM:
-    """The model as vLLM's own loader builds and fills it (all but its talk to an accelerator)."""
-    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, **options}
-    vllm_config = EngineArgs(model=str(folder), **options).create_engine_config()
-    dtype: Any = vllm_config.model_config.dtype
-    with set_current_vllm_config(vllm_config), set_default_torch_dtype(dtype):
-        model = initialize_model(vllm_config)
-        get_model_loader(vllm_config.load_config).load_weights(model, vllm_config.model_config)
-    assert isinstance(model, ForgettingTransformerForCausalLM)
-    return model
+    with group_of_one(tmp_path_factory.mktemp("store")):
+        yield
 
 
 @pytest.fixture(scope="module")
 def pro(tmp_path_factory: pytest.TempPathFactory) -> ForgettingTransformerForCausalLM:
-    return _load(make_checkpoint(tmp_path_factory.mktemp("pro"), **VARIANTS["pro"]))
+    return load_model(make_checkpoint(tmp_path_factory.mktemp("pro"), **VARIANTS["pro"]))
 
 
 @pytest.fixture(scope="module")
 def fla(tmp_path_factory: pytest.TempPathFactory) -> ForgettingTransformerForCausalLM:
-    return _load(make_checkpoint(tmp_path_factory.mktemp("fla"), **VARIANTS["fla_gqa_bias"]))
+    return load_model(make_checkpoint(tmp_path_factory.mktemp("fla"), **VARIANTS["fla_gqa_bias"]))
 
 
 def _pro_weights() -> dict[str, torch.Tensor]:
@@ -108,7 +79,7 @@ LOADED_HERE = [
 
 @pytest.mark.parametrize("name", LOADED_HERE)
 def test_variants_load_whole_and_get_a_bound(name: str, tmp_path: Path) -> None:
-    model = _load(make_checkpoint(tmp_path, **VARIANTS[name]))
+    model = load_model(make_checkpoint(tmp_path, **VARIANTS[name]))
     weights = make_weights(model.config)
     assert model.load_weights(weights.items()) == {found for found, _ in model.named_parameters()}
     for layer in model.model.layers:
@@ -121,7 +92,7 @@ def test_other_safetensors_beside_the_model_are_left_alone(tmp_path: Path) -> No
     for shards in (1, 2):
         folder = make_checkpoint(tmp_path / str(shards), shards=shards, **VARIANTS["pro"])
         save_file({"logits": torch.zeros(3)}, folder / "reference.safetensors")
-        model = _load(folder)
+        model = load_model(folder)
         assert torch.equal(model.model.norm.weight, _pro_weights()["model.norm.weight"])
 
 
@@ -129,7 +100,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(RuntimeError, match="Cannot find any model weights"):
-        _load(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
@@ -147,7 +118,7 @@ def test_files_that_are_cut_short_are_named(tmp_path: Path) -> None:
         path = folder / "model-00002-of-00002.safetensors"
         path.write_bytes(path.read_bytes()[:-at] if at > 4 else b"abcd")
         with pytest.raises(ValueError, match=f"{path.name} is (cut short|damaged)"):
-            _load(folder)
+            load_model(folder)
 
 
 def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
@@ -157,7 +128,7 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
         folder = make_checkpoint(tmp_path / str(number), **VARIANTS["pro"])
         (folder / "model.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="model.safetensors is (cut short or no safetensors file|damaged)"):
-            _load(folder)
+            load_model(folder)
 
 
 def test_a_tensor_in_two_files_is_named(tmp_path: Path, pro: ForgettingTransformerForCausalLM) -> None:
@@ -165,7 +136,7 @@ def test_a_tensor_in_two_files_is_named(tmp_path: Path, pro: ForgettingTransform
     (folder / "model.safetensors.index.json").write_text("{}")
     save_file({GATE: _pro_weights()[GATE]}, folder / "model-00003-of-00003.safetensors")
     with pytest.raises(ValueError, match=f"tensor {GATE} is there twice"):
-        _load(folder)
+        load_model(folder)
     # A trainer that sends a tensor again means the last.
     pro.load_weights(_pro_weights().items())
     pro.load_weights([(GATE, _pro_weights()[GATE] * 2), (GATE, _pro_weights()[GATE])])
@@ -175,7 +146,9 @@ def test_a_head_that_came_with_tied_embeddings_follows_them(tmp_path: Path) -> N
     """vLLM builds such a model untied; later weights bring the embeddings alone."""
     name = "model.embeddings.weight"
     weights = _pro_weights()
-    model = _load(make_checkpoint(tmp_path, extra={"lm_head.weight": weights[name].clone()}, **VARIANTS["pro"]))
+    model = load_model(
+        make_checkpoint(tmp_path, extra={"lm_head.weight": weights[name].clone()}, **VARIANTS["pro"])
+    )
     new = weights[name] * 2
 
     def found(which: str) -> torch.Tensor:
@@ -241,7 +214,7 @@ def test_weights_that_do_not_fit_are_named_in_one_error(
 
 
 def test_derived_tensors_are_no_mistake(tmp_path: Path) -> None:
-    model = _load(make_checkpoint(tmp_path, **VARIANTS["tied"]))
+    model = load_model(make_checkpoint(tmp_path, **VARIANTS["tied"]))
     weights = make_weights(model.config)
     weights["lm_head.weight"] = weights["model.embeddings.weight"] + 1
     weights["model.layers.0.attn.rotary.inv_freq"] = torch.zeros(16)
@@ -362,7 +335,7 @@ def test_what_pruning_loses_is_measured_by_the_thresholds_of_the_layers(
 ) -> None:
     """benchmarks.bound takes the weights from the model for transformers, where an engine has vLLM's."""
     folder = make_checkpoint(tmp_path, log_pruning_tolerance=-7.0, **VARIANTS[name])
-    served, measured = _load(folder, dtype=dtype), load(folder, getattr(torch, dtype))
+    served, measured = load_model(folder, dtype=dtype), load(folder, getattr(torch, dtype))
     for layer, threshold in zip(served.model.layers, thresholds(measured, measured.dtype, 512), strict=True):
         layer.attn.attn.follow_weights()
         assert torch.equal(layer.attn.attn.threshold.flatten(), threshold.cpu())
@@ -389,7 +362,7 @@ def test_thresholds_are_never_rounded_up(
 @pytest.mark.parametrize("name", ["fixed", "bias_only"])
 def test_constant_gates_stay_float32(name: str, tmp_path: Path) -> None:
     """bfloat16 would change every token's log f by the same up to 3 %, and all decay with it."""
-    model = _load(make_checkpoint(tmp_path, **VARIANTS[name]), dtype="bfloat16")
+    model = load_model(make_checkpoint(tmp_path, **VARIANTS[name]), dtype="bfloat16")
     weights = make_weights(model.config)
     for n, block in enumerate(model.model.layers):
         gate = block.attn._gate_logits({"q": torch.zeros(3, 128, dtype=torch.bfloat16)})
@@ -405,7 +378,7 @@ def test_constant_gates_stay_float32(name: str, tmp_path: Path) -> None:
 
 def test_thresholds_are_float32_in_a_model_of_bfloat16(tmp_path: Path) -> None:
     """Rounded to bfloat16, half of them would be higher than the bound allows."""
-    model = _load(make_checkpoint(tmp_path, **VARIANTS["pro"]), dtype="bfloat16")
+    model = load_model(make_checkpoint(tmp_path, **VARIANTS["pro"]), dtype="bfloat16")
     for block in model.model.layers:
         layer = block.attn.attn
         layer.follow_weights()

@@ -20,6 +20,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from vllm_fox.checkpoint_files import CHECKPOINT_FILES
 from vllm_fox.modules.heads import HeadShare
+from vllm_fox.modules.weights import check_update
 
 from .config import EvictingDecoderConfig, Eviction
 from .decisions import make_decisions
@@ -146,8 +147,10 @@ class EvictingDecoderForCausalLM(LlamaForCausalLM):
 
         Raises:
             ValueError: a checkpoint lacks tensors that decide. vLLM looks for missing tensors only where no weights
-                are quantised.
+                are quantised. Or quantised weights cannot be replaced.
         """
+        if self.has_weights:
+            check_update(self)
         loaded = super().load_weights((_name_here(name), tensor) for name, tensor in weights)
         if not self.has_weights:
             missing = sorted({name for name, _ in self.named_parameters() if DECISIONS in name} - loaded)

@@ -41,6 +41,7 @@ FOX = Family(
     settings=FoxSettings,
     shares_pages=True,
     float8_pages=True,
+    quantized_weights=True,
     refusals=_refusals,
     token_ends="vllm_fox.hf.fox.live_share:token_ends",
     whole_pages=True,

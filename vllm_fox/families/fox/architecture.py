@@ -6,6 +6,7 @@ This module reads a config's attributes, but otherwise depends on neither vLLM n
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ QK_NORM_EPS = 1e-5
 
 OFFICIAL = "official"
 FLA = "fla"
+
+
+_PROJECTION = re.compile(r"\.(attn\.([qkvog]|ogate)_proj(\.linear)?|mlp\.(gate|up|down)_proj)\.weight$")
+_CACHE_SCALE = re.compile(r"\.attn\.([qkv]|prob(_output)?)_scale$|\.attn\.[qkv]_proj\.(linear\.)?output_scale$")
 
 
 @dataclass(frozen=True)
@@ -169,8 +174,17 @@ def expected_weights(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def is_derived_weight(arch: Architecture, name: str) -> bool:
-    """Return whether a checkpoint may hold this tensor although it follows from the others or the config."""
-    return name.endswith(".rotary.inv_freq") or (arch.tied_embeddings and name == "lm_head.weight")
+    """Return whether a checkpoint may hold this tensor although it is not read.
+
+    It follows from the others or the config, or it is a scale by which others quantise keys and values.
+    """
+    derived = name.endswith(".rotary.inv_freq") or (arch.tied_embeddings and name == "lm_head.weight")
+    return derived or _CACHE_SCALE.search(name) is not None
+
+
+def may_be_quantised(name: str) -> bool:
+    """Return whether a tensor is the weight of a projection, which a checkpoint may store quantised."""
+    return _PROJECTION.search(name) is not None
 
 
 # Checks. Each raises one ValueError that names the field, its value and what is allowed.

@@ -10,6 +10,11 @@ size, s(M) the largest singular value of M and D = diag(attn_norm.weight),
     no QK-norm, but biases or RoPE         U = (s(W_q D) sqrt(n) + ||b_q||) (s(W_k D) sqrt(n) + ||b_k||) / sqrt(d)
     no QK-norm, no biases and no RoPE      U = n s(D W_q^T W_k D) / sqrt(d)
 
+Where weights are quantised, W is what the kernels multiply with, and some kernels round their inputs as well: each
+number x to one of (1 + r) x at most, and then by at most a. Of the input D u with ||u|| <= sqrt(n) this makes
+D (I + E) u + e, where E is diagonal with |I + E| <= 1 + r, and ||e|| <= a sqrt(n). So in the second line
+s(W D) sqrt(n) becomes ((1 + r) s(W D) + a s(W)) sqrt(n), which is then used without biases and RoPE as well.
+
 These bounds hold in exact arithmetic. A rounding makes a number larger by a factor of at most 1 + eps / 2, where
 eps is the dtype's machine epsilon. :func:`with_rounding` allows for two roundings of q and two of k themselves
 (shift, norm, rotation). Bounds that go back to the projection's input also have the factor ``(1 + eps / 2)^6``: for
@@ -47,6 +52,7 @@ def projection_bound(
     b_q: torch.Tensor | None = None,
     b_k: torch.Tensor | None = None,
     rotated: bool = False,
+    rounding: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """Return U of every query head of a layer whose q and k are plain projections of its normed input.
 
@@ -57,6 +63,8 @@ def projection_bound(
         b_q: [Hq, d] bias, or None.
         b_k: [Hkv, d] bias, or None.
         rotated: whether q and k are rotated (RoPE) afterwards.
+        rounding: of quantised weights: the relative error r and the absolute error a of the inputs. The weights are
+            then given with each number rounded up to twice.
 
     Returns:
         [Hq] float32 on the CPU.
@@ -66,6 +74,10 @@ def projection_bound(
     slack = _growth(w_q.dtype, 6)
     scale = norm_weight.detach().double().cpu()
     factor_q, factor_k = _factor(w_q, scale), _factor(w_k, scale)
+    if rounding is not None:
+        norm_q = _rounded_radius(factor_q, w_q, rounding, b_q)
+        norm_k = _rounded_radius(factor_k, w_k, rounding, b_k).repeat_interleave(groups)
+        return _up(slack * norm_q * norm_k / dim**0.5)
     if b_q is None and b_k is None and not rotated:
         joint = factor_q @ factor_k.repeat_interleave(groups, dim=0).transpose(-1, -2)
         return _up(slack * hidden * torch.linalg.matrix_norm(joint, ord=2) / dim**0.5)
@@ -121,6 +133,22 @@ def _factor(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def _radius(factor: torch.Tensor, hidden: int, bias: torch.Tensor | None) -> torch.Tensor:
     """Return the largest 2-norm [H] that each head's projection can have."""
     radius = torch.linalg.matrix_norm(factor, ord=2) * hidden**0.5
+    return radius if bias is None else radius + bias.detach().double().cpu().norm(dim=-1)
+
+
+def _rounded_radius(
+    factor: torch.Tensor, weight: torch.Tensor, rounding: tuple[float, float], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the same where the inputs are rounded, and the weight [H, d, n] has been rounded up to twice."""
+    relative, absolute = rounding
+    # A number that is rounded up to twice is off by at most this, relative to what it has become.
+    off = _growth(weight.dtype, 4) - 1.0
+
+    def largest(matrix: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.matrix_norm(matrix, ord=2) + off * torch.linalg.matrix_norm(matrix)
+
+    plain = _factor(weight, torch.ones(weight.shape[-1], dtype=torch.float64))
+    radius = ((1 + relative) * largest(factor) + absolute * largest(plain)) * weight.shape[-1] ** 0.5
     return radius if bias is None else radius + bias.detach().double().cpu().norm(dim=-1)
 
 

@@ -22,7 +22,14 @@ class _ForgettingTransformerConfig(StrictConfig):
         num_kv_heads: int | None
 
     # Without this __init__ transformers would generate one.
-    def __init__(self, own: dict[str, Any] | None = None, **standard: Any) -> None:
+    def __init__(
+        self,
+        own: dict[str, Any] | None = None,
+        quantization_config: dict[str, Any] | None = None,
+        **standard: Any,
+    ) -> None:
+        if own is not None and quantization_config is not None:
+            own["quantization_config"] = quantization_config
         super().__init__(own, **standard)
 
     def _complete(self) -> None:

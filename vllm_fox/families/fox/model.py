@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -34,30 +35,38 @@ from vllm.sequence import IntermediateTensors
 from vllm_fox.checkpoint_files import CHECKPOINT_FILES
 from vllm_fox.kernels.rope import rotate
 from vllm_fox.modules.heads import HeadNorm, HeadProjection, HeadShare
-from vllm_fox.modules.weights import CheckpointLoader
+from vllm_fox.modules.linear import HeadLinear, input_rounding, is_quantised, used_weight
+from vllm_fox.modules.weights import CheckpointLoader, Stored, as_quantised
 
 from .architecture import Architecture, expected_weights
 from .bounds import projection_bound, qk_norm_bound
 from .head_order import deal, memory_score
 from .layer import ForgettingAttention
-from .weights import load_checkpoint
+from .weights import layer_of, load_checkpoint, parts_of
+
+
+def separates_gates(vllm_config: VllmConfig) -> bool:
+    """Return whether the gates are a product of their own, because the projections are a layer of vLLM's."""
+    return vllm_config.quant_config is not None or vllm_config.lora_config is not None
 
 
 class GatedMLP(nn.Module):
     """The gated MLP ``down(act(gate(x)) * up(x))``.
 
     Args:
+        vllm_config: the engine's configuration.
         arch: description of the model.
         prefix: the module's name.
     """
 
-    def __init__(self, arch: Architecture, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, arch: Architecture, prefix: str) -> None:
         super().__init__()
+        hidden, inner, quant = arch.hidden_size, arch.intermediate_size, vllm_config.quant_config
         self.gate_up_proj = MergedColumnParallelLinear(
-            arch.hidden_size, [arch.intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
+            hidden, [inner] * 2, bias=False, quant_config=quant, prefix=f"{prefix}.gate_up_proj"
         )
         self.down_proj = RowParallelLinear(
-            arch.intermediate_size, arch.hidden_size, bias=False, prefix=f"{prefix}.down_proj"
+            inner, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.down_proj"
         )
         self.act = SiluAndMul() if arch.mlp_act == "silu" else SigmoidAndMul()
 
@@ -83,6 +92,9 @@ class ForgettingSelfAttention(nn.Module):
     The attention layer gets keys and values as projected. Their token shift needs the previous token, which the
     cache holds, so the attention layer does the shift, and after it k's norm and rotation.
 
+    All that is computed from the input is one product, ``in_proj``. Where weights are quantised or adapters are in
+    use, it is a layer of vLLM's, and the gates, which stay as they are, are a product of their own, ``gate_proj``.
+
     Args:
         vllm_config: the engine's configuration.
         arch: description of the model.
@@ -101,17 +113,28 @@ class ForgettingSelfAttention(nn.Module):
         self.layer = extract_layer_index(prefix)
         # Query heads of all ranks, rank by rank.
         self.head_order = list(range(arch.num_heads))
-        parts = {
+        projections = {
             "q": (heads, dim, arch.qkv_bias),
             "k": (kv_heads, dim, arch.qkv_bias),
             "v": (kv_heads, dim, arch.qkv_bias),
-            "output_gate": (heads, dim, False) if arch.output_gate is not None else None,
-            "forget_gate": (heads, 1, True) if arch.gate == "full" else None,
-            "k_shift": (kv_heads, 1, False) if arch.k_shift else None,
-            "v_shift": (kv_heads, 1, False) if arch.v_shift else None,
         }
-        self.in_proj = HeadProjection(hidden, {name: part for name, part in parts.items() if part is not None})
-        self.o_proj = RowParallelLinear(hidden, hidden, bias=False, prefix=f"{prefix}.o_proj")
+        if arch.output_gate is not None:
+            projections["output_gate"] = (heads, dim, False)
+        gates: dict[str, tuple[HeadShare, int, bool]] = {}
+        if arch.gate == "full":
+            gates["forget_gate"] = (heads, 1, True)
+        gates |= {name: (kv_heads, 1, False) for name in ("k_shift", "v_shift") if getattr(arch, name)}
+        quant = vllm_config.quant_config
+        self.in_proj: HeadProjection | HeadLinear
+        self.gate_proj: HeadProjection | None = None
+        if separates_gates(vllm_config):
+            self.in_proj = HeadLinear(hidden, projections, quant, prefix=f"{prefix}.in_proj")
+            self.gate_proj = HeadProjection(hidden, gates) if gates else None
+        else:
+            self.in_proj = HeadProjection(hidden, projections | gates)
+        # Adapters put a layer of theirs in place of in_proj.
+        self._sizes = dict(self.in_proj.sizes) if isinstance(self.in_proj, HeadLinear) else None
+        self.o_proj = RowParallelLinear(hidden, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj")
         self.output_norm = HeadNorm(heads, dim, arch.norm_eps) if arch.output_norm else None
         # In bfloat16 log f of every token would have the same error of up to 3 %, and so would all decay.
         constant = arch.gate in ("bias_only", "fixed")
@@ -119,6 +142,9 @@ class ForgettingSelfAttention(nn.Module):
         normed = arch.qk_norm != "none"
         self.q_norm = HeadNorm(heads, dim, arch.qk_norm_eps) if normed else None
         self.k_norm = HeadNorm(kv_heads, dim, arch.qk_norm_eps) if normed else None
+
+        if not normed:
+            self._rounding(input_norm())  # what cannot be bounded is refused before anything is loaded
 
         self.attn = ForgettingAttention(
             vllm_config=vllm_config,
@@ -147,7 +173,7 @@ class ForgettingSelfAttention(nn.Module):
         Returns:
             The output [T, hidden].
         """
-        parts = self.in_proj(x)
+        parts = self._project(x)
         q = parts["q"]
         if self.q_norm is not None:
             q = self.q_norm(q).to(x.dtype).flatten(1)
@@ -158,6 +184,14 @@ class ForgettingSelfAttention(nn.Module):
         out = self.attn(q, parts["k"], parts["v"], gate, parts.get("k_shift"), parts.get("v_shift"))
         out, _ = self.o_proj(self._gate_output(out, parts.get("output_gate")))
         return out
+
+    def _project(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Map x [T, hidden] to everything that is computed from it, by name: [T, the rank's heads * width] each."""
+        if self._sizes is None:
+            return self.in_proj(x)
+        out, _ = self.in_proj(x)
+        parts = dict(zip(self._sizes, out.split(list(self._sizes.values()), -1)))
+        return parts if self.gate_proj is None else parts | self.gate_proj(x)
 
     def arrange_heads(self, gate: torch.Tensor | None, bias: torch.Tensor, input_norm: torch.Tensor | None) -> None:
         """Choose this rank's heads so that all ranks forget equally much. Call it before weights are filled in.
@@ -204,28 +238,35 @@ class ForgettingSelfAttention(nn.Module):
         """Return the weights that the bound of the logits follows from."""
         if self.q_norm is not None and self.k_norm is not None:
             return [self.q_norm.weight, self.k_norm.weight]
-        bias = [] if self.in_proj.bias is None else [self.in_proj.bias]
-        return [self._input_norm(), self.in_proj.weight, *bias]
+        return [self._input_norm(), *self.in_proj.parameters()]
 
     def _logit_bound(self) -> torch.Tensor:
         """Return how large the logits can get: U of each query head, [heads] float32."""
         if self.q_norm is not None and self.k_norm is not None:
             return qk_norm_bound(self.q_norm.weight, self.k_norm.weight)
-        dim, weight, bias = self.arch.head_dim, self.in_proj.weight, self.in_proj.bias
-        w_q, w_k = (self.in_proj.part(weight, name) for name in "qk")
+        layer, dim, hidden = self.in_proj, self.arch.head_dim, self.arch.hidden_size
+        weight = layer.weight if isinstance(layer, HeadProjection) else used_weight(layer)
+        w_q, w_k = (layer.part(weight, name).reshape(-1, dim, hidden) for name in "qk")
         b_q = b_k = None
         if self.arch.qkv_bias:
-            assert bias is not None
-            b_q, b_k = (self.in_proj.part(bias, name).view(-1, dim) for name in "qk")
-        hidden = self.arch.hidden_size
-        return projection_bound(
-            w_q.view(-1, dim, hidden),
-            w_k.view(-1, dim, hidden),
-            self._input_norm(),
-            b_q,
-            b_k,
-            rotated=self.arch.rope_base is not None,
-        )
+            assert layer.bias is not None
+            b_q, b_k = (layer.part(layer.bias, name).view(-1, dim) for name in "qk")
+        rotated, norm = self.arch.rope_base is not None, self._input_norm()
+        return projection_bound(w_q, w_k, norm, b_q, b_k, rotated=rotated, rounding=self._rounding(norm))
+
+    def _rounding(self, norm: torch.Tensor) -> tuple[float, float] | None:
+        """Return how the projections round their input, given its norm's weight; None if they do not."""
+        if isinstance(self.in_proj, HeadProjection) or not is_quantised(self.in_proj):
+            return None
+        largest = norm.abs().max().item() * self.arch.hidden_size**0.5
+        found = input_rounding(self.in_proj, largest)
+        if found is None:
+            raise ValueError(
+                "In vllm-fox, Forgetting Transformers without QK-norm do not support weights that "
+                f"{type(self.in_proj.quant_method).__name__} has quantised, since it is not known how it rounds "
+                "inputs, and pruning has to be bounded: use float8 or symmetric 8-bit integers."
+            )
+        return found
 
 
 class ForgettingTransformerBlock(nn.Module):
@@ -239,7 +280,7 @@ class ForgettingTransformerBlock(nn.Module):
             vllm_config, arch, prefix=f"{prefix}.attn", input_norm=lambda: self.attn_norm.weight
         )
         self.mlp_norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
-        self.mlp = GatedMLP(arch, prefix=f"{prefix}.mlp")
+        self.mlp = GatedMLP(vllm_config, arch, prefix=f"{prefix}.mlp")
 
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
@@ -344,6 +385,10 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.arch = Architecture.from_config(self.config)
+        self._gates_apart = separates_gates(vllm_config)
+        if vllm_config.quant_config is not None:
+            # A quantisation config names layers as the checkpoint does.
+            vllm_config.quant_config.packed_modules_mapping = parts_of(self.arch)
         self.model = ForgettingTransformerModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.lm_head: nn.Module = PPMissingLayer()
@@ -355,8 +400,13 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
             if isinstance(self.model.embeddings, VocabParallelEmbedding) and self.arch.tied_embeddings:
                 self.lm_head = head.tie_weights(self.model.embeddings)
         self.logits_processor = LogitsProcessor(self.arch.vocab_size)
-        kind = f"{self.arch.dialect} dialect"
-        self.loader = CheckpointLoader(vllm_config, expected_weights(self.arch), kind)
+        expected: dict[str, Any] = expected_weights(self.arch)
+        if vllm_config.quant_config is not None:
+            expected = as_quantised(self, expected, partial(layer_of, self.arch))
+        # Quantised weights are not always stored head by head, and adapters are in the checkpoint's order.
+        quantised = any(isinstance(one, Stored) and one.is_quantised for one in expected.values())
+        self._keep_order = quantised or vllm_config.lora_config is not None
+        self.loader = CheckpointLoader(vllm_config, expected, f"{self.arch.dialect} dialect")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Map token ids [T] to embeddings [T, hidden]."""
@@ -384,7 +434,15 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
             assert isinstance(block, ForgettingTransformerBlock)
             attention[index] = block.attn
         is_update = self.loader.has_weights
-        filled = load_checkpoint(self.loader, self, self.arch, attention, weights)
+        filled = load_checkpoint(
+            self.loader,
+            self,
+            self.arch,
+            attention,
+            weights,
+            gates_apart=self._gates_apart,
+            keep_order=self._keep_order,
+        )
         if is_update:  # after the first load vLLM has the layers follow
             for one in attention.values():
                 one.attn.follow_weights()

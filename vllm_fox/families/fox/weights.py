@@ -14,15 +14,16 @@ from vllm_fox.modules.weights import TIED_HEAD, CheckpointLoader, Destination, h
 from .architecture import OFFICIAL, Architecture, is_derived_weight
 
 EMBEDDINGS = "model.embeddings.weight"
+_GATES = ".attn.gate_proj."
 
 # Name in the checkpoint (of either dialect), name in the model, and the part of a fused parameter that it fills.
 _RENAMED: tuple[tuple[str, str, str | int | None], ...] = (
-    (r"\.attn\.k_proj\.shift_proj\.", ".attn.in_proj.", "k_shift"),
-    (r"\.attn\.v_proj\.shift_proj\.", ".attn.in_proj.", "v_shift"),
+    (r"\.attn\.k_proj\.shift_proj\.", _GATES, "k_shift"),
+    (r"\.attn\.v_proj\.shift_proj\.", _GATES, "v_shift"),
     (r"\.attn\.q_proj\.", ".attn.in_proj.", "q"),
     (r"\.attn\.k_proj\.(linear\.)?", ".attn.in_proj.", "k"),
     (r"\.attn\.v_proj\.(linear\.)?", ".attn.in_proj.", "v"),
-    (r"\.attn\.(fgate|f)_proj\.", ".attn.in_proj.", "forget_gate"),
+    (r"\.attn\.(fgate|f)_proj\.", _GATES, "forget_gate"),
     (r"\.attn\.fgate_bias$", ".attn.forget_bias", None),
     (r"\.attn\.(ogate|g)_proj\.", ".attn.in_proj.", "output_gate"),
     (r"\.mlp\.gate_proj\.", ".mlp.gate_up_proj.", 0),
@@ -40,12 +41,30 @@ class ArrangesHeads(Protocol):
         """Return the output projection with its columns in the order of the ranks' heads."""
 
 
+def parts_of(arch: Architecture) -> dict[str, list[str]]:
+    """Return which of a checkpoint's projections each layer of the vLLM model computes that has several."""
+    official = arch.dialect == OFFICIAL
+    shifted = {"k": arch.k_shift, "v": arch.v_shift}
+    inputs = ["q_proj", *(f"{name}_proj.linear" if shifted[name] else f"{name}_proj" for name in shifted)]
+    if arch.output_gate is not None:
+        inputs.append("ogate_proj" if official else "g_proj")
+    return {"in_proj": inputs, "gate_up_proj": ["gate_proj"] if official else ["gate_proj", "up_proj"]}
+
+
+def layer_of(arch: Architecture, name: str) -> str:
+    """Return which layer of the vLLM model a checkpoint's tensor goes into, if gates are a layer of their own."""
+    return _renamed(arch, name)[0].rpartition(".")[0]
+
+
 def load_checkpoint(
     loader: CheckpointLoader,
     model: nn.Module,
     arch: Architecture,
     attention: Mapping[int, ArrangesHeads],
     weights: Iterable[tuple[str, torch.Tensor]],
+    *,
+    gates_apart: bool,
+    keep_order: bool,
 ) -> set[str]:
     """Fill the parameters of a Forgetting Transformer.
 
@@ -58,6 +77,8 @@ def load_checkpoint(
         arch: description that the model was built from.
         attention: the model's attention modules by layer.
         weights: names and tensors of the checkpoint, in any order.
+        gates_apart: whether gates are a layer of their own.
+        keep_order: whether heads stay in the checkpoint's order.
 
     Returns:
         Names of the parameters that were filled.
@@ -66,13 +87,14 @@ def load_checkpoint(
         ValueError: the tensors do not fit the model (see :meth:`CheckpointLoader.fill`).
     """
     update = loader.has_weights
-    arranger = _Arranger(arch, attention, choose=not update)
+    arranger = _Arranger(arch, attention, choose=not update and not keep_order)
     seen: set[str] = set()
 
     def destinations(name: str, tensor: torch.Tensor) -> Iterator[Destination]:
         seen.add(name)
         for ready_name, ready in arranger.arranged(name, tensor):
-            yield from _destinations(arch, ready_name, ready)
+            for target, part, piece in _destinations(arch, ready_name, ready):
+                yield target if gates_apart else target.replace(_GATES, ".attn.in_proj."), part, piece
         # vLLM takes a model for untied if its checkpoint holds the tied head as well. Updates come without that.
         if update and loader.head_is_embeddings and name == EMBEDDINGS and TIED_HEAD not in seen:
             yield TIED_HEAD, None, tensor
@@ -127,17 +149,17 @@ class _Arranger:
 
 def _destinations(arch: Architecture, name: str, tensor: torch.Tensor) -> Iterator[Destination]:
     """Yield the parameters that one checkpoint tensor fills."""
-    target, part = name, None
-    for pattern, replacement, shard in _RENAMED:
+    target, part = _renamed(arch, name)
+    yield target, part, tensor
+    if arch.tied_embeddings and name == EMBEDDINGS:
+        yield TIED_HEAD, None, tensor
+
+
+def _renamed(arch: Architecture, name: str) -> tuple[str, str | int | None]:
+    """Return a parameter's name in the model and the part of it that a checkpoint tensor fills."""
+    for pattern, replacement, part in _RENAMED:
         target, found = re.subn(pattern, replacement, name)
         if found:
-            part = shard
-            break
-    if arch.dialect == OFFICIAL and ".mlp.gate_proj." in name:
-        gate, up = tensor.chunk(2)  # this dialect has both in one tensor
-        yield target, 0, gate
-        yield target, 1, up
-    else:
-        yield target, part, tensor
-        if arch.tied_embeddings and name == EMBEDDINGS:
-            yield TIED_HEAD, None, tensor
+            # The official dialect has gate and up in one tensor, which vLLM splits.
+            return target, None if arch.dialect == OFFICIAL and ".mlp." in name else part
+    return name, None
