@@ -89,6 +89,7 @@ NOT_RUN = {
     "python -m benchmarks.scheduler_cost": "a machine that does nothing else",
     "python -m benchmarks.serving": "a GPU",
     "python -m benchmarks.training": "a GPU",
+    "python -m benchmarks.weights": "a GPU",
     "python examples/ray_serve.py": "Ray Serve on a cluster",
     "ray up": "machines of a cloud",
     "torchrun examples/retrofit.py": "several GPUs",

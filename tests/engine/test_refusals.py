@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from tests.support.checkpoints import make_checkpoint, save_sparse_gpt2
 from tests.support.evicting import VARIANTS, make_evicting
 from tests.support.startup import configure, refused
+from vllm_fox import config_hook
 from vllm_fox.refusals import adapters, unsupported_environment
 
 CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
@@ -47,7 +48,6 @@ REFUSED: dict[str, dict[str, Any]] = {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}
     },
     "generation by diffusion (--diffusion-config)": {"diffusion_config": {"canvas_length": 8}},
-    "LoRA (--enable-lora)": {"enable_lora": True},
     "classification (--convert classify), as no weights are loaded for it": {
         "runner": "pooling",
         "convert": "classify",
@@ -132,11 +132,24 @@ def test_quantised_weights_by_family(fox: Path, sparse: Path, evicting: Path, wh
         assert configure(model, **both).quant_config is not None
 
 
-def test_adapters_by_family_and_device(sparse: Path, evicting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sentence = "In vllm-fox, Sparse GPT-2 models do not support LoRA (--enable-lora): leave it out."
+ADAPTERS = "LoRA (--enable-lora)"
+
+
+def test_adapters_by_family_and_device(
+    fox: Path, loose: Path, sparse: Path, evicting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = f"In vllm-fox, Sparse GPT-2 models do not support {ADAPTERS}: leave it out."
     assert sentence in refused(sparse, enable_lora=True)
     mixed = "LoRA (--enable-lora) on a CPU, where other requests would get it too: leave it out."
-    assert f"In vllm-fox, Decoders that evict tokens do not support {mixed}" in refused(evicting, enable_lora=True)
+    for model, family in ((evicting, "Decoders that evict tokens"), (fox, "Forgetting Transformers")):
+        assert f"In vllm-fox, {family} do not support {mixed}" in refused(model, enable_lora=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(config_hook, "adapters", lambda *_: ())
+        without = f"{ADAPTERS} without QK-norm, as adapters change what bounds pruning: leave it out."
+        assert f"In vllm-fox, Forgetting Transformers do not support {without}" in refused(loose, enable_lora=True)
+        shared = make_checkpoint(tmp_path, "fla", num_kv_heads=1, qk_norm=True)
+        ranks = f"{ADAPTERS} with --tensor-parallel-size 2 and 1 KV heads: leave it out."
+        assert f"do not support {ranks}" in refused(shared, enable_lora=True, **TWO_RANKS)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     for dtype, refusals in ((torch.float16, 0), (torch.float32, 1)):
         on_a_gpu: Any = SimpleNamespace(lora_config=object(), model_config=SimpleNamespace(dtype=dtype))

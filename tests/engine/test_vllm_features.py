@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.support import ROOT
 
-from .test_refusals import QUANTISED, REFUSED, REFUSED_VARIABLES
+from .test_refusals import ADAPTERS, QUANTISED, REFUSED, REFUSED_VARIABLES
 
 NEW_IN_0_33 = """
     indexer_tp_shard_min_rows minimax_m3_indexer_cp monokernel sleep_mode_backend trtllm_ragged_backend
@@ -151,7 +151,7 @@ def test_what_is_inside_of_arguments_is_known() -> None:
 
 def test_statuses_are_those_of_the_tests() -> None:
     """What is refused has its sentence in a test, what is said to work has tests, and these exist."""
-    sentences = " ".join([*REFUSED, *QUANTISED, *REFUSED_VARIABLES])
+    sentences = " ".join([*REFUSED, *QUANTISED, ADAPTERS, *REFUSED_VARIABLES])
     for row in rows():
         assert row.status in STATUSES, row
         tests = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row.how)

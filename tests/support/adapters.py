@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,35 @@ from vllm.lora.request import LoRARequest
 
 from benchmarks.engines import assert_all_free, greedy, manager
 from tests.support.evicting import THRESHOLD, Made
+from tests.support.quantised import PROJECTIONS, fox_likelihood
 from tests.support.reference_evicting import reference_logits
 
 RANK, ALPHA = 4, 8.0
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROMPT = torch.randint(1, 257, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+
+Likelihood = Callable[[Path, list[int]], torch.Tensor]
+Answer = tuple[list[int], torch.Tensor, int]
 
 
 def make_adapter(folder: Path, model: Path, seed: int) -> Path:
     """Write an adapter of all projections of a checkpoint, with random numbers large enough to change its text."""
     draw = torch.Generator().manual_seed(seed)
-    tensors = {}
+    tensors, targets = {}, set()
     for name, weight in load_file(model / "model.safetensors").items():
-        layer, _, last = name.rpartition(".")
-        if last == "weight" and layer.endswith(PROJECTIONS):
-            rows, columns = weight.shape
+        if PROJECTIONS.fullmatch(name):
+            layer, (rows, columns) = name.removesuffix(".weight"), weight.shape
             tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(RANK, columns, generator=draw) * 0.1
             tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(rows, RANK, generator=draw) * 0.1
+            targets.add(layer.rpartition(".")[2])
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": PROJECTIONS, "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": sorted(targets),
+        "bias": "none",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -50,38 +61,87 @@ def merge_adapter(folder: Path, model: Path, adapter: Path) -> Path:
     return folder
 
 
-def check_adapters(llm: LLM, made: Made, folder: Path) -> torch.Tensor:
-    """Ask with two adapters and with none in one batch; compare with the formula, on merged weights.
+def make_adapters(model: Path, folder: Path) -> tuple[list[Any], list[Path]]:
+    """What asks for no adapter, and for two; and the checkpoint that each amounts to."""
+    adapters = [make_adapter(folder / name, model, seed) for seed, name in enumerate(("one", "two"))]
+    models = [merge_adapter(folder / f"{adapter.name}-merged", model, adapter) for adapter in adapters]
+    return [None, *(LoRARequest(one.name, n, str(one)) for n, one in enumerate(adapters, 1))], [model, *models]
 
-    The three requests have one prompt, so only the adapters can tell their answers and evictions apart.
+
+def ask(llm: LLM, adapters: list[Any]) -> list[Answer]:
+    """Send one prompt with each adapter, in one batch, so that only the adapters can tell the answers apart.
+
+    Returns:
+        Of each: prompt and answer; log-probabilities of all but the first token; how many tokens were cached.
+    """
+    prompts: list[Any] = [{"prompt_token_ids": PROMPT} for _ in adapters]
+    found = []
+    for out in llm.generate(
+        prompts, greedy(40, prompt_logprobs=0, logprobs=0), lora_request=adapters, use_tqdm=False
+    ):
+        tokens = PROMPT + list(out.outputs[0].token_ids)
+        assert out.prompt_logprobs is not None and out.outputs[0].logprobs is not None
+        at: list[Any] = [*out.prompt_logprobs[1:], *out.outputs[0].logprobs]
+        likelihood = torch.tensor([one[token].logprob for one, token in zip(at, tokens[1:], strict=True)]).double()
+        found.append((tokens, likelihood, out.num_cached_tokens or 0))
+    return found
+
+
+def apart_from(found: list[Answer], models: list[Path], of: Likelihood) -> torch.Tensor:
+    """Compare answers with the formula, on the weights of each model.
 
     Returns:
         [3, 3] float64, the root mean square of the differences between the log-probabilities of a request's tokens
         and those that the formula gives with the weights of each: without an adapter, with the first, with the
         second. So what is right stands on the diagonal.
     """
-    adapters = [make_adapter(folder / name, made.published, seed) for seed, name in enumerate(("one", "two"))]
-    models = [made.published]
-    models += [merge_adapter(folder / f"{adapter.name}-merged", made.published, adapter) for adapter in adapters]
-    asked: list[Any] = [None]
-    asked += [LoRARequest(adapter.name, n, str(adapter)) for n, adapter in enumerate(adapters, 1)]
-    prompt = torch.randint(1, 257, (300,), generator=torch.Generator().manual_seed(1)).tolist()
-    prompts: list[Any] = [{"prompt_token_ids": prompt} for _ in asked]
-    params = greedy(40, prompt_logprobs=0, logprobs=0)
-    outs = llm.generate(prompts, params, lora_request=asked, use_tqdm=False)
-    apart, decided = torch.empty(3, 3, dtype=torch.float64), []
-    for row, out in enumerate(outs):
-        tokens = prompt + list(out.outputs[0].token_ids)
-        assert out.prompt_logprobs is not None and out.outputs[0].logprobs is not None
-        at: list[Any] = [*out.prompt_logprobs[1:], *out.outputs[0].logprobs]
-        found = torch.tensor([one[token].logprob for one, token in zip(at, tokens[1:], strict=True)]).double()
-        for column, model in enumerate(models):
-            logits, evicted = reference_logits(model, tokens, made.predictor, THRESHOLD, made.window)
-            want = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-            apart[row, column] = (found - want).square().mean().sqrt()
-            if row == column:
-                decided.append(evicted[..., : len(prompt)])
-    assert not any(torch.equal(decided[0], other) for other in decided[1:])
+    rows = [
+        [(likelihood - of(model, tokens)).square().mean().sqrt() for model in models]
+        for tokens, likelihood, _ in found
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def check_adapters(llm: LLM, made: Made, folder: Path) -> torch.Tensor:
+    """Ask decoders that evict tokens with two adapters and with none; answers and evictions are the formula's.
+
+    Returns:
+        What :func:`apart_from` does.
+    """
+    adapters, models = make_adapters(made.published, folder)
+    decided: dict[Path, torch.Tensor] = {}
+
+    def likelihood(model: Path, tokens: list[int]) -> torch.Tensor:
+        logits, evicted = reference_logits(model, tokens, made.predictor, THRESHOLD, made.window)
+        decided[model] = evicted[..., : len(PROMPT)]
+        return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+    apart = apart_from(ask(llm, adapters), models, likelihood)
+    first, *others = (decided[model] for model in models)
+    assert not any(torch.equal(first, other) for other in others)
     assert manager(llm).pool.released_total > 0
     assert_all_free(llm)
     return apart
+
+
+def check_fox_adapters(llm: LLM, model: Path, folder: Path) -> torch.Tensor:
+    """Ask a Forgetting Transformer with two adapters and with none; cached prefixes are of one adapter each.
+
+    Returns:
+        What :func:`apart_from` does.
+    """
+    adapters, models = make_adapters(model, folder)
+    # Alone, so that the others find its prefix in the cache, if they look for it.
+    (alone,) = ask(llm, adapters[1:2])
+    found = ask(llm, adapters)
+    page = llm.llm_engine.vllm_config.cache_config.block_size
+    whole = (len(PROMPT) - 1) // page * page
+    # Log-probabilities of a prompt are asked for, for which vLLM computes all of it again.
+    assert [cached for *_, cached in found] == [0, 0, 0] and found[1][0] == alone[0]
+    for adapter, (tokens, *_) in zip(adapters, found, strict=True):
+        prompts: list[Any] = [{"prompt_token_ids": PROMPT}]
+        (out,) = llm.generate(prompts, greedy(40), lora_request=adapter, use_tqdm=False)
+        assert out.num_cached_tokens == whole and tokens == PROMPT + list(out.outputs[0].token_ids)
+    assert manager(llm).pool.released_total > 0
+    assert_all_free(llm)
+    return apart_from(found, models, lambda merged, tokens: fox_likelihood(merged, tokens, None))

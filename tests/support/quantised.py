@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import vllm_fox.hf  # noqa: F401  # transformers then knows the models
+from vllm_fox.modules.linear import used_weight
 
 GROUP = 32
 """Inputs of a row that share a scale."""
@@ -235,3 +236,53 @@ def fox_likelihood(
     with torch.no_grad():
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0, :-1].double().log_softmax(-1)
     return logits.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+SOURCES = {
+    "q": ("q_proj",), "k": ("k_proj.linear", "k_proj"), "v": ("v_proj.linear", "v_proj"),
+    "output_gate": ("ogate_proj", "g_proj"), "forget_gate": ("fgate_proj", "f_proj"),
+    "k_shift": ("k_proj.shift_proj",), "v_shift": ("v_proj.shift_proj",),
+}  # fmt: skip
+"""Where parts of a layer's products come from."""
+
+
+def check_fox_weights(model: Any, plain: Path, rtol: float) -> None:
+    """Check that every layer multiplies with what a checkpoint stands for, and that gates are as they were.
+
+    Args:
+        model: the vLLM model, of one rank.
+        plain: the weights that are meant, as :func:`quantise` writes them.
+        rtol: by how much a number may be off. One in a thousand may be off by more: where a weight is nearly in the
+            middle of two numbers of a code, it may have become either.
+    """
+    weights = load_file(plain / "model.safetensors")
+
+    def want(layer: str, kind: str, *names: str) -> torch.Tensor:
+        (one,) = [weights[f"{layer}.{name}.{kind}"] for name in names if f"{layer}.{name}.{kind}" in weights]
+        return one.double()
+
+    def compare(found: torch.Tensor, meant: torch.Tensor) -> None:
+        assert found.shape == meant.shape
+        # float16 has no finer numbers near zero.
+        off = (found.double().cpu() - meant).abs() - rtol * meant.abs() - 2**-24
+        assert (off > 0).float().mean() < 1e-3
+
+    for n, block in enumerate(model.model.layers):
+        attn, layer = block.attn, f"model.layers.{n}"
+        used = used_weight(attn.in_proj)
+        for part in attn.in_proj.sizes:
+            compare(attn.in_proj.part(used, part), want(f"{layer}.attn", "weight", *SOURCES[part]))
+        for part in () if attn.gate_proj is None else attn.gate_proj.sizes:
+            stored = attn.gate_proj.part(attn.gate_proj.weight, part)
+            assert torch.equal(stored.double().cpu(), want(f"{layer}.attn", "weight", *SOURCES[part]))
+        if attn.in_proj.bias is not None:
+            for part in "qkv":
+                bias = attn.in_proj.part(attn.in_proj.bias, part).double().cpu()
+                assert torch.equal(bias, want(f"{layer}.attn", "bias", f"{part}_proj"))
+            if "output_gate" in attn.in_proj.sizes:
+                assert not attn.in_proj.part(attn.in_proj.bias, "output_gate").any()
+        both = ("gate_proj", "up_proj") if f"{layer}.mlp.up_proj.weight" in weights else ("gate_proj",)
+        together = torch.cat([want(f"{layer}.mlp", "weight", name) for name in both])
+        compare(used_weight(block.mlp.gate_up_proj), together)
+        compare(used_weight(attn.o_proj), want(layer, "weight", "attn.o_proj"))
+        compare(used_weight(block.mlp.down_proj), want(layer, "weight", "mlp.down_proj"))

@@ -197,6 +197,7 @@ def refusals(facts: Facts, folder: Path, ranks: int, stages: int) -> list[str]:
         config = _config(folder, read_config(folder))
         engine: Any = SimpleNamespace(
             parallel_config=SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=stages),
+            lora_config=None,
             model_config=SimpleNamespace(
                 hf_config=config, max_model_len=facts.longest_context, dtype=getattr(torch, facts.dtype)
             ),

@@ -98,7 +98,7 @@ def used_weight(layer: LinearBase) -> torch.Tensor:
     # Inputs with a scale of their own are clipped at some multiple of it.
     one = 1.0 if scale is None else scale.max().item()
     device = next(layer.parameters()).device
-    inputs = torch.eye(layer.input_size, dtype=layer.params_dtype, device=device) * one
+    inputs = torch.eye(layer.input_size_per_partition, dtype=layer.params_dtype, device=device) * one
     product = layer.quant_method.apply(layer, inputs, None)
     return product.T if one == 1.0 else (product.double() / inputs[0, 0].double()).to(product.dtype).T
 
@@ -120,8 +120,9 @@ def input_rounding(layer: LinearBase, largest: float) -> tuple[float, float] | N
     scale = getattr(layer, "input_scale", None)
     key = getattr(scheme, "activation_quant_key", None)
     if key is not None and key.dtype == torch.float8_e4m3fn:
-        # Three bits behind the first; below 2^-6 numbers are 2^-9 apart, in units of the scale.
-        step = largest / 448 if scale is None else scale.max().item()
+        # Three bits behind the first; below 2^-6 numbers are 2^-9 apart, in units of the scale. Some kernels round
+        # the scale up to a power of two.
+        step = 2 * largest / 448 if scale is None else scale.max().item()
         return 2.0**-4, step * 2**-10
     if isinstance(scheme, CompressedTensorsW8A8Int8) and scheme.input_symmetric:
         step = largest / 127 if scale is None else scale.max().item()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm import LLM
 
 from benchmarks.engines import assert_all_free, engine, generate, greedy
 from tests.support.evicting import THRESHOLD, VARIANTS, Made, make_evicting
@@ -62,9 +63,16 @@ def options(made: Made) -> dict[str, Any]:
 
 
 def served(
-    checkpoint: Quantised, tokens: list[int], monkeypatch: pytest.MonkeyPatch, **arguments: Any
+    checkpoint: Quantised,
+    tokens: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    then: Callable[[LLM], None] = lambda llm: None,
+    **arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities [T - 1] of the tokens as the engine computes them, and which tokens it evicts."""
+    """Log-probabilities [T - 1] of the tokens as the engine computes them, and which tokens it evicts.
+
+    ``then`` is called with the engine before it ends.
+    """
     decided: dict[int, list[torch.Tensor]] = {}
     forward = EvictingFormula.forward
 
@@ -76,6 +84,7 @@ def served(
         monkeypatch.setattr(EvictingFormula, "forward", recorded)
         (out,) = generate(llm, [tokens], greedy(1, prompt_logprobs=0))
         assert_all_free(llm)
+        then(llm)
     found = torch.tensor([at[token].logprob for at, token in zip(out.prompt_logprobs[1:], tokens[1:], strict=True)])
     evicted = torch.stack([torch.cat(parts)[: len(tokens)].T for _, parts in sorted(decided.items())])
     if checkpoint.made.predictor is None:  # DMS: a token decides about the one before it
@@ -151,7 +160,12 @@ def test_quantised_inputs(
 ) -> None:
     """Of compressed-tensors with eight bits, which round the inputs of a projection token by token."""
     checkpoint = make(tmp_path, variant, method, torch.float32)
-    found, evicted = served(checkpoint, TOKENS, monkeypatch)
+
+    def refused_later(llm: LLM) -> None:
+        with pytest.raises(ValueError, match="Quantised weights cannot be loaded again on a CPU"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint.served)})
+
+    found, evicted = served(checkpoint, TOKENS, monkeypatch, refused_later)
     want, decided = formula(checkpoint.plain, checkpoint.made, TOKENS, evicted, rounded)
     assert torch.equal(decided, evicted)
     # float32's roundoff, as without quantisation. An input nearly in the middle of two integers may be rounded to

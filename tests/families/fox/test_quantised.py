@@ -14,8 +14,7 @@ from benchmarks.engines import assert_all_free, engine
 from tests.support.checkpoints import VARIANTS, make_checkpoint
 from tests.support.loading import group_of_one, load_model
 from tests.support.new_weights import found
-from tests.support.quantised import as_int8, fox_likelihood, quantise, rms
-from vllm_fox.families.fox.model import ForgettingTransformerForCausalLM
+from tests.support.quantised import as_int8, check_fox_weights, fox_likelihood, quantise, rms
 from vllm_fox.modules.heads import HeadShare
 from vllm_fox.modules.linear import HeadLinear, used_weight
 
@@ -34,46 +33,6 @@ def made(folder: Path, variant: str, method: str, dtype: torch.dtype, **options:
     return quantise(make_checkpoint(folder / "first", **VARIANTS[variant], **options), method, dtype)
 
 
-SOURCES = {
-    "q": ("q_proj",), "k": ("k_proj.linear", "k_proj"), "v": ("v_proj.linear", "v_proj"),
-    "output_gate": ("ogate_proj", "g_proj"), "forget_gate": ("fgate_proj", "f_proj"),
-    "k_shift": ("k_proj.shift_proj",), "v_shift": ("v_proj.shift_proj",),
-}  # fmt: skip
-
-
-def check_weights(model: ForgettingTransformerForCausalLM, plain: Path, close: dict[str, float]) -> None:
-    """Every layer multiplies with what the checkpoint stands for; gates are as they were."""
-    weights = load_file(plain / "model.safetensors")
-
-    def want(layer: str, *names: str) -> torch.Tensor:
-        (one,) = [weights[f"{layer}.{name}.weight"] for name in names if f"{layer}.{name}.weight" in weights]
-        return one.double()
-
-    for n, block in enumerate(model.model.layers):
-        attn, layer = block.attn, f"model.layers.{n}"
-        assert isinstance(attn.in_proj, HeadLinear)
-        used = used_weight(attn.in_proj)
-        for part in attn.in_proj.sizes:
-            torch.testing.assert_close(
-                attn.in_proj.part(used, part).double(), want(f"{layer}.attn", *SOURCES[part]), **close
-            )
-        for part in attn.gate_proj.sizes:
-            stored = attn.gate_proj.part(attn.gate_proj.weight, part)
-            assert stored.dtype == torch.float32 or stored.dtype == torch.float16
-            assert torch.equal(stored.double(), want(f"{layer}.attn", *SOURCES[part]))
-        for name in ("q", "k", "v"):
-            if attn.in_proj.bias is not None:
-                bias = weights[f"{layer}.attn.{name}_proj.bias"]
-                assert torch.equal(attn.in_proj.part(attn.in_proj.bias, name).double(), bias)
-        if attn.in_proj.bias is not None and "output_gate" in attn.in_proj.sizes:
-            assert not attn.in_proj.part(attn.in_proj.bias, "output_gate").any()
-        both = [want(f"{layer}.mlp", "gate_proj")]
-        both += [want(f"{layer}.mlp", "up_proj")] if model.arch.dialect == "fla" else []
-        torch.testing.assert_close(used_weight(block.mlp.gate_up_proj).double(), torch.cat(both), **close)
-        for one, name in ((attn.o_proj, "attn.o_proj"), (block.mlp.down_proj, "mlp.down_proj")):
-            torch.testing.assert_close(used_weight(one).double(), want(layer, name), **close)
-
-
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
     "variant, options",
@@ -83,7 +42,7 @@ def check_weights(model: ForgettingTransformerForCausalLM, plain: Path, close: d
 def test_quantised_tensors_reach_their_layers(tmp_path: Path, variant: str, options: dict[str, Any]) -> None:
     """With biases of some projections, and with gates in a layer of their own."""
     stored, plain = made(tmp_path, variant, "int8", torch.float32, **options)
-    check_weights(load_model(stored, finish=True), plain, {"atol": 0, "rtol": 1e-6})
+    check_fox_weights(load_model(stored, finish=True), plain, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -92,8 +51,7 @@ def test_weights_quantised_while_they_are_loaded(tmp_path: Path) -> None:
     first = make_checkpoint(tmp_path / "first", **VARIANTS["pro"], dtype=torch.float16)
     _, plain = quantise(first, "float8", torch.float16)
     model = load_model(first, finish=True, dtype="float16", quantization="fp8_per_channel")
-    # float16 has no finer numbers near zero.
-    check_weights(model, plain, {"atol": 2**-24, "rtol": 2**-10})
+    check_fox_weights(model, plain, rtol=2**-10)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -159,33 +117,43 @@ def test_bound_follows_the_scales(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_methods_without_a_bound(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["int4", "gptq", "awq"])
+def test_methods_without_a_bound(tmp_path: Path, method: str) -> None:
     """Some round inputs in a way that is not known, which only matters without QK-norm."""
-    stored, _ = made(tmp_path / "loose", "llama", "int4", torch.bfloat16)
-    message = "without QK-norm do not support weights that CompressedTensorsLinearMethod has quantised"
+    stored, _ = made(tmp_path / "loose", "llama", method, torch.bfloat16)
+    message = r"without QK-norm do not support weights that \w+ has quantised, since it is not known"
     with pytest.raises(ValueError, match=message):
         load_model(stored, dtype="bfloat16")
-    stored, plain = made(tmp_path / "pro", "pro", "int4", torch.bfloat16)
+    stored, plain = made(tmp_path / "pro", "pro", method, torch.bfloat16)
     check = load_model(stored, finish=True, dtype="bfloat16").model.layers[0].attn.in_proj
     weights = load_file(plain / "model.safetensors")
     want = weights["model.layers.0.attn.ogate_proj.weight"].double()
     torch.testing.assert_close(check.part(used_weight(check), "output_gate").double(), want, atol=0, rtol=2**-7)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_take_their_heads(ranks: int) -> None:
-    """Of four query heads and two KV heads, which several ranks may share: vLLM cuts a rank's part out."""
-    q, k = torch.arange(4 * 3)[:, None], torch.arange(2 * 3)[:, None]
-    for rank in range(ranks):
+@pytest.mark.parametrize(
+    "heads", [[[0, 1], [2, 3]], [[3, 0], [1, 2]], [[0], [0], [1], [1]]], ids=["in order", "dealt", "shared"]
+)
+def test_ranks_take_their_heads(heads: list[list[int]]) -> None:
+    """In the checkpoint's order, in one that weights have chosen, and where several ranks have the same head."""
+    total = max(max(each) for each in heads) + 1
+    loaded = torch.arange(total * 3)[:, None]
+    for rank, each in enumerate(heads):
         layer = HeadLinear.__new__(HeadLinear)
-        shares = {"q": HeadShare.split(4, ranks, rank), "k": HeadShare.split(2, ranks, rank)}
-        layer.__dict__.update(shares=shares, tp_size=ranks, tp_rank=rank)
+        layer.__dict__.update(shares={"k": HeadShare(total, each)}, tp_size=len(heads), tp_rank=rank)
         weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
         weight.output_dim = 0  # type: ignore[attr-defined]
-        for loaded, name in ((q, "q"), (k, "k")):
-            size = shares[name].count * 3
-            cut = layer._own(weight, loaded, name).narrow(0, rank * size, size)
-            assert torch.equal(cut, shares[name].take(loaded))
+        # vLLM cuts a rank's part out, as if ranks had heads of their own, in order.
+        size = len(each) * 3
+        cut = layer._own(weight, loaded, "k").narrow(0, rank * size, size)
+        assert torch.equal(cut, torch.cat([loaded[head * 3 : head * 3 + 3] for head in each]))
+        blocks = torch.ones(1, 1)  # of scales
+        if each == HeadShare.split(total, len(heads), rank).heads and total >= len(heads):
+            assert layer._own(weight, blocks, "k") is blocks
+        else:
+            layer.__dict__["prefix"] = "in_proj"
+            with pytest.raises(ValueError, match="its scales are of blocks that span heads"):
+                layer._own(weight, blocks, "k")
 
 
 def test_an_engine(tmp_path: Path) -> None:

@@ -20,8 +20,23 @@ def _refusals(vllm_config: VllmConfig) -> Iterable[tuple[object, str]]:
     from vllm import envs
 
     model, precision = vllm_config.model_config, envs.VLLM_FLOAT32_MATMUL_PRECISION
+    arch, ranks, lora = (
+        Architecture.from_config(model.hf_config),
+        vllm_config.parallel_config.tensor_parallel_size,
+        vllm_config.lora_config,
+    )
+    bounded_by_weights = arch.qk_norm == "none"
+    # The bound is of the weights that all requests share, and is known before adapters come.
+    yield (
+        lora and bounded_by_weights,
+        "LoRA (--enable-lora) without QK-norm, as adapters change what bounds pruning",
+    )
+    # vLLM's layer for adapters takes each rank's part of every projection for another one.
+    yield (
+        lora and ranks > arch.num_kv_heads,
+        f"LoRA (--enable-lora) with --tensor-parallel-size {ranks} and {arch.num_kv_heads} KV heads",
+    )
     # A product of rounded factors can be larger than the bound that follows from the projections' weights.
-    bounded_by_weights = Architecture.from_config(model.hf_config).qk_norm == "none"
     rounded = precision != "highest" and str(model.dtype) == "torch.float32" and bounded_by_weights
     yield rounded, f"rounded float32 products without QK-norm (VLLM_FLOAT32_MATMUL_PRECISION={precision})"
 
@@ -42,6 +57,7 @@ FOX = Family(
     shares_pages=True,
     float8_pages=True,
     quantized_weights=True,
+    adapters=True,
     refusals=_refusals,
     token_ends="vllm_fox.hf.fox.live_share:token_ends",
     whole_pages=True,

@@ -22,9 +22,10 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
+    WeightsMapper,
     extract_layer_index,
     make_empty_intermediate_tensors_factory,
     make_layers,
@@ -42,7 +43,7 @@ from .architecture import Architecture, expected_weights
 from .bounds import projection_bound, qk_norm_bound
 from .head_order import deal, memory_score
 from .layer import ForgettingAttention
-from .weights import layer_of, load_checkpoint, parts_of
+from .weights import adapter_names, layer_of, load_checkpoint, parts_of
 
 
 def separates_gates(vllm_config: VllmConfig) -> bool:
@@ -374,7 +375,7 @@ class ForgettingTransformerModel(nn.Module):
         return x
 
 
-class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
+class ForgettingTransformerForCausalLM(nn.Module, SupportsPP, SupportsLoRA):
     """A FoX language model of either checkpoint dialect, as vLLM loads and runs it."""
 
     # Load only safetensors, which hold no code, and ignore other .safetensors files beside the model.
@@ -389,6 +390,13 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP):
         if vllm_config.quant_config is not None:
             # A quantisation config names layers as the checkpoint does.
             vllm_config.quant_config.packed_modules_mapping = parts_of(self.arch)
+        # Adapters do so too. vLLM knows projections by the last part of their names.
+        renamed = adapter_names(self.arch)
+        self.hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=renamed)
+        self.packed_modules_mapping = {
+            layer: [renamed.get(f".{name}", f".{name}").lstrip(".") for name in names]
+            for layer, names in parts_of(self.arch).items()
+        }
         self.model = ForgettingTransformerModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.lm_head: nn.Module = PPMissingLayer()

@@ -51,6 +51,13 @@ def parts_of(arch: Architecture) -> dict[str, list[str]]:
     return {"in_proj": inputs, "gate_up_proj": ["gate_proj"] if official else ["gate_proj", "up_proj"]}
 
 
+def adapter_names(arch: Architecture) -> dict[str, str]:
+    """Return how the ends of names of projections change between an adapter and vLLM's layers for adapters."""
+    names = {f".{name}_proj.linear": f".{name}_proj" for name in "kv"}
+    # This dialect has one tensor for what vLLM computes as one product.
+    return names | ({".gate_proj": ".gate_up_proj"} if arch.dialect == OFFICIAL else {})
+
+
 def layer_of(arch: Architecture, name: str) -> str:
     """Return which layer of the vLLM model a checkpoint's tensor goes into, if gates are a layer of their own."""
     return _renamed(arch, name)[0].rpartition(".")[0]
