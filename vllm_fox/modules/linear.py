@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Int8
 from vllm.model_executor.parameter import BasevLLMParameter
@@ -89,7 +95,7 @@ def is_quantised(layer: nn.Module) -> bool:
     return isinstance(layer, LinearBase) and not isinstance(layer.quant_method, UnquantizedLinearMethod)
 
 
-def used_weight(layer: LinearBase) -> torch.Tensor:
+def used_weight(layer: ColumnParallelLinear | RowParallelLinear) -> torch.Tensor:
     """Return the weight [outputs, inputs] with which a layer multiplies, rounded to the model's dtype up to twice.
 
     Methods store weights in many ways, so it is read off the products of single numbers, which no method rounds.

@@ -409,7 +409,10 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP, SupportsLoRA):
                 self.lm_head = head.tie_weights(self.model.embeddings)
         self.logits_processor = LogitsProcessor(self.arch.vocab_size)
         expected: dict[str, Any] = expected_weights(self.arch)
+        self._stored_names = WeightsMapper()
         if vllm_config.quant_config is not None:
+            # Without those that the method does not need.
+            self._stored_names = vllm_config.quant_config.get_checkpoint_weight_mapper()
             expected = as_quantised(self, expected, partial(layer_of, self.arch))
         # Quantised weights are not always stored head by head, and adapters are in the checkpoint's order.
         quantised = any(isinstance(one, Stored) and one.is_quantised for one in expected.values())
@@ -447,7 +450,7 @@ class ForgettingTransformerForCausalLM(nn.Module, SupportsPP, SupportsLoRA):
             self,
             self.arch,
             attention,
-            weights,
+            self._stored_names.apply(weights),
             gates_apart=self._gates_apart,
             keep_order=self._keep_order,
         )
