@@ -37,11 +37,8 @@ class HeadLinear(MergedColumnParallelLinear):
         quant_config: QuantizationConfig | None,
         prefix: str,
     ) -> None:
-        shares = {name: share for name, (share, _, _) in parts.items()}
-        self.shares, self.sizes = (
-            shares,
-            {name: shares[name].count * width for name, (_, width, _) in parts.items()},
-        )
+        self.shares = {name: share for name, (share, _, _) in parts.items()}
+        self.sizes = {name: share.count * width for name, (share, width, _) in parts.items()}
         self.unbiased = [name for name, (_, _, bias) in parts.items() if not bias]
         ranks = get_tensor_model_parallel_world_size()
         super().__init__(
@@ -101,27 +98,25 @@ def used_weight(layer: ColumnParallelLinear | RowParallelLinear) -> torch.Tensor
     Methods store weights in many ways, so it is read off the products of single numbers, which no method rounds.
     """
     scale = getattr(layer, "input_scale", None)
-    # Inputs with a scale of their own are clipped at some multiple of it.
+    # Where inputs have one scale for all, larger ones are clipped, and that scale itself is not rounded.
     one = 1.0 if scale is None else scale.max().item()
     device = next(layer.parameters()).device
     inputs = torch.eye(layer.input_size_per_partition, dtype=layer.params_dtype, device=device) * one
     product = layer.quant_method.apply(layer, inputs, None)
-    return product.T if one == 1.0 else (product.double() / inputs[0, 0].double()).to(product.dtype).T
+    return product.T if one == 1.0 else (product.double() / one).to(product.dtype).T
 
 
 def input_rounding(layer: LinearBase, largest: float) -> tuple[float, float] | None:
     """Return how a layer rounds its inputs before it multiplies them.
 
     Args:
-        layer: the layer.
+        layer: the layer, which is quantised.
         largest: absolute value of the largest input that there can be.
 
     Returns:
         (relative, absolute): x becomes a number between 0 and (1 + relative) x, which is then off by at most the
         second. None if it is not known how the method rounds.
     """
-    if not is_quantised(layer):
-        return 0.0, 0.0
     scheme = getattr(layer, "scheme", None) or layer.quant_method
     scale = getattr(layer, "input_scale", None)
     key = getattr(scheme, "activation_quant_key", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,18 @@ def test_quantised_tensors_reach_their_layers(tmp_path: Path, variant: str, opti
     check_fox_weights(load_model(stored, finish=True), plain, rtol=1e-6)
 
 
+def make_static(stored: Path, scale: float) -> None:
+    """Have a checkpoint of 8-bit integers round all inputs with one scale, beyond which they are clipped."""
+    config = json.loads((stored / "config.json").read_text())
+    inputs = config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    inputs |= {"dynamic": False, "strategy": "tensor"}
+    (stored / "config.json").write_text(json.dumps(config))
+    weights = load_file(stored / "model.safetensors")
+    scales = {name for name in weights if name.endswith(".weight_scale")}
+    weights |= {name.replace(".weight_scale", ".input_scale"): torch.tensor([scale]) for name in scales}
+    save_file(weights, stored / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_weights_quantised_while_they_are_loaded(tmp_path: Path) -> None:
     """To float8 with a scale for each output, which is the only such method that vLLM's CPU build can run."""
@@ -73,13 +86,20 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("method, dtype", [("int8", "float32"), ("float8", "float16")])
+@pytest.mark.parametrize(
+    "method, dtype, scale", [("int8", "float32", None), ("int8", "float32", 0.03), ("float8", "float16", None)]
+)
 @pytest.mark.parametrize("variant", ["llama", "fla_gqa_bias"])
-def test_bound_of_quantised_projections(tmp_path: Path, method: str, dtype: str, variant: str) -> None:
+def test_bound_of_quantised_projections(
+    tmp_path: Path, method: str, dtype: str, scale: float | None, variant: str
+) -> None:
     """Without QK-norm it holds for what the quantised layer computes, of inputs as bad as linear algebra knows."""
-    stored, _ = made(tmp_path, variant, method, getattr(torch, dtype))
+    stored, meant = made(tmp_path, variant, method, getattr(torch, dtype))
+    if scale is not None:
+        make_static(stored, scale)
     plain = load_model(tmp_path / "first", finish=True, dtype=dtype)
     model = load_model(stored, finish=True, dtype=dtype)
+    check_fox_weights(model, meant, rtol=1e-6 if dtype == "float32" else 2**-10)
     for block, unquantised in zip(model.model.layers, plain.model.layers, strict=True):
         attn, hidden, dim = block.attn, model.arch.hidden_size, model.arch.head_dim
         bound, norm = attn._logit_bound().double(), block.attn_norm.weight.double()
