@@ -1,6 +1,7 @@
 """What chat costs with and without prefix caching: a FoX (Pro) and a dense Llama of its size, in the same memory.
 
 python -m benchmarks.chat [--plot docs/chat.png]        # all systems and parts in one run
+python -m benchmarks.chat --host-gib 32                 # also with cached pages in host memory
 python -m benchmarks.chat --tiny                        # on a CPU: the shipped model, and small sizes
 python -m benchmarks.chat --report results/chat.json --plot docs/chat.png
 
@@ -13,6 +14,8 @@ are measured in turn, so that a slow spell of the machine meets all. The parts:
 - documents: a long document, and a second question about it.
 - kept: conversations in a round; how many are still cached when their next turn comes.
 - unshared: prompts that share nothing; what caching costs when it is of no use.
+- returning (with --host-gib): many more conversations than GPU memory has room for, one after the other; then each
+  has a second turn, in another order. How many tokens of the first turns are hit, and the time to the first token.
 
 After every engine and part all that is known so far is saved.
 """
@@ -54,8 +57,10 @@ if TYPE_CHECKING:
     from vllm import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-SYSTEMS = ("fox", "fox-off", "dense", "dense-off")
-PARTS = ("turns", "throughput", "documents", "kept", "unshared")
+HOST = "fox-host"
+"""The system whose cached pages go to host memory."""
+SYSTEMS = ("fox", HOST, "fox-off", "dense", "dense-off")
+PARTS = ("turns", "throughput", "documents", "kept", "unshared", "returning")
 ROUNDS = ("turns", "unshared")
 """Parts that are measured in rounds, because differences are small beside what a machine's speed varies."""
 TOKENS = ("prompt_tokens", "cached_tokens", "unlimited_tokens")
@@ -82,6 +87,7 @@ TINY: dict[str, Any] = {
     "kept_tokens": 512,
     "kept_most": 32,
     "kept_precision": 0.34,
+    "returning_conversations": 48,
     "requests": 8,
     "prompt_tokens": 256,
     "rounds": 1,
@@ -216,13 +222,19 @@ def longest_requests(args: argparse.Namespace) -> dict[str, int]:
         "documents": args.document_tokens + QUESTION + SHORT_ANSWER,
         "kept": args.kept_tokens + args.user_tokens + 2 * SHORT_ANSWER,
         "unshared": args.prompt_tokens + args.answer_tokens,
+        "returning": args.kept_tokens + args.user_tokens + 2 * SHORT_ANSWER,
     }
     return {part: longest[part] for part in args.parts}
 
 
 def measured(system: str, part: str) -> bool:
-    """Whether a part is measured of a system. Without caching nothing is kept."""
-    return part != "kept" or not system.endswith("-off")
+    """Whether a part is measured of a system.
+
+    Without caching nothing is kept, and how much more host memory keeps is what "returning" is about.
+    """
+    if part == "kept":
+        return system in ("fox", "dense")
+    return part != "returning" or not system.endswith("-off")
 
 
 # In the process of an engine.
@@ -248,9 +260,11 @@ async def _answer_all(name: str, pipe: Connection, model: str, args: argparse.Na
     options: dict[str, Any] = {}
     if gpu:
         # What vLLM wants to find free, not what it takes: that --kv-gib says.
-        options["gpu_memory_utilization"] = 0.8 / args.engines_at_once
+        options["gpu_memory_utilization"] = 0.8 / min(args.engines_at_once, len(args.systems))
         if args.graph_sizes:
             options["compilation_config"] = {"cudagraph_capture_sizes": sorted(args.graph_sizes)}
+    if name == HOST:
+        options["additional_config"] = {"fox": {"host_cache_gib": args.host_gib}}
     if name.startswith("dense"):
         options["load_format"] = "dummy"
         if gpu:
@@ -434,6 +448,25 @@ class Chat:
         found = await largest(holds, start, args.kept_most, args.kept_precision)
         return {"conversations": found, "trials": trials}
 
+    async def returning(self, round_number: int) -> dict[str, Any]:
+        """Second turns of conversations of which many have gone from GPU memory since their first."""
+        args = self.args
+        before = []
+        for index in range(args.returning_conversations):
+            prompt = self._random(f"returning {index}", args.kept_tokens)
+            before.append(await self.ask(prompt, SHORT_ANSWER, stream=False))
+        done = []
+        for index in random.Random("returning").sample(range(len(before)), len(before)):
+            more = self._random(f"more of returning {index}", args.user_tokens)
+            done.append(await self.ask(before[index].prompt + before[index].answer + more, SHORT_ANSWER))
+        first = [1e3 * one.first for one in done]
+        return {
+            "conversations": len(before),
+            "hit_rate": sum(one.cached for one in done) / sum(len(one.prompt) + len(one.answer) for one in before),
+            "median_ms": statistics.median(first),
+            "all_ms": first,
+        }
+
     async def unshared(self, round_number: int) -> dict[str, Any]:
         """Tokens answered per second to prompts that share nothing."""
         args, steps = self.args, self._restarted()
@@ -602,6 +635,13 @@ def targets(systems: dict[str, dict[str, Any]]) -> list[Target]:
         add("conversations kept", pair[0]["conversations"], pair[1]["conversations"], 4.0, least=True)
     if pair := both("unshared", "fox-off"):
         add("tokens/s, nothing shared, of caching off", pair[0][rate], pair[1][rate], 0.98, least=True)
+    fox, host = systems.get("fox", {}), systems.get(HOST, {})
+    if "returning" in fox and "returning" in host:
+        ours, peer = host["returning"]["hit_rate"], fox["returning"]["hit_rate"]
+        add("hit rate of returning, with host memory", ours, peer, 3.0, least=True)
+    if "unshared" in fox and "unshared" in host:
+        ours, peer = host["unshared"][rate], fox["unshared"][rate]
+        add("tokens/s, nothing shared, with host memory", ours, peer, 0.97, least=True)
     return found
 
 
@@ -627,6 +667,9 @@ def table(systems: dict[str, dict[str, Any]], part: str) -> str:
         if part == "documents":
             ratio = row["second_ms"] / row["first_ms"]
             said = f"first {row['first_ms']:.1f} ms, second {row['second_ms']:.1f} ms ({ratio:.2f}x)"
+        elif part == "returning":
+            said = f"{row['hit_rate']:.1%} of {row['conversations']} conversations' first turns hit, "
+            said += f"{row['median_ms']:.1f} ms to the first token of the second, median"
         elif part == "kept":
             trials = ", ".join(f"{one['conversations']}: {one['hit_rate']:.1%}" for one in row["trials"])
             said = f"{row['conversations']} conversations (hit rates: {trials})"
@@ -663,7 +706,12 @@ def _plot(path: str, systems: dict[str, dict[str, Any]], options: dict[str, Any]
     from matplotlib import pyplot, ticker
 
     figure, axis = pyplot.subplots(figsize=(7, 4))
-    styles = {"fox": ("#0b6e4f", "-"), "fox-off": ("#0b6e4f", ":"), "dense": ("#b23a48", "-")}
+    styles = {
+        "fox": ("#0b6e4f", "-"),
+        HOST: ("#0b6e4f", "--"),
+        "fox-off": ("#0b6e4f", ":"),
+        "dense": ("#b23a48", "-"),
+    }
     for name, found in systems.items():
         if "turns" in found:
             rows = found["turns"]["rows"]
@@ -700,14 +748,20 @@ def joined(paths: Sequence[str]) -> dict[str, Any]:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--systems", choices=SYSTEMS, nargs="+", default=list(SYSTEMS), help="-off: without caching"
+        "--systems",
+        choices=SYSTEMS,
+        nargs="+",
+        help=f"-off: without caching; {HOST} needs --host-gib. All unless given",
     )
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument(
+        "--parts", choices=PARTS, nargs="+", help="all unless given; returning only if there is --host-gib"
+    )
     parser.add_argument("--tiny", action="store_true", help="small defaults and the shipped model, for a CPU")
     parser.add_argument("--model", type=Path, help="a FoX; one of the sizes below with random weights without")
     parser.add_argument("--models", default=str(Path(tempfile.gettempdir()) / "vllm-fox-bench"))
     add_geometry_options(parser)
     parser.add_argument("--kv-gib", type=positive_float, default=12.0, help="KV memory of each engine, in GiB")
+    parser.add_argument("--host-gib", type=positive_float, help=f"host memory for cached pages of {HOST}, in GiB")
     parser.add_argument("--max-num-seqs", type=positive_int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=positive_int, default=8192)
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile; always so on a CPU")
@@ -745,6 +799,8 @@ def main() -> None:
         "--kept-most", type=positive_int, default=256, help="the search ends at so many conversations"
     )
     kept.add_argument("--kept-precision", type=fraction, default=0.1, help="by which share they may be too few")
+    returning = parser.add_argument_group("returning, of --kept-tokens")
+    returning.add_argument("--returning-conversations", type=positive_int, default=64)
     unshared = parser.add_argument_group("unshared")
     unshared.add_argument("--requests", type=positive_int, default=64)
     unshared.add_argument("--prompt-tokens", type=positive_int, default=4096)
@@ -759,8 +815,12 @@ def main() -> None:
     if args.report:
         report(joined(args.report), args.plot)
         return
+    if HOST in (args.systems or ()) and not args.host_gib:
+        refuse(f"--systems has {HOST}: --host-gib must say how much host memory it gets.")
+    every = [system for system in SYSTEMS if system != HOST or args.host_gib]
+    parts = [part for part in PARTS if part != "returning" or args.host_gib]
     # Asked for twice, an engine would be started twice.
-    args.systems, args.parts = list(dict.fromkeys(args.systems)), list(dict.fromkeys(args.parts))
+    args.systems, args.parts = (list(dict.fromkeys(one)) for one in (args.systems or every, args.parts or parts))
     prepare_cpu_environment(kv_cache_space=False, threads=1)
     report(compare(args), args.plot)
 

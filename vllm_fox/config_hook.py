@@ -11,6 +11,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from .family import Family
+from .host_memory import check_host_cache
 from .refusals import (
     adapters,
     check_overrides,
@@ -81,6 +82,7 @@ class PagedConfigHook(VerifyAndUpdateConfig):
         elif cache.enable_prefix_caching:
             cache.enable_prefix_caching = False
             logger.info("Prefix caching is off: %s do not share pages between requests.", family.name)
+        check_host_cache(vllm_config, settings, cache.enable_prefix_caching)
 
 
 def config_hook_of(family: Family) -> type[PagedConfigHook]:

@@ -44,7 +44,8 @@ def _features(vllm_config: VllmConfig) -> Refusals:
     )
     yield vllm_config.aux_output_config.enabled, "routed experts (--enable-return-routed-experts)"
     yield vllm_config.kv_transfer_config, "a KV connector (--kv-transfer-config)"
-    yield cache.kv_offloading_size, f"KV offloading (--kv-offloading-size {cache.kv_offloading_size})"
+    size = cache.kv_offloading_size
+    yield size, f"KV offloading (--kv-offloading-size {size}; fox.host_cache_gib keeps cached pages in host memory)"
     # vLLM offloads layers that its make_layers has made, and the kernels keep references to weights.
     gib, group = offload.uva.cpu_offload_gb, offload.prefetch.offload_group_size
     yield gib, f"weights in CPU memory (--cpu-offload-gb {gib:g})"

@@ -22,6 +22,8 @@ class PageSettings(BaseModel):
         release: whether dead pages are given back while their request runs.
         page_size: tokens per page; None stands for the family's own page size.
         poison_free_pages: whether pages are filled with NaN while they are free, for debugging.
+        host_cache_gib: host memory in GiB of an engine, all its ranks together, for cached pages that GPU memory
+            has no room for. 0 keeps none there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -31,6 +33,7 @@ class PageSettings(BaseModel):
         None, description="one of " + ", ".join(map(str, get_args(PageSize))) + ", or null"
     )
     poison_free_pages: bool = Field(False, description="true or false")
+    host_cache_gib: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 or a positive number")
 
     @classmethod
     def from_options(cls, options: Any) -> Self:
@@ -60,6 +63,11 @@ class PageSettings(BaseModel):
 def poisons_free_pages(vllm_config: VllmConfig) -> bool:
     """Return :attr:`PageSettings.poison_free_pages` of an engine whose options have been checked."""
     return bool(_options(vllm_config).get("poison_free_pages", False))
+
+
+def host_cache_gib(vllm_config: VllmConfig) -> float:
+    """Return :attr:`PageSettings.host_cache_gib` of an engine whose options have been checked."""
+    return float(_options(vllm_config).get("host_cache_gib", 0.0))
 
 
 def _options(vllm_config: VllmConfig) -> Any:

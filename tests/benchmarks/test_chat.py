@@ -108,6 +108,16 @@ def test_targets() -> None:
     assert not chat.targets({"dense": systems["dense"]})
 
 
+def test_targets_of_host_memory() -> None:
+    rate = "output_tokens_per_second"
+    systems = {
+        "fox": {"returning": {"hit_rate": 0.1}, "unshared": {rate: 100.0}},
+        "fox-host": {"returning": {"hit_rate": 0.4}, "unshared": {rate: 96.0}},
+    }
+    found = [(one.ratio, one.met) for one in chat.targets(systems)]
+    assert found == [(pytest.approx(4.0), True), (pytest.approx(0.96), False)]
+
+
 # Real engines.
 
 

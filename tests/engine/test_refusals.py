@@ -54,7 +54,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     },
     "routed experts (--enable-return-routed-experts)": {"enable_return_routed_experts": True},
     "a KV connector (--kv-transfer-config)": {"kv_transfer_config": CONNECTOR},
-    "KV offloading (--kv-offloading-size 1.5)": {"kv_offloading_size": 1.5},
+    "KV offloading (--kv-offloading-size 1.5; fox.host_cache_gib keeps cached pages in host memory)": {
+        "kv_offloading_size": 1.5
+    },
     "weights in CPU memory (--cpu-offload-gb 0.5)": {"cpu_offload_gb": 0.5},
     "weights in CPU memory (--offload-group-size 2)": {"offload_group_size": 2},
     "layers without float8 pages (--kv-cache-dtype-skip-layers 0 1)": {

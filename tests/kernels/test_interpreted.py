@@ -15,7 +15,13 @@ from tests.support import ROOT
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run on this machine's GPU")
 @pytest.mark.parametrize(
     "file, least",
-    [("test_forgetting.py", 30), ("test_subset.py", 8), ("test_fading.py", 8), ("test_training.py", 20)],
+    [
+        ("test_forgetting.py", 30),
+        ("test_subset.py", 8),
+        ("test_fading.py", 8),
+        ("test_page_copy.py", 9),
+        ("test_training.py", 20),
+    ],
 )
 def test_kernels_under_the_interpreter(file: str, least: int) -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when kernels are defined."""

@@ -130,17 +130,24 @@ def test_steps_add_up_to_what_the_log_and_prometheus_say(monkeypatch: pytest.Mon
         kv_transfer_config=None, model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 2)
     )
     shown = PageMetrics(config, kinds, ["engine"], {0: ["0"], 1: ["1"]})
-    zero = dict.fromkeys(("allocated", "released", "evicted", "live", "cached", "free", *metrics.work_keys()), 0)
+    zero = dict.fromkeys(
+        ("allocated", "released", "evicted", "live", "cached", "free", *metrics.HOST, metrics.HOST_HITS), 0
+    ) | {**dict.fromkeys(metrics.work_keys(), 0), "page_bytes": 64}
     one = {**zero, "allocated": 8, "live": 5, "decode": 10, "decode_pruned": 4, "lags": [0, 2]}
     layers = {"layers": {"live": [1, 2], "dense": [4, 4]}, "bytes_saved": 7}
     two = {**zero, "released": 3, "live": 2, "decode": 10, "decode_pruned": 6, "lags": [2], **layers}
-    for data in (one, two):
+    three = {**zero, "to_host": 3, "from_host": 2, "in_host": 5, metrics.HOST_HITS: 32, "lags": []}
+    for data in (one, two, three, three):
         shown.observe(data, 1)
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"vllm:fox_{name}", {"engine": "1", **labels})
 
-    assert value("kv_pages_allocated_total") == 8 and value("kv_pages_live") == 2
+    assert value("kv_pages_allocated_total") == 8 and value("kv_pages_live") == 0
+    assert (value("kv_pages_to_host_total"), value("kv_pages_from_host_total")) == (6, 4)
+    assert value("kv_pages_in_host") == 5 and value("prefix_cache_host_hits_total") == 64
+    assert value("host_bytes_total", direction="to") == 6 * 64
+    assert value("host_bytes_total", direction="from") == 4 * 64
     assert value("attention_pages_total", phase="decode") == 20
     assert value("attention_pages_pruned_total", phase="decode") == 10
     assert value("kv_layer_pages_live", layer="1") == 2 and value("kv_layer_pages_dense", layer="0") == 4
@@ -158,3 +165,11 @@ def test_steps_add_up_to_what_the_log_and_prometheus_say(monkeypatch: pytest.Mon
         "share of decode pruned": 0.5,
         "KV bytes saved": 7,
     }
+    moved = PageStats(data=three).aggregate(PageStats(data=three))
+    assert {
+        **moved.reduce(),
+        "KV pages to host": 6,
+        "KV pages from host": 4,
+        "KV pages in host": 5,
+    } == moved.reduce()
+    assert moved.data[metrics.HOST_HITS] == 64

@@ -46,6 +46,14 @@ class PrefixMachine(RuleBasedStateMachine):
         self.pool.watch_freed()
         self.poisoned = [set(self.pool.free_ids(rank).tolist()) for rank in range(RANKS)]
 
+    def under_way(self, rank: int) -> list[int]:
+        """Pages of a rank that are neither free nor cached nor a request's."""
+        return []
+
+    def held(self, rank: int) -> list[int]:
+        """Pages of a rank that are held, each as often as it is."""
+        return [page for slot in self.texts for page in self.pool.held_ids(slot, rank).tolist()]
+
     def keys(self, text: tuple[int, ...]) -> list[tuple[int, ...]]:
         return [text[:count] for count in range(1, len(text) + 1)]
 
@@ -102,6 +110,7 @@ class PrefixMachine(RuleBasedStateMachine):
         for rank, freed in enumerate(self.pool.take_freed()):
             self.poisoned[rank] |= set(freed.tolist())
             self.poisoned[rank] -= set(columns.ids[:, self.pool.columns[rank]].ravel().tolist())
+            self.poisoned[rank] -= set(self.under_way(rank))
             assert self.poisoned[rank] == set(self.pool.free_ids(rank).tolist())
         adopted = len(columns.ids) - sum(map(len, self.promised.values()))
         ids = iter(columns.ids[adopted:])
@@ -180,10 +189,10 @@ class PrefixMachine(RuleBasedStateMachine):
                 page for slot in self.texts for page in self.pool.held_ids(slot, rank).tolist()
                 if page not in set(cached)
             ]  # fmt: skip
-            everything = sorted([*free, *cached, *own])
+            everything = sorted([*free, *cached, *own, *self.under_way(rank)])
             assert everything == list(range(STREAMS[rank], BLOCKS * STREAMS[rank]))
             # A cached page is busy as often as requests hold it.
-            held = [page for slot in self.texts for page in self.pool.held_ids(slot, rank).tolist()]
+            held = self.held(rank)
             ids, busy = cache._ids[:, streams], cache._busy[:, streams]
             assert {page: held.count(page) for page in cached} == dict(
                 zip(ids[ids != 0].tolist(), busy[ids != 0].tolist())
@@ -218,7 +227,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_stays_when_nobody_runs(self) -> None:
-        if not self.texts:
+        if not self.texts and not any(self.held(rank) + self.under_way(rank) for rank in range(RANKS)):
             assert self.pool.used_blocks == 0 and self.pool.used_total == 0
             assert len(self.pool._free_slots) == SLOTS and len(self.pool._free_chunks) == 6
 

@@ -23,11 +23,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 
-from vllm_fox.settings import poisons_free_pages
+from vllm_fox.settings import host_cache_gib, poisons_free_pages
 
-from .geometry import PageGeometry
+from .geometry import PageGeometry, host_blocks
+from .host_pages import HostPages
 from .manager import StreamPageManager
-from .messages import PageReport, TableUpdate
+from .messages import NO_FETCHES, PageReport, TableUpdate
 from .metrics import PageMetrics, PageStats, StatsSource
 from .poison import Poison
 from .spec import StreamPageSpec
@@ -51,6 +52,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         self._stats: StatsSource | None = None
         self._poisons = poisons_free_pages(vllm_config)
         self._poison: Poison | None = None
+        self._host: HostPages | None = None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -76,19 +78,30 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         self._first_live_at = attention[0].first_live_at
         if self._poisons:
             self._poison = Poison(attention[0].pool(), spec.page_format.page_bytes, geometry.streams[rank])
+        if blocks := host_blocks(spec, host_cache_gib(self._vllm_config)):
+            pages = blocks * geometry.streams[rank]
+            self._host = HostPages(attention[0].pool(), spec.page_format.page_bytes, pages)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         assert self._tables is not None and isinstance(connector_metadata, TableUpdate)
         self._follow_weights()
+        rank = self._tables.rank
+        # In this order: what goes to host memory is read before others write it, and what comes back may fill pages
+        # that were freed just now.
+        if self._host is not None and connector_metadata.saved is not None:
+            self._host.save(connector_metadata.saved, rank)
         if self._poison is not None and connector_metadata.freed is not None:
-            self._poison.fill(connector_metadata.freed[self._tables.rank])
+            self._poison.fill(connector_metadata.freed[rank])
+        if self._host is not None and connector_metadata.fetched is not None:
+            self._host.fetch(connector_metadata.fetched, rank, connector_metadata.last_fetch)
         self._tables.write(connector_metadata)
 
     def build_connector_worker_meta(self) -> PageReport:
         update = self._get_connector_metadata()
         assert self._tables is not None and isinstance(update, TableUpdate)
-        return self._tables.report(update, self._first_live_at)
+        fetches = self._host.fetches() if self._host is not None else NO_FETCHES
+        return self._tables.report(update, self._first_live_at, fetches)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Nothing is loaded."""
@@ -111,6 +124,8 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         self._manager, self._stats = manager, StatsSource(manager)
         if self._poisons:
             manager.pool.watch_freed()
+        if blocks := host_blocks(manager.kv_cache_spec, host_cache_gib(self._vllm_config)):
+            manager.open_host_tier(blocks)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> TableUpdate:
         assert self._manager is not None
@@ -123,6 +138,7 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._manager is not None
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, PageReport):
+            self._manager.enter_fetched(report)
             self._manager.free_dead(report)
 
     def has_pending_block_frees(self) -> bool:
@@ -130,9 +146,13 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
         return self._manager is not None and self._manager.expects_release
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Return no tokens, or None for "ask again in the next step": another request is computing the prefix."""
+        """Return no tokens, or None for "ask again in the next step".
+
+        More of the prompt will be cached then: another request computes it, or it comes from host memory. So the
+        request finds it in vLLM's own look-up, and nothing is loaded for a single request.
+        """
         assert self._manager is not None
-        return (None if self._manager.is_under_way(request, num_computed_tokens) else 0), False
+        return (None if self._manager.must_wait(request, num_computed_tokens) else 0), False
 
     def reset_cache(self) -> bool | None:
         """Forget all cached prefixes. vLLM calls this when its own prefix cache is reset."""

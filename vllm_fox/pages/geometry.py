@@ -80,6 +80,22 @@ class PageGeometry:
         return 4 * (slots * (self.max_chunks + streams) + self.num_chunks * streams * TABLE_CHUNK)
 
 
+def host_blocks(spec: StreamPageSpec, gib: float) -> int:
+    """Return how many pages of each stream of all ranks fit into so many GiB of host memory.
+
+    Raises:
+        ValueError: not even one does, though ``gib`` is not 0. The message names the setting.
+    """
+    block = spec.page_format.page_bytes * sum(spec.streams)
+    blocks = int(gib * 2**30) // block
+    if gib and not blocks:
+        raise ValueError(
+            f"fox.host_cache_gib is {gib:g}: a page of each of the model's {sum(spec.streams)} streams takes "
+            f"{block / 2**30:.3g} GiB, and a cache needs room for many. Set at least {64 * block / 2**30:.2g}."
+        )
+    return blocks
+
+
 def chunks_of(tokens: int, page_size: int) -> int:
     """Return the table chunks that a request of so many tokens needs if all its pages live."""
     pages = -(-tokens // page_size)

@@ -20,6 +20,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
 from .admission import LiveShare
 from .geometry import PageGeometry
+from .host_tier import HostTier
 from .messages import PageReport, TableUpdate
 from .pool import NO_NUMBERS, PagePool
 from .prefixes import Hit
@@ -115,6 +116,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
         self._full_pages: dict[str, int] = {}
         self._under_way: dict[Hashable, str] = {}
         self._boundaries: dict[int, _Boundaries] = {}
+        self.host: HostTier | None = None
         # vLLM replaces this dictionary when its prefix cache is reset, and tells nobody.
         self._seen_cache = block_pool.cached_block_hash_to_block
 
@@ -139,7 +141,11 @@ class StreamPageManager(SingleTypeKVCacheManager):
         hit = _hit_of(new_computed_blocks)
         if apply_admission_cap:
             self._prompt_pages[request_id] = pages
-            return self._pages_to_admit(request_id, pages, hit)
+            whole = pages
+            if hit is not None:
+                whole -= hit.pages
+                whole += self._blocks_woken(hit, whole + len(self._slot_of))
+            return self._pages_to_admit(request_id, pages, whole)
         slot = self._slot_of.get(request_id, 0)
         if hit is not None:
             missing = pages - hit.pages
@@ -281,9 +287,18 @@ class StreamPageManager(SingleTypeKVCacheManager):
             inside.slots,
             inside.pages,
         )
+        if self.host is not None:
+            # Last, because pages are given away until here.
+            update.saved, update.fetched = self.host.take_copies()
+            update.last_fetch = self.host.last_fetch
         self._opened.clear()
         self._step += 1
         return update
+
+    def enter_fetched(self, report: PageReport) -> None:
+        """Let requests begin with the pages that have arrived from host memory."""
+        if self.host is not None and self.host.arrive(report.fetched):
+            self._settle()
 
     def free_dead(self, report: PageReport) -> None:
         """Free the pages that the workers proved dead in a step, and learn from their number."""
@@ -319,19 +334,51 @@ class StreamPageManager(SingleTypeKVCacheManager):
             for _, slot, count in self._unreported
         )
 
-    def is_under_way(self, request: Request, num_computed_tokens: int) -> bool:
-        """Whether a running request is about to compute the page that ``request`` would begin with."""
-        if not self._under_way or request.skip_reading_prefix_cache:
+    def open_host_tier(self, blocks: int) -> None:
+        """Keep cached prefixes in host memory too: so many pages of each stream."""
+        self.host = HostTier(self.pool, blocks, COLUMNS_PER_BLOCK * blocks + 1)
+
+    def must_wait(self, request: Request, num_computed_tokens: int) -> bool:
+        """Whether more of a prompt will be cached soon than is now, so that the request is to ask again.
+
+        Args:
+            request: a request that waits to be admitted.
+            num_computed_tokens: what is cached of it now.
+        """
+        if request.skip_reading_prefix_cache:
             return False
         page = num_computed_tokens // self.block_size
         usable = min(len(request.block_hashes), (request.num_tokens - 1) // self.block_size)
-        return page < usable and request.block_hashes[page] in self._under_way
+        if page >= usable:
+            return False
+        # A running request is about to compute its next page.
+        if self._under_way and request.block_hashes[page] in self._under_way:
+            return True
+        return self.host is not None and self._comes_from_host(self.host, request, page, usable)
+
+    def _comes_from_host(self, host: HostTier, request: Request, page: int, usable: int) -> bool:
+        """Whether more than ``page`` pages of a prompt are on their way from host memory; sends for them if so."""
+        found = host.find(request.block_hashes[:usable], page)
+        if found is None:
+            return False
+        if host.is_under_way(found):
+            return True
+        pages, woken = cdiv(request.num_tokens, self.block_size), self._blocks_of(found.pages)
+        # What could not be admitted would only push out others, and perhaps be pushed out before it can.
+        need = self._pages_to_admit(request.request_id, pages, pages - found.hit.pages + woken)
+        if max(need, woken) > self.block_pool.get_num_free_blocks():
+            return False
+        host.fetch(found)
+        self._settle()
+        return True
 
     def forget_prefixes(self) -> None:
-        """Empty the prefix cache."""
+        """Empty the prefix cache, and its part in host memory."""
         if self.pool.prefixes is not None:
             self._seen_cache = self.block_pool.cached_block_hash_to_block
             self.pool.forget_prefixes()
+            if self.host is not None:
+                self.host.clear()
 
     # Internal helpers.
 
@@ -428,17 +475,15 @@ class StreamPageManager(SingleTypeKVCacheManager):
             return True
         return self.block_pool.get_num_free_blocks() < running
 
-    def _pages_to_admit(self, request_id: str, pages: int, hit: Hit | None) -> int:
+    def _pages_to_admit(self, request_id: str, pages: int, whole: int) -> int:
         """Return the pages per stream that must be free before a request of ``pages`` is admitted.
+
+        If it forgets nothing, it takes ``whole`` of those that are free, with what is cached for it.
 
         These are its own expected peak, what prompts under way have still to take, and a page for every running
         request, which will cross a page boundary sooner or later. Without release no page comes back early, so
         vLLM's own rule applies: the whole prompt must fit.
         """
-        whole = pages
-        if hit is not None:
-            whole -= hit.pages
-            whole += self._blocks_woken(hit, whole + len(self._slot_of))
         if not self.kv_cache_spec.release:
             return whole
         need = min(whole, self.live_share.peak(pages, self._chunk_pages))

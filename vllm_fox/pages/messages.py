@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from .host_tier import Copies
 from .pool import Columns
 
 
@@ -29,6 +30,8 @@ class TableUpdate(KVConnectorMetadata):
             these slots' requests, which it fills.
         freed: for each rank, pages that were freed since the last step, and may have been handed out again for this
             one; None unless free pages are poisoned.
+        saved, fetched: pages to copy to and from host memory before the step; None if there are none.
+        last_fetch: number of the last fetch that was begun, of which ``fetched`` is a part.
     """
 
     step: int
@@ -40,10 +43,38 @@ class TableUpdate(KVConnectorMetadata):
     boundary_slots: np.ndarray
     boundary_pages: np.ndarray
     freed: list[np.ndarray] | None = None
+    saved: Copies | None = None
+    fetched: Copies | None = None
+    last_fetch: int = 0
 
     def __repr__(self) -> str:
         """Return a short text: vLLM prints it when a step fails, and the arrays may hold a million ids."""
         return f"TableUpdate(step={self.step}, rows={len(self.slots)}, page columns={len(self.columns.ids)})"
+
+
+@dataclass(frozen=True)
+class Fetches:
+    """How far a rank has come with copies from host memory, which end in the order in which they were begun.
+
+    Attributes:
+        done: number of the last fetch that is known to have ended.
+        under_way: numbers of later ones, each with the event that ends it.
+    """
+
+    done: int = 0
+    under_way: tuple[tuple[int, torch.cuda.Event], ...] = ()
+
+    def last(self) -> int:
+        """Return the number of the last fetch that has ended by now."""
+        done = self.done
+        for number, event in self.under_way:
+            if not event.query():
+                break
+            done = number
+        return done
+
+
+NO_FETCHES = Fetches()
 
 
 class PageReport(KVConnectorWorkerMetadata):
@@ -55,6 +86,7 @@ class PageReport(KVConnectorWorkerMetadata):
     Attributes:
         step, slots, epochs: as in the step's :class:`TableUpdate`.
         starts: maps a rank to the first live pages [R + B, streams] int32: of the slots, then of the boundaries.
+        fetched: number of the last fetch whose pages have arrived on all ranks, as seen when it is asked for.
     """
 
     def __init__(
@@ -65,10 +97,12 @@ class PageReport(KVConnectorWorkerMetadata):
         rank: int,
         starts: torch.Tensor,
         ready: torch.cuda.Event | None,
+        fetches: Fetches = NO_FETCHES,
     ) -> None:
         self.step, self.slots, self.epochs = step, slots, epochs
         self._starts: dict[int, torch.Tensor | np.ndarray] = {rank: starts}
         self._ready = [ready] if ready is not None else []
+        self._fetches = [fetches]
 
     @property
     def starts(self) -> dict[int, np.ndarray]:
@@ -78,10 +112,15 @@ class PageReport(KVConnectorWorkerMetadata):
         self._starts = {rank: np.asarray(starts) for rank, starts in self._starts.items()}
         return self._starts  # type: ignore[return-value]
 
+    @property
+    def fetched(self) -> int:
+        return min(fetches.last() for fetches in self._fetches)
+
     def aggregate(self, other: KVConnectorWorkerMetadata) -> PageReport:
         assert isinstance(other, PageReport) and other.step == self.step, "ranks report different steps"
         self._starts |= other._starts
         self._ready += other._ready
+        self._fetches += other._fetches
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,4 +131,5 @@ class PageReport(KVConnectorWorkerMetadata):
             "epochs": self.epochs,
             "_starts": starts,
             "_ready": [],
+            "_fetches": [Fetches(self.fetched)],
         }

@@ -22,11 +22,20 @@ COUNTERS = {
     "allocated": "KV pages (of a layer's KV head, or of a layer) ever allocated to requests.",
     "released": "KV pages given back by pruning while their request was running.",
     "evicted": "KV pages of cached prefixes that were given to other requests.",
+    "to_host": "KV pages of cached prefixes that were copied to host memory.",
+    "from_host": "KV pages of cached prefixes that came back from host memory.",
 }
+HOST_BYTES = {"to_host": "to", "from_host": "from"}
+"""Those of them that a counter of bytes counts too, and its label ``direction``."""
 GAUGES = {
     "live": "KV pages that requests hold now.",
     "cached": "KV pages that only the prefix cache holds now. vLLM counts them as free.",
+    "in_host": "KV pages of cached prefixes that host memory has now.",
 }
+HOST = ("to_host", "from_host", "in_host")
+"""Those of them that the log has only if there is something in host memory."""
+HOST_HITS = "host_hits"
+"""A counter too, of tokens."""
 FREE = "free"
 """A gauge too, but not 0 before the first step: until then there is none."""
 LAYER_GAUGES = {
@@ -46,21 +55,26 @@ class PageStats(KVConnectorStats):
     """Counters since the last stats, and gauges as they are now, of the pages of all ranks.
 
     A page is live if requests hold it, cached if only the prefix cache does, and free otherwise. The keys are those
-    of :data:`COUNTERS` and :data:`GAUGES`, :data:`FREE`, :func:`work_keys`, ``lags`` (steps, a number for each
-    report), and now and then ``layers`` (lists of pages by layer under the keys of :data:`LAYER_GAUGES`) and
-    ``bytes_saved``.
+    of :data:`COUNTERS` and :data:`GAUGES`, :data:`HOST_HITS`, :data:`FREE`, :func:`work_keys`, ``page_bytes``,
+    ``lags`` (steps, a number for each report), and now and then ``layers`` (lists of pages by layer under the keys
+    of :data:`LAYER_GAUGES`) and ``bytes_saved``.
     """
 
     def reset(self) -> None:
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> PageStats:
-        added = {key: self.data.get(key, 0) + other.data.get(key, 0) for key in (*COUNTERS, *work_keys())}
+        keys = (*COUNTERS, HOST_HITS, *work_keys())
+        added = {key: self.data.get(key, 0) + other.data.get(key, 0) for key in keys}
         lags = [*self.data.get("lags", ()), *other.data.get("lags", ())]
         return PageStats(data={**self.data, **other.data, **added, "lags": lags})
 
     def reduce(self) -> dict[str, int | float]:
-        shown: dict[str, int | float] = {f"KV pages {key}": self.data[key] for key in (*COUNTERS, *GAUGES)}
+        shown: dict[str, int | float] = {
+            f"KV pages {key.replace('_', ' ')}": self.data[key]
+            for key in (*COUNTERS, *GAUGES)
+            if key not in HOST or self.data["in_host"]
+        }
         for phase in PHASES:
             dense, pruned = self.data[phase], self.data[f"{phase}_pruned"]
             if dense:
@@ -92,20 +106,25 @@ class StatsSource:
     def take(self) -> PageStats | None:
         """Return what has changed since the last call; None if nothing has."""
         manager = self._manager
-        pool, work, cache = manager.pool, manager.work, manager.pool.prefixes
+        pool, work, cache, host = manager.pool, manager.work, manager.pool.prefixes, manager.host
         live, cached = pool.used_total, sum(cache.idle) if cache is not None else 0
         now = {
             "allocated": pool.allocated_total,
             "released": pool.released_total,
             "evicted": cache.evicted_total if cache is not None else 0,
+            "to_host": host.saved_total if host is not None else 0,
+            "from_host": host.fetched_total if host is not None else 0,
+            HOST_HITS: host.hit_pages_total * manager.block_size if host is not None else 0,
         }
         for phase in PHASES:
             now[phase], now[f"{phase}_pruned"] = work.dense[phase], work.pruned[phase]
         data: dict[str, Any] = {key: value - self._last.get(key, 0) for key, value in now.items()}
-        gauges = {"live": live, "cached": cached, FREE: sum(pool.capacity) - live - cached}
+        held = host.used_total if host is not None else 0
+        gauges = {"live": live, "cached": cached, "in_host": held, FREE: sum(pool.capacity) - live - cached}
         changed = self._last != {**now, **gauges}
         self._last = {**now, **gauges}
         data |= gauges
+        data["page_bytes"] = manager.kv_cache_spec.page_format.page_bytes
         data["lags"], manager.report_lags = manager.report_lags, []
         # No step comes after the last request has ended, so its end is not left to the next sample.
         if time.monotonic() >= self._sample_at or (self._sampled_any and not live):
@@ -160,6 +179,11 @@ class PageMetrics(KVConnectorPromMetrics):
         self._counters = {
             name: per_engine(counter(f"{prefix}_pages_{name}", text)) for name, text in COUNTERS.items()
         }
+        self._counters[HOST_HITS] = per_engine(
+            counter("vllm:fox_prefix_cache_host_hits", "Tokens of prompts that were found in host memory.")
+        )
+        moved = counter("vllm:fox_host_bytes", "Bytes of KV pages copied to and from host memory.", "direction")
+        self._bytes = {name: per_engine(moved, direction) for name, direction in HOST_BYTES.items()}
         for kind, text in WORK.items():
             metric = counter(f"vllm:fox_attention_pages{kind}", text, "phase")
             self._counters |= {f"{phase}{kind}": per_engine(metric, phase) for phase in PHASES}
@@ -190,6 +214,9 @@ class PageMetrics(KVConnectorPromMetrics):
         for name, counters in self._counters.items():
             if change := transfer_stats_data[name]:
                 counters[engine_idx].inc(change)
+        for name, moved in self._bytes.items():
+            if change := transfer_stats_data[name]:
+                moved[engine_idx].inc(change * transfer_stats_data["page_bytes"])
         for name, gauges in self._gauges.items():
             gauges[engine_idx].set(transfer_stats_data[name])
         self._free.labels(*self.per_engine_labelvalues[engine_idx]).set(transfer_stats_data[FREE])

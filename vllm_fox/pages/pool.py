@@ -211,10 +211,7 @@ class PagePool:
 
     def _hand_out_reserved(self) -> Columns:
         total, width = self._num_reserved, self._entries.shape[2]
-        if self.prefixes is not None:
-            short = [total * streams - free for streams, free in zip(self._per_block, self._num_free)]
-            if max(short) > 0:
-                self._push_all(self.prefixes.evict(short))
+        self._make_room([total * streams for streams in self._per_block])
         slots = np.fromiter(self._reserved, dtype=np.int64, count=len(self._reserved))
         counts = np.fromiter(self._reserved.values(), dtype=np.int64, count=len(slots))
         first = self.num_pages[slots]
@@ -238,6 +235,14 @@ class PagePool:
         self._reserved.clear()
         self._num_reserved = self._chunks_reserved = 0
         return Columns(*new_chunks, chunk, offset, ids)
+
+    def _make_room(self, pages: Sequence[int], columns: int = 0) -> None:
+        """Give cached pages away until so many of each rank are free, and so many columns of the cache."""
+        if self.prefixes is None:
+            return
+        short = [count - free for count, free in zip(pages, self._num_free)]
+        if max(short) > 0 or columns > self.prefixes.free_columns:
+            self._push_all(self.prefixes.evict(short, columns))
 
     def _take_chunks(self, slots: np.ndarray, first: np.ndarray, counts: np.ndarray) -> tuple[Int32, Int32, Int32]:
         """Give slots the table chunks that pages ``first : first + counts`` need.
@@ -301,8 +306,7 @@ class PagePool:
         slots = np.fromiter(keys, dtype=np.int64, count=len(keys))
         counts = np.fromiter(map(len, keys.values()), dtype=np.int64, count=len(keys))
         total = int(counts.sum())
-        if total > self.prefixes.free_columns:
-            self._push_all(self.prefixes.evict([0] * self.ranks, columns=total))
+        self._make_room([0] * self.ranks, columns=total)
         slot = np.repeat(slots, counts)
         page = np.arange(total) + np.repeat(self._offered[slots] - np.cumsum(counts) + counts, counts)
         chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], page % TABLE_CHUNK
@@ -317,6 +321,58 @@ class PagePool:
         page = pages - 1
         columns = self._column_of[self._chunk_of[slots, page // TABLE_CHUNK], page % TABLE_CHUNK]
         return np.where(pages <= self._offered[slots], np.abs(columns), 0)
+
+    def take_for_cache(self, pages: np.ndarray) -> np.ndarray:
+        """Take a free page id for each of ``pages`` [n, W] (bool), for which there must be room.
+
+        Returns:
+            [n, W] int32 the ids, and :data:`~vllm_fox.pages.prefixes.GONE` elsewhere. They count as used until
+            :meth:`put_in_cache` or :meth:`give_back`.
+        """
+        counts = [int(np.count_nonzero(pages[:, streams])) for streams in self.columns]
+        self._make_room(counts)
+        ids = np.full(pages.shape, GONE, dtype=np.int32)
+        for rank, (count, streams) in enumerate(zip(counts, self.columns)):
+            top = self._num_free[rank]
+            if count > top:
+                raise OutOfPages(f"{count} pages of rank {rank}")
+            ids[:, streams][pages[:, streams]] = self._free[rank][top - count : top]
+            self._num_free[rank] = top - count
+        return ids
+
+    def give_back(self, ids: np.ndarray) -> None:
+        """Free page ids [n, W] of :meth:`take_for_cache`, except those that are GONE."""
+        for rank, streams in enumerate(self.columns):
+            mine = ids[:, streams]
+            self._push(rank, mine[mine != GONE])
+
+    def put_in_cache(self, keys: Sequence[Hashable], pages: int, ids: np.ndarray, first: np.ndarray) -> None:
+        """Let later requests begin with pages that no request has computed here, and keep their end if it is whole.
+
+        Pages that somebody else has entered since are freed.
+
+        Args:
+            keys: hash of the prefix up to the end of each of its last n pages.
+            pages: pages of the prefix.
+            ids: [n, W] of :meth:`take_for_cache`; GONE where the cache had a page already.
+            first: [n, W] first live pages at their ends.
+        """
+        assert self.prefixes is not None
+        self._make_room([0] * self.ranks, columns=len(keys))
+        self.prefixes.add(keys, ids, first)
+        columns = self.prefixes.columns_of(keys)
+        mine = (ids != GONE) & self.prefixes.holds(columns, slice(None), ids)
+        self.give_back(np.where(mine, GONE, ids))
+        if columns.all():
+            self.prefixes.tighten(columns, self.prefixes.lives(columns), first)
+            self.prefixes.keep_end(pages, columns)
+        self.leave_in_cache(columns, mine)
+
+    def leave_in_cache(self, columns: np.ndarray, pages: np.ndarray) -> None:
+        """Let go of ``pages`` [n, W] of columns that were held."""
+        assert self.prefixes is not None
+        for rank, streams in enumerate(self.columns):
+            self.prefixes.leave_rows(rank, columns, pages[:, streams])
 
     def forget_prefixes(self) -> None:
         """Empty the cache. Pages that requests hold stay theirs."""

@@ -4,7 +4,8 @@ A **column** is what one page index of one prefix has in all streams. To go on a
 stream needs its pages from its first live page at that boundary on, and no others. A boundary whose needed
 pages are all still there can be hit. An **end** is a boundary where a request stopped or which was hit: its
 pages are kept as long as there is room. Pages that no running request and no end needs are given away first,
-those of the column that was left longest ago before others; after them whole ends, by least recent use.
+those of the column that was left longest ago before others; after them whole ends, by least recent use. An end
+that goes for want of room is offered to a **lower tier** first, if there is one.
 
 This module does not depend on vLLM.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -57,10 +59,28 @@ class Hit:
         return int(self.columns[-1])
 
 
+class LowerTier(Protocol):
+    """Where prefixes go that are kept no longer for want of room."""
+
+    def save(self, keys: Sequence[Hashable], hit: Hit, ids: np.ndarray, first: np.ndarray) -> None:
+        """Take in a whole prefix before its pages are given away.
+
+        Args:
+            keys: hashes of the hit's columns.
+            hit: which pages are needed.
+            ids: [n, W] their page ids. Those of pages that are not needed mean nothing.
+            first: [n, W] first live pages at the columns' ends.
+        """
+
+    def supersede(self, key: Hashable) -> None:
+        """Note that the prefix which ends with ``key`` has gone on, so that it is the first to be given away."""
+
+
 @dataclass
 class _End:
     hit: Hit
     uses: int = 0
+    superseded: bool = False
 
 
 class PrefixCache:
@@ -69,6 +89,11 @@ class PrefixCache:
     Args:
         ranks: the streams of each rank.
         num_columns: most columns; number 0 stands for "no column" and is one of them.
+
+    Attributes:
+        idle: pages of each rank that no running request holds.
+        evicted_total: pages that were given away.
+        lower: the lower tier, if there is one.
     """
 
     def __init__(self, ranks: Sequence[slice], num_columns: int) -> None:
@@ -90,6 +115,7 @@ class PrefixCache:
         self._left = ColumnQueue(num_columns)
         self.idle = [0] * len(self._ranks)
         self.evicted_total = 0
+        self.lower: LowerTier | None = None
 
     def __len__(self) -> int:
         """Return the number of prefixes' boundaries that are known, whole or not."""
@@ -163,9 +189,13 @@ class PrefixCache:
 
     # Prefixes are found.
 
+    def columns_of(self, keys: Sequence[Hashable]) -> np.ndarray:
+        """Return the columns [n] int32 of prefixes, given the hash of each; 0 for those that are not known."""
+        return np.fromiter((self._column.get(key, 0) for key in keys), dtype=np.int32, count=len(keys))
+
     def find(self, keys: Sequence[Hashable]) -> Hit | None:
         """Return the longest prefix, of at most ``len(keys)`` pages, of which every needed page is there."""
-        columns = np.fromiter((self._column.get(key, 0) for key in keys), dtype=np.int32, count=len(keys))
+        columns = self.columns_of(keys)
         known = np.flatnonzero(columns)
         if not known.size:
             return None
@@ -198,7 +228,7 @@ class PrefixCache:
 
     def idle_of(self, hit: Hit) -> list[int]:
         """Return the number of pages of each rank that a hit needs and that no running request holds."""
-        return self._count(hit.needed & (self._busy[hit.columns] == 0))
+        return self.idle_among(hit.columns, hit.needed)
 
     def _count(self, pages: np.ndarray) -> list[int]:
         return [int(np.count_nonzero(pages[:, streams])) for streams in self._ranks]
@@ -207,16 +237,32 @@ class PrefixCache:
         """Return the page ids [pages - low, W] of a hit. Those of pages that are not needed mean nothing."""
         return self._ids[hit.columns]
 
+    def first_live(self, columns: np.ndarray) -> np.ndarray:
+        """Return the first live pages [n, W] at the ends of columns, or smaller numbers."""
+        return self._first[columns]
+
+    def there(self, columns: np.ndarray) -> np.ndarray:
+        """Return whether each page [n, W] of columns is there. Of column 0 none is."""
+        return self._ids[columns] != GONE
+
+    def idle_among(self, columns: np.ndarray, pages: np.ndarray) -> list[int]:
+        """Return the number of those ``pages`` [n, W] of columns, for each rank, that nobody holds."""
+        return self._count(pages & (self._busy[columns] == 0))
+
     def hold(self, hit: Hit) -> None:
         """Let one more running request hold the hit's pages, and keep the hit as an end."""
-        needed = hit.needed
-        busy = self._busy[hit.columns]
-        self.idle = [idle - woken for idle, woken in zip(self.idle, self._count(needed & (busy == 0)))]
-        busy += needed
-        self._busy[hit.columns] = busy
+        self.hold_pages(hit.columns, hit.needed)
         end = self._ends.pop(hit.last, None) or self._new_end(hit)
         end.uses += 1
+        end.superseded = False
         self._ends[hit.last] = end
+
+    def hold_pages(self, columns: np.ndarray, pages: np.ndarray) -> None:
+        """Let those ``pages`` [n, W] of columns that are there be held once more, until :meth:`leave_rows`."""
+        busy = self._busy[columns]
+        self.idle = [idle - woken for idle, woken in zip(self.idle, self._count(pages & (busy == 0)))]
+        busy += pages
+        self._busy[columns] = busy
 
     def keep(self, keys: Sequence[Hashable], columns: np.ndarray, first: np.ndarray, replaces: int = 0) -> None:
         """Make an end of a boundary, if it is still whole.
@@ -236,18 +282,45 @@ class PrefixCache:
                 every = np.concatenate([np.zeros(low, dtype=np.int32), columns])
                 end = self._new_end(self._boundary(every))
             else:
-                every = np.fromiter((self._column.get(key, 0) for key in keys), dtype=np.int32, count=len(keys))
-                hit = self._boundary(every)
-                if self._is_whole(hit):
-                    end = self._new_end(hit)
+                end = self._end_if_whole(self.columns_of(keys))
         if end is not None:
+            end.superseded = False
             self._ends[column] = end
         if replaces != column and replaces in self._ends and self._ends[replaces].uses <= 1:
             self._ends.move_to_end(replaces, last=False)
+            if end is not None:
+                self._ends[replaces].superseded = True
+                if self.lower is not None:
+                    self.lower.supersede(self._hash[replaces])
+
+    def keep_end(self, pages: int, columns: np.ndarray) -> None:
+        """Make an end of a boundary, if it is whole, or the one that it is the most recently used.
+
+        Args:
+            pages: pages of the prefix.
+            columns: [n] the columns of the last n of them.
+        """
+        column = int(columns[-1])
+        every = np.concatenate([np.zeros(pages - len(columns), dtype=np.int32), columns])
+        end = self._ends.pop(column, None) or self._end_if_whole(every)
+        if end is not None:
+            end.superseded = False
+            self._ends[column] = end
+
+    def supersede(self, key: Hashable) -> None:
+        """Give the end that a hash stands for away before others."""
+        column = self._column.get(key, 0)
+        if column in self._ends:
+            self._ends.move_to_end(column, last=False)
+
+    def _end_if_whole(self, columns: np.ndarray) -> _End | None:
+        """An end of the boundary after all ``columns`` [pages] of a prefix."""
+        hit = self._boundary(columns)
+        return self._new_end(hit) if self._is_whole(hit) else None
 
     def _new_end(self, hit: Hit) -> _End:
         if len(self._ends) >= MOST_ENDS:
-            self._drop(next(iter(self._ends)))
+            self._drop_first()
         needed = self._needed[hit.columns]
         needed += hit.needed
         self._needed[hit.columns] = needed
@@ -311,7 +384,7 @@ class PrefixCache:
             if not which.size:
                 if not self._ends:
                     break
-                self._drop(next(iter(self._ends)))
+                self._drop_first()
                 continue
             for rank, ids in enumerate(self._empty(which)):
                 found[rank].append(ids)
@@ -338,9 +411,13 @@ class PrefixCache:
             del self._column[key]
             self._hash[column] = None
 
-    def _drop(self, column: int) -> None:
-        """Keep an end no longer."""
-        self._forget_needs(self._ends.pop(column).hit)
+    def _drop_first(self) -> None:
+        """Keep the least recently used end no longer."""
+        _, end = self._ends.popitem(last=False)
+        if self.lower is not None and not end.superseded:
+            keys = [self._hash[column] for column in end.hit.columns.tolist()]
+            self.lower.save(keys, end.hit, self.ids(end.hit), self._first[end.hit.columns])
+        self._forget_needs(end.hit)
 
     def _forget_needs(self, hit: Hit) -> None:
         mask = hit.needed
@@ -358,8 +435,8 @@ class PrefixCache:
 
     def clear(self) -> list[np.ndarray]:
         """Forget all prefixes; return the ids of each rank that are free now. Running requests keep theirs."""
-        for column in list(self._ends):
-            self._drop(column)
+        while self._ends:
+            self._forget_needs(self._ends.popitem()[1].hit)
         for column in list(self._column.values()):
             self._unlink(column)
         return self.evict(self.idle)

@@ -11,7 +11,7 @@ from vllm_fox.kernels.paged import TABLE_CHUNK, PageTable
 from vllm_fox.kernels.table_update import table_update
 
 from .geometry import PageGeometry
-from .messages import PageReport, TableUpdate
+from .messages import NO_FETCHES, Fetches, PageReport, TableUpdate
 
 FirstLiveAt = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """See :meth:`vllm_fox.attention.step.WorkerState.first_live_at`."""
@@ -83,10 +83,10 @@ class DeviceTables:
         if update.boundary_slots.size:
             self._before = self.table.first_live.index_select(0, self._boundary_slots)
 
-    def report(self, update: TableUpdate, first_live_at: FirstLiveAt) -> PageReport:
+    def report(self, update: TableUpdate, first_live_at: FirstLiveAt, fetches: Fetches = NO_FETCHES) -> PageReport:
         """Report the first live pages of the update's slots after its step, and of its boundaries.
 
-        On a GPU the copy is asynchronous.
+        On a GPU the copy is asynchronous. How far copies from host memory have come is reported along.
         """
         starts, ready = self._nothing, None
         if update.slots.size:
@@ -99,4 +99,4 @@ class DeviceTables:
             starts = host.copy_(starts, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        return PageReport(update.step, update.slots, update.epochs, self.rank, starts, ready)
+        return PageReport(update.step, update.slots, update.epochs, self.rank, starts, ready, fetches)
