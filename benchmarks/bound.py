@@ -170,7 +170,7 @@ def first_live(layer: OneLayer, slot: int, queries: slice) -> torch.Tensor:
         first_live=layer.table.first_live.new_zeros(len(rows) + 1, layer.heads),
     )
     batch = batch_of(lengths, lengths, rows, layer.page_size)
-    live_range(layer.pages, table, batch, layer.state.thresholds.flatten(0, 1))
+    live_range(layer.pages, table, batch, layer.state.thresholds.flatten(0, 1), 0)
     return table.first_live[1:]
 
 

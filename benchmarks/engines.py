@@ -61,6 +61,9 @@ def engine(model: str | Path, fox: dict[str, Any] | None = None, **options: Any)
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
+        # A worker on a CPU looks through all modules when it starts, and fails at one that vLLM's n-gram
+        # drafter has imported. Nobody looks this module up again.
+        sys.modules.pop("llvmlite.binding.ffi", None)
 
 
 def scheduler(llm: LLM) -> Any:

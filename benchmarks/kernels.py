@@ -165,7 +165,7 @@ def ours_decode(gates: Gates, length: int, rows: int, prune: bool) -> dict[str, 
         for _ in range(LAYERS):
             write(layer, step, batch)
             attend()
-            live_range(layer.pages, layer.table, batch, limits)
+            live_range(layer.pages, layer.table, batch, limits, 0)
 
     alone = timed(attend_in_turn) / LAYERS
     return {

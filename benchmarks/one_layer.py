@@ -52,14 +52,16 @@ def extend(pool: PagePool, table: PageTable, slot: int, length: int, page_size: 
     table.entries.transpose(1, 2)[chunk, offset] = torch.from_numpy(columns.ids).to(device)
 
 
-def batch_of(lens: list[int], seqs: list[int], slots: list[int], page_size: int, device: str = DEVICE) -> Batch:
-    """Rows of ``lens`` new tokens, of ``seqs`` tokens in all."""
+def batch_of(
+    lens: list[int], seqs: list[int], slots: list[int], page_size: int, device: str = DEVICE, unknown: int = 0
+) -> Batch:
+    """Rows of ``lens`` new tokens, of ``seqs`` tokens in all; the host takes them for ``unknown`` tokens longer."""
     return Batch.of(
         query_start=torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device),
         seq_lens=torch.tensor(seqs, dtype=torch.int32, device=device),
         slots=torch.tensor(slots, dtype=torch.int32, device=device),
         query_lens_host=lens,
-        seq_lens_host=seqs,
+        seq_lens_host=[length + unknown for length in seqs],
         page_size=page_size,
     )
 
@@ -109,10 +111,11 @@ class OneLayer:
         device: str = DEVICE,
         kv_dtype: torch.dtype | None = None,
         logit_bound: float = float("inf"),
+        drafts: int = 0,
     ) -> None:
         self.heads, self.groups, self.dim, self.page_size = heads, groups, dim, page_size
-        self.dtype, self.device = dtype, device
-        form = ForgettingPageFormat(page_size, dim, dtype, groups, shift, kv_dtype or dtype)
+        self.dtype, self.device, self.drafts = dtype, device, drafts
+        form = ForgettingPageFormat(page_size, dim, dtype, groups, shift, kv_dtype or dtype, drafts)
         self.raw = torch.full((num_pages * form.page_bytes,), 0xFF, dtype=torch.uint8, device=device)  # NaN bytes
         self.pages = form.view(self.raw)
         self.raw_pages = self.raw.view(num_pages, form.page_bytes)
@@ -120,7 +123,7 @@ class OneLayer:
         norm = None if k_norm is None else k_norm.to(device)
         self.impl = ForgettingFormula(0, dim**-0.5, norm, 1e-5, rope_base, shift_k=shift, shift_v=shift)
         limit = torch.as_tensor(threshold, dtype=torch.float32, device=device).expand(heads, groups)
-        self.state = ForgettingState(self.table, [limit], [logit_bound], self.pages, num_slots)
+        self.state = ForgettingState(self.table, [limit], [logit_bound], self.pages, num_slots, drafts)
         self.lengths: dict[int, int] = {}
 
     def open(self) -> int:
@@ -147,7 +150,7 @@ class OneLayer:
             seqs.append(self.lengths[slot])
             extend(self.pool, self.table, slot, seqs[-1], self.page_size)
         device = self.device
-        batch = batch_of(lens, seqs, [slot for slot, _ in work], self.page_size, device)
+        batch = batch_of(lens, seqs, [slot for slot, _ in work], self.page_size, device, self.drafts)
 
         def joined(name: str) -> torch.Tensor:
             whole = torch.cat([inputs[name] for _, inputs in work]).to(device)

@@ -37,7 +37,9 @@ FORM = ForgettingPageFormat(PAGE, DIM, torch.bfloat16, 1, True, torch.bfloat16)
 REQUESTS, TOKENS, CHUNK = 256, 16_384, 8_192
 
 
-def fox_manager(num_blocks: int, max_model_len: int = 2 * TOKENS, caching: bool = False) -> StreamPageManager:
+def fox_manager(
+    num_blocks: int, max_model_len: int = 2 * TOKENS, caching: bool = False, unsettled: int = 0
+) -> StreamPageManager:
     spec = StreamPageSpec(
         block_size=PAGE,
         num_kv_heads=HEADS,
@@ -54,6 +56,7 @@ def fox_manager(num_blocks: int, max_model_len: int = 2 * TOKENS, caching: bool 
         max_model_len=max_model_len,
         max_step_tokens=CHUNK,
         release=True,
+        unsettled=unsettled,
     )
     return StreamPageManager(spec, **common(num_blocks, caching))
 

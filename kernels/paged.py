@@ -55,11 +55,13 @@ class PrefillWork:
     """Work lists of a step in which some row has several queries; made on the host, int32 on the device.
 
     Attributes:
-        pages: [n, 2] (row, page index) of every page that the step's new tokens of all rows fall into.
+        pages: [n, 2] (row, how many pages behind that of the row's first new token) of every page that the step's
+            new tokens of all rows may fall into. A row's last one may be left empty: only the device knows for
+            certain where its tokens stand.
         rows: [m] the rows with several queries.
         tiles: [t, 2] (index into ``rows``, query block of that row), ordered by row.
         first_tile: [m + 1] where each row's tiles begin.
-        max_pages: pages of the longest of these rows.
+        max_pages: pages of the longest of these rows, or more.
     """
 
     pages: torch.Tensor
@@ -70,16 +72,16 @@ class PrefillWork:
 
     @classmethod
     def of(cls, query_lens: np.ndarray, seq_lens: np.ndarray, page_size: int, device: torch.device) -> PrefillWork:
-        """Lists for rows of these lengths (host arrays)."""
+        """Lists for rows of these lengths (host arrays), of which ``seq_lens`` may be too large."""
         rows = np.flatnonzero(query_lens > 1)
-        first_page = (seq_lens - query_lens) // page_size
-        touched = np.where(query_lens > 0, (seq_lens - 1) // page_size + 1 - first_page, 0)
+        # The first token may be the last one of its page.
+        touched = np.where(query_lens > 0, (query_lens + 2 * page_size - 2) // page_size, 0)
         blocks = -(-query_lens[rows] // QUERY_BLOCK)
         first_tile = np.concatenate(([0], np.cumsum(blocks)))
         parts = [
-            _pairs(np.arange(len(query_lens)), first_page, touched).ravel(),
+            _pairs(np.arange(len(query_lens)), touched).ravel(),
             rows,
-            _pairs(np.arange(len(rows)), np.zeros_like(rows), blocks).ravel(),
+            _pairs(np.arange(len(rows)), blocks).ravel(),
             first_tile,
         ]
         packed = torch.from_numpy(np.concatenate(parts).astype(np.int32))
@@ -90,11 +92,11 @@ class PrefillWork:
         return cls(pages.view(-1, 2), row_ids, tiles.view(-1, 2), starts, longest)
 
 
-def _pairs(first: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """[(first[i], start[i] + n) for every i and n < count[i]] as an array [sum of count, 2]."""
+def _pairs(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """[(first[i], n) for every i and n < count[i]] as an array [sum of count, 2]."""
     which = np.repeat(np.arange(len(first)), count)
     nth = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
-    return np.stack((first[which], start[which] + nth), axis=1)
+    return np.stack((first[which], nth), axis=1)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,6 @@ class Batch:
         seq_lens: [R] int32 on the device: tokens of the request after this step.
         slots: [R] int32 on the device; 0 marks a row of padding.
         query_lens_host: the rows' numbers of new tokens, as known on the host.
-        seq_lens_host: ``seq_lens`` on the host; empty when every row has one query.
         work: lists for the step's prefill; None when every row has one query.
     """
 
@@ -114,7 +115,6 @@ class Batch:
     seq_lens: torch.Tensor
     slots: torch.Tensor
     query_lens_host: list[int]
-    seq_lens_host: list[int]
     work: PrefillWork | None
 
     @classmethod
@@ -127,11 +127,16 @@ class Batch:
         seq_lens_host: Sequence[int],
         page_size: int,
     ) -> Batch:
-        """A batch with its work lists."""
+        """A batch with its work lists.
+
+        Args:
+            seq_lens_host: upper bounds of ``seq_lens``, as known on the host. They are not read, and may be
+                missing, when every row has one query.
+        """
         work = None
         if any(length > 1 for length in query_lens_host):
             work = PrefillWork.of(np.array(query_lens_host), np.array(seq_lens_host), page_size, seq_lens.device)
-        return cls(query_start, seq_lens, slots, list(query_lens_host), list(seq_lens_host), work)
+        return cls(query_start, seq_lens, slots, list(query_lens_host), work)
 
     # Asked for in every layer.
     @cached_property

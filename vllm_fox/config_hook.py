@@ -17,6 +17,7 @@ from .refusals import (
     check_overrides,
     check_quantized_cache,
     quantized_weights,
+    speculation,
     unsupported_environment,
     unsupported_options,
 )
@@ -52,13 +53,14 @@ class PagedConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check the engine's configuration and complete it. vLLM calls this before it loads anything."""
         family = cls.family
-        settings = family.settings.from_vllm_config(vllm_config)
+        page_size = family.settings.from_vllm_config(vllm_config).page_size or family.page_size
         check_overrides(vllm_config)
         if family.quantized_weights:
             # First, as vLLM writes what the checkpoint asks for into --kv-cache-dtype.
             check_quantized_cache(vllm_config, family.name)
         refusals = [
             *unsupported_options(vllm_config),
+            *speculation(vllm_config, family.speculation, page_size),
             *adapters(vllm_config, family.adapters),
             *quantized_weights(vllm_config.model_config, family.quantized_weights),
             *unsupported_environment(vllm_config),
@@ -69,7 +71,7 @@ class PagedConfigHook(VerifyAndUpdateConfig):
             if found:
                 raise ValueError(f"In vllm-fox, {family.name} do not support {what}: leave it out.")
         _check_ranks(vllm_config)
-        _set_page_size(vllm_config, settings.page_size or family.page_size, family.name)
+        _set_page_size(vllm_config, page_size, family.name)
         # The connector carries page-table changes to the workers, and reports of dead pages back.
         vllm_config.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
         _split_graphs(vllm_config.compilation_config)

@@ -46,6 +46,9 @@ class Family:
             layers, whose names must be those of the checkpoint, as quantisation configs name layers.
         adapters: whether requests may use LoRA adapters. The models must then be of vLLM's interface SupportsLoRA,
             and leave every projection that an adapter may change to vLLM's linear layers.
+        speculation: whether rejected drafts of speculative decoding can be taken back: a token that is written anew
+            replaces all that pages and states know of the earlier one, and what a request's newest
+            :func:`~vllm_fox.pages.spec.unsettled_tokens` do to live ranges is not acted upon.
         refusals: function that returns what the models cannot do besides what no family can, given an engine's
             configuration. It returns pairs: whether the feature is asked for (any true value), and the name of the
             feature, for the error "NAME do not support WHAT".
@@ -73,6 +76,7 @@ class Family:
     float8_pages: bool = False
     quantized_weights: bool = False
     adapters: bool = False
+    speculation: bool = False
     refusals: Callable[[VllmConfig], Iterable[tuple[object, str]]] = _nothing_refused
     lookalikes: Mapping[str, Callable[[ModelConfig], str | None]] = field(default_factory=dict)
     token_ends: str | None = None

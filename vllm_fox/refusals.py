@@ -36,7 +36,6 @@ def unsupported_options(vllm_config: VllmConfig) -> Refusals:
 
 def _features(vllm_config: VllmConfig) -> Refusals:
     model, cache, offload = vllm_config.model_config, vllm_config.cache_config, vllm_config.offload_config
-    yield vllm_config.speculative_config, "speculative decoding (--speculative-config)"
     yield vllm_config.diffusion_config, "generation by diffusion (--diffusion-config)"
     yield (
         model.convert_type == "classify",
@@ -50,6 +49,28 @@ def _features(vllm_config: VllmConfig) -> Refusals:
     gib, group = offload.uva.cpu_offload_gb, offload.prefetch.offload_group_size
     yield gib, f"weights in CPU memory (--cpu-offload-gb {gib:g})"
     yield group, f"weights in CPU memory (--offload-group-size {group})"
+
+
+def speculation(vllm_config: VllmConfig, supported: bool, page_size: int) -> Refusals:
+    """Yield speculative decoding that is asked for in vain.
+
+    Args:
+        vllm_config: the engine's configuration.
+        supported: whether rejected drafts can be taken back (:attr:`Family.speculation`).
+        page_size: tokens per page.
+    """
+    config, name = vllm_config.speculative_config, "speculative decoding (--speculative-config)"
+    if config is None:
+        return
+    yield not supported, f"{name}, since what a rejected draft drops cannot be undone"
+    # Others read the KV cache of a draft model, or have not been tried. On a GPU vLLM has one n-gram drafter, and
+    # schedules ahead of it under the second name.
+    methods = ["ngram", "ngram_gpu"] if current_platform.is_cuda() else ["ngram"]
+    allowed = " or ".join(f'"{method}"' for method in methods)
+    yield config.method not in methods, f'{name} by method "{config.method}" (but by {allowed})'
+    # vLLM's warm-up gives a request one block, which is a page for it, and two tokens more than there are drafts.
+    drafts, most = config.num_speculative_tokens, page_size - 2
+    yield drafts > most, f"{drafts} num_speculative_tokens in --speculative-config (but up to {most})"
 
 
 def adapters(vllm_config: VllmConfig, supported: bool) -> Refusals:

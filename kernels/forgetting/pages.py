@@ -27,7 +27,7 @@ number would cost the running sums behind it their precision."""
 class ForgettingPageFormat:
     """Bytes of one page, the same for every stream of a model.
 
-    A page is ``[K | V | gates | scales | last raw k, v]``, padded to whole rows of K and to 128 bytes, so that
+    A page is ``[K | V | gates | scales | newest raw k, v]``, padded to whole rows of K and to 128 bytes, so that
     the pool can also be read as a matrix of rows of d.
 
     Args:
@@ -35,9 +35,11 @@ class ForgettingPageFormat:
         head_dim: d.
         dtype: the model's.
         num_gates: query heads that share the KV head; each has its own forget gate.
-        token_shift: whether the page keeps the last token's k and v as projected, before token shift and
-            QK-norm. The next token, perhaps in another step, mixes with them.
+        token_shift: whether the page keeps k and v of its newest tokens as projected, before token shift and
+            QK-norm. The next token, perhaps in another step, mixes with those of the token before it.
         kv_dtype: of K and V in the page: ``dtype``, or float8 e4m3 with one scale each for the page's K and V.
+        drafts: tokens at the end of a request that a later step may write anew, because they were drafts of
+            speculative decoding. The page keeps k and v of so many tokens more than one.
     """
 
     page_size: int
@@ -46,6 +48,7 @@ class ForgettingPageFormat:
     num_gates: int
     token_shift: bool
     kv_dtype: torch.dtype
+    drafts: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -61,7 +64,7 @@ class ForgettingPageFormat:
 
     @property
     def last_bytes(self) -> int:
-        return 2 * self.head_dim * self.dtype.itemsize if self.token_shift else 0
+        return (1 + self.drafts) * 2 * self.head_dim * self.dtype.itemsize if self.token_shift else 0
 
     @property
     def page_bytes(self) -> int:
@@ -89,7 +92,7 @@ class ForgettingPageFormat:
             v=part(self.kv_bytes, self.kv_dtype, self.page_size, self.head_dim),
             gates=part(self.gate_bytes, torch.float32, self.num_gates, self.page_size),
             scales=part(self.scale_bytes, torch.float32, 4)[:, :2] if self.scale_bytes else None,
-            last=part(self.last_bytes, self.dtype, 2, self.head_dim) if self.token_shift else None,
+            last=part(self.last_bytes, self.dtype, 1 + self.drafts, 2, self.head_dim) if self.token_shift else None,
         )
 
 
@@ -104,7 +107,8 @@ class ForgettingPages:
             in a sequence it stands.
         scales: [P, 2] float32, powers of two; with float8 pages K is ``k * scales[:, 0]`` and V is
             ``v * scales[:, 1]``. None otherwise.
-        last: [P, 2, d], raw k and v of the token written last, or None without token shift.
+        last: [P, L, 2, d], raw k and v of the L tokens written last, or None without token shift. Those of the
+            page's token n are at ``n % L``.
     """
 
     k: torch.Tensor

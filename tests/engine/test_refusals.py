@@ -44,8 +44,11 @@ def evicting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "speculative decoding (--speculative-config)": {
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}
+    'speculative decoding (--speculative-config) by method "ngram_gpu" (but by "ngram")': {
+        "speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}
+    },
+    "63 num_speculative_tokens in --speculative-config (but up to 62)": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 63}
     },
     "generation by diffusion (--diffusion-config)": {"diffusion_config": {"canvas_length": 8}},
     "classification (--convert classify), as no weights are loaded for it": {
@@ -107,6 +110,13 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_options(fox: Path, what: str) -> None:
     sentence = f"In vllm-fox, Forgetting Transformers do not support {what}: leave it out."
     assert sentence in refused(fox, **REFUSED[what])
+
+
+def test_speculation_by_family(sparse: Path) -> None:
+    """A family says whether rejected drafts can be taken back."""
+    what = "speculative decoding (--speculative-config), since what a rejected draft drops cannot be undone"
+    sentence = f"In vllm-fox, Sparse GPT-2 models do not support {what}: leave it out."
+    assert sentence in refused(sparse, speculative_config={"method": "ngram", "num_speculative_tokens": 2})
 
 
 QUANTISED: dict[str, dict[str, Any]] = {

@@ -8,11 +8,14 @@ import os
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.one_layer import DEVICE, OneLayer
 from tests.support.harness import cut, formula, random_inputs
 from vllm_fox.kernels.acp import pruning_threshold
 from vllm_fox.kernels.float8 import FP8
+from vllm_fox.kernels.forgetting.pages import LIVE_RANGE_PERIOD
 from vllm_fox.kernels.paged import TABLE_CHUNK, PageTable
 from vllm_fox.kernels.table_update import table_update
 
@@ -298,3 +301,68 @@ def test_live_ranges_of_the_past(groups: int, page_size: int) -> None:
         at = end
         assert torch.equal(row, many.table.first_live[other].cpu()), boundary
     assert (found[-1] > 0).any() and (found[-1] > found[0]).any()
+
+
+@settings(max_examples=3 if INTERPRETED else 20, deadline=None)
+@given(data=st.data())
+def test_rejected_drafts_leave_nothing(data: st.DataObject) -> None:
+    """Steps whose last tokens are taken back, strong gates and all: outputs and pages are those of the text alone.
+
+    Dead pages are full of NaN, and the first live page is always that of the formula without the newest tokens.
+    """
+    drafts, groups = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([1, 3]))
+    scaled, threshold, rows = data.draw(st.booleans()), -60.0, range(2)
+    kind = {"kv_dtype": FP8, "dtype": torch.float16} if scaled else {}
+    text = [
+        random_inputs(130, groups=groups, gates=gates, shift=True, seed=5) for gates in ("alternating", "mixed")
+    ]
+    wrong = random_inputs(130, groups=groups, gates="all", shift=True, seed=9)
+    layer = OneLayer(groups=groups, shift=True, threshold=threshold, drafts=drafts, **kind)
+    plain = OneLayer(groups=groups, shift=True, **kind)
+    slots, others = ([one.open() for _ in rows] for one in (layer, plain))
+    decay = [inputs["log_f"].double().cumsum(0) for inputs in text]
+    outs: list[list[torch.Tensor]] = [[] for _ in rows]
+    at = [0 for _ in rows]
+    for step in range(5 if INTERPRETED else 13):
+        work, right = [], []
+        for row in rows:
+            # A prompt, then a token with some drafts, of which the first few are those that follow.
+            new = data.draw(st.integers(1, 40)) if not step else 1
+            proposed = data.draw(st.integers(0, drafts)) if step else 0
+            right.append(new + data.draw(st.integers(0, proposed)))
+            bad = slice(at[row] + right[row], at[row] + new + proposed)
+            parts = (text[row][name][at[row] : bad.start] for name in wrong), (wrong[name][bad] for name in wrong)
+            work.append((slots[row], dict(zip(wrong, map(torch.cat, zip(*parts)), strict=True))))
+        before = layer.table.first_live[slots].cpu()
+        steps = layer.step(work)
+        plain.step([(others[row], cut(text[row], at[row], at[row] + right[row])) for row in rows])
+        for row in rows:
+            written = layer.lengths[slots[row]]
+            outs[row].append(steps[row][: right[row]])
+            at[row] += right[row]
+            layer.lengths[slots[row]] = at[row]
+            if len(steps[row]) > 1 or written % LIVE_RANGE_PERIOD == 0:
+                settled = max(written - drafts, 1)
+                last_keys = torch.arange((settled - 1) // layer.page_size) * layer.page_size + layer.page_size - 1
+                dead = (decay[row][settled - 1] - decay[row][last_keys] < threshold).all(-1).sum(0)
+                found = layer.table.first_live[slots[row]].cpu()
+                assert torch.equal(found, torch.maximum(before[row], dead.int()))
+    for row in rows:
+        out, expected = torch.cat(outs[row]), formula(cut(text[row], 0, at[row]))
+        close(out, expected, (0.12 if INTERPRETED else 0.06) if scaled else EXACT)
+        if scaled:
+            continue  # rejected drafts may have made the scale of a page larger
+        position = torch.arange(int(layer.table.first_live[slots[row]].max()) * layer.page_size, at[row])
+        page, offset = position // layer.page_size, (position % layer.page_size).to(DEVICE)
+        here, there = (
+            (one.table.page_ids(torch.tensor(slot), page[:, None], torch.arange(2)), one.pages)
+            for one, slot in ((layer, slots[row]), (plain, others[row]))
+        )
+        for name in ("k", "v"):
+            found, want = (getattr(pages, name)[ids, offset[:, None]] for ids, pages in (here, there))
+            assert torch.equal(found, want)
+        sums, want = (pages.gates[ids, :, offset[:, None]] for ids, pages in (here, there))
+        torch.testing.assert_close(sums, want, rtol=1e-6, atol=1e-6)
+        ids, pages = here
+        assert pages.last is not None and there[1].last is not None
+        assert torch.equal(pages.last[ids[-1], offset[-1] % (1 + drafts)], there[1].last[there[0][-1], 0])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.scheduler_cost import PAGE, ask, fox_manager
+from benchmarks.scheduler_cost import PAGE, Prompt, ask, fox_manager
 from vllm_fox.kernels.forgetting.pages import LIVE_RANGE_PERIOD
 from vllm_fox.pages.manager import FEW_REQUESTS, REPORT_EVERY, StreamPageManager
 
@@ -116,3 +116,50 @@ def test_who_is_preempted_in_a_step_gets_nothing_in_it() -> None:
     update = manager.take_update({"stays": 3 * PAGE})
     assert update.opened.tolist() == [manager._slot_of["stays"]] and len(update.columns.ids) == 3
     assert manager.block_pool.get_num_free_blocks() == 999 - 3
+
+
+def test_drafts_are_no_prompt() -> None:
+    """A decode step with drafts looks at live ranges when tokens that are certain have passed a period."""
+    drafts, found = 4, []
+    manager = fox_manager(1000, unsettled=drafts)
+    ask(manager, "a", 40)
+    assert manager.take_update({"a": 40}).slots.size
+    read = dict(manager.work.dense)
+    for length in range(40, 40 + 3 * LIVE_RANGE_PERIOD):  # all drafts are rejected
+        ask(manager, "a", length + 1 + drafts)
+        if manager.take_update({"a": 1 + drafts}, {"a": [0] * drafts}).slots.size:
+            found.append(length + 1)
+    # Each period is passed within a step's tokens, whichever of these it keeps.
+    assert {length // LIVE_RANGE_PERIOD for length in found} == {3, 4, 5}
+    assert len(found) == 3 * (1 + drafts)
+    assert manager.work.dense["prefill"] == read["prefill"]
+    steps, pages = 3 * LIVE_RANGE_PERIOD, int(manager.pool.streams.sum())
+    full = [-(-(length + 1 + drafts) // PAGE) for length in range(40, 40 + steps)]
+    assert manager.work.dense["decode"] - read["decode"] == (1 + drafts) * pages * sum(np.maximum.accumulate(full))
+    manager.pop_blocks_for_free("a")
+    assert manager.pool.used_total == 0
+
+
+def test_drafts_pass_no_boundary_of_a_cached_page() -> None:
+    """A page is cached, and the live ranges at its end are asked for, once all of its tokens are certain."""
+    drafts = 4
+    manager = fox_manager(1000, caching=True, unsettled=drafts)
+    cache, request = manager.pool.prefixes, Prompt("a", "text", 3 * PAGE)
+    assert cache is not None
+
+    def step(before: int, certain: int, drafted: int) -> tuple[list[int], int]:
+        """Schedule tokens after the first ``before``: the boundaries looked at, and the pages cached."""
+        length = before + certain + drafted
+        ask(manager, "a", length)
+        manager.cache_blocks(request, before + certain, replay_boundaries=())  # type: ignore[arg-type]
+        update = manager.take_update({"a": certain + drafted}, {"a": [0] * drafted} if drafted else {})
+        assert not update.slots.size and update.boundary_slots.size == update.boundary_pages.size
+        return update.boundary_pages.tolist(), len(cache)
+
+    assert step(0, PAGE - 4, 0) == ([], 0)
+    assert step(PAGE - 4, 1, drafts) == ([], 0)  # the last draft opens a page
+    assert manager.pool.num_pages[manager._slot_of["a"]] == 2
+    assert step(PAGE - 3, 1, drafts) == ([], 0)  # all were rejected; now all but one are right
+    assert step(PAGE + 1, 1, drafts) == ([1], 1)
+    assert step(PAGE + 2, 1, drafts) == ([], 1)
+    assert step(PAGE + 3, PAGE, 0) == ([2], 2)  # a prompt that goes on

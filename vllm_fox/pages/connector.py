@@ -129,7 +129,9 @@ class FoxPageConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> TableUpdate:
         assert self._manager is not None
-        update = self._manager.take_update(scheduler_output.num_scheduled_tokens)
+        update = self._manager.take_update(
+            scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_spec_decode_tokens
+        )
         if self._poisons:
             update.freed = self._manager.pool.take_freed()
         return update

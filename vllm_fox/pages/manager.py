@@ -35,6 +35,8 @@ REPORT_EVERY = 4
 FEW_REQUESTS = 16
 """Running requests from which on decode steps report together. With fewer requests every step reports."""
 
+NO_DRAFTS: Mapping[str, Sequence[int]] = {}
+"""No request of a step has tokens that may be rejected."""
 
 COLUMNS_PER_BLOCK = 16
 """Columns of the prefix cache for each block. Most pages of a column are dead, so that a block holds several."""
@@ -244,24 +246,33 @@ class StreamPageManager(SingleTypeKVCacheManager):
 
     # What the plugin's connector calls.
 
-    def take_update(self, scheduled: Mapping[str, int]) -> TableUpdate:
+    def take_update(
+        self, scheduled: Mapping[str, int], drafts: Mapping[str, Sequence[int]] = NO_DRAFTS
+    ) -> TableUpdate:
         """Return the changes of the page table since the last step, and whose live ranges this step reports.
 
         Args:
             scheduled: number of new tokens of each request.
+            drafts: those among them, of some requests, that may be rejected.
         """
         # What is cached needs the live ranges as they are where a page ends, and pages die no earlier.
         caching = self.enable_caching and self.kv_cache_spec.release
-        period = self.block_size if caching else self.kv_cache_spec.report_period
+        period, unsettled = self.kv_cache_spec.report_period, self.kv_cache_spec.unsettled
         if not self._due:
             self._due_since = self._step
         read: list[tuple[int, int, int]] = []
         for request_id, new in scheduled.items():
             length = self._length[request_id]
-            if new > 1:
-                read.append((self._slot_of[request_id], length - new, length))
-            if (new > 1 and not caching) or (new == 1 and length % period == 0):
-                self._due[self._slot_of[request_id]] = length // period
+            certain = new - len(drafts[request_id]) if request_id in drafts else new
+            if certain > 1:
+                read.append((self._slot_of[request_id], length - new, length - new + certain))
+            settled = length - unsettled
+            if not caching and (certain > 1 or settled // period != (settled - new) // period):
+                self._due[self._slot_of[request_id]] = settled // period
+        if caching and self._full_pages:
+            prompts_of = {slot for slot, _, _ in read}
+            full = {self._slot_of[request_id]: pages for request_id, pages in self._full_pages.items()}
+            self._due |= {slot: pages for slot, pages in full.items() if slot not in prompts_of}
         slots, pages = NO_NUMBERS, NO_NUMBERS
         if read or self._reports_now():
             slots = np.fromiter(self._due, dtype=np.int64, count=len(self._due))
@@ -271,21 +282,23 @@ class StreamPageManager(SingleTypeKVCacheManager):
         columns = self.pool.hand_out()
         inside = NO_BOUNDARIES
         prompts = self._prompts(read) if read else None
-        self._count_work(scheduled, prompts)
+        self._count_work(scheduled, drafts, prompts)
         if prompts is not None and caching:
             inside = prompts.boundaries(self.block_size)
         self._share_full_pages(slots, pages, inside)
         if slots.size or inside.slots.size:
             self._reporting.append((self._step, self._due_since))
+        # With drafts a step moves live ranges past the boundary that its tokens have made certain.
+        past = len(slots) if caching and unsettled else 0
         update = TableUpdate(
             self._step,
-            slots,
-            self.pool.epoch[slots],
+            slots[past:],
+            self.pool.epoch[slots[past:]],
             opened,
             self.pool.start[opened],
             columns,
-            inside.slots,
-            inside.pages,
+            np.concatenate([slots[:past], inside.slots]),
+            np.concatenate([pages[:past], inside.pages]),
         )
         if self.host is not None:
             # Last, because pages are given away until here.
@@ -395,10 +408,19 @@ class StreamPageManager(SingleTypeKVCacheManager):
         pages = self.pool.num_pages[slots] * self.pool.streams.sum()
         return Prompts(slots, before, after, pages - self.pool.live_pages[slots].sum(1))
 
-    def _count_work(self, scheduled: Mapping[str, int], prompts: Prompts | None) -> None:
+    def _count_work(
+        self, scheduled: Mapping[str, int], drafts: Mapping[str, Sequence[int]], prompts: Prompts | None
+    ) -> None:
         """Count what a step's queries read, which have their pages."""
         pool = self.pool
-        if len(scheduled) == len(self._slot_of):
+        if drafts:
+            reading = set() if prompts is None else set(prompts.slots.tolist())
+            queries = {self._slot_of[request_id]: new for request_id, new in scheduled.items()}
+            slots = [slot for slot in queries if slot not in reading]
+            count = np.array([queries[slot] for slot in slots], dtype=np.int64)
+            pages = int((count * pool.num_pages[slots]).sum())
+            live = int((count * pool.live_pages[slots].sum(1)).sum())
+        elif len(scheduled) == len(self._slot_of):
             # Sums over all slots are cheaper than a list of those that decode. Slots without requests hold nothing.
             pages, live = int(pool.num_pages.sum()), int(pool.live_pages.sum())
             if prompts is not None:
@@ -471,6 +493,8 @@ class StreamPageManager(SingleTypeKVCacheManager):
     def _reports_now(self) -> bool:
         """Return whether a step without prompts reports. It does whenever few blocks are free."""
         running = len(self._slot_of)
+        if self.enable_caching and self.kv_cache_spec.unsettled:
+            return True  # drafts move live ranges in every step, soon past the boundaries to report
         if running < FEW_REQUESTS or self._step % REPORT_EVERY == 0:
             return True
         return self.block_pool.get_num_free_blocks() < running

@@ -41,6 +41,7 @@ class StreamPageSpec(AttentionSpec):
         num_slots: requests that may run at once.
         max_model_len, max_step_tokens: most tokens of a request, and of one step.
         release: whether dead pages are given back while a request runs.
+        unsettled: see :func:`unsettled_tokens`.
     """
 
     page_format: PageFormat
@@ -51,6 +52,7 @@ class StreamPageSpec(AttentionSpec):
     max_model_len: int
     max_step_tokens: int
     release: bool
+    unsettled: int
 
     @property
     def streams(self) -> tuple[int, ...]:
@@ -97,4 +99,17 @@ def make_spec(
         max_model_len=vllm_config.model_config.max_model_len,
         max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         release=release,
+        unsettled=unsettled_tokens(vllm_config),
     )
+
+
+def unsettled_tokens(vllm_config: VllmConfig) -> int:
+    """Return how many of a request's newest tokens may be of no effect yet: 0 without speculative decoding.
+
+    A step's drafts may all be rejected. What the scheduler knows of a request is late by the steps in flight. It
+    tells the workers which page boundaries a request has passed for certain, and they then compute the live ranges
+    there, so these must not have moved on.
+    """
+    drafts = vllm_config.num_speculative_tokens
+    in_flight = vllm_config.max_concurrent_batches - 1
+    return drafts + in_flight * (1 + drafts) if drafts else 0

@@ -93,6 +93,10 @@ class DeviceTables:
             starts = self.table.first_live.index_select(0, self._slots)
         if update.boundary_slots.size:
             at = first_live_at(self._boundary_slots, self._boundary_pages, self._before)
+            # What is reported dead may belong to another request soon, so no later step may read it. A request with
+            # drafts has live ranges that lag behind its boundaries.
+            rows = self._boundary_slots.long()[:, None].expand_as(at)
+            self.table.first_live.scatter_reduce_(0, rows, at, "amax")
             starts = torch.cat([starts, at]) if update.slots.size else at
         if starts.is_cuda:
             host = torch.empty(starts.shape, dtype=starts.dtype, pin_memory=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 PREFILL, DECODE = "prefill", "decode"
 PHASES = (PREFILL, DECODE)
-"""Of a step's requests: those with several new tokens read a prompt, those with one decode."""
+"""Of a step's requests: those with several new tokens, drafts aside, read a prompt, the others decode."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class WorkCount:
         self.pruned = dict.fromkeys(PHASES, 0)
 
     def decode(self, pages: int, live: int) -> None:
-        """Count a query of each of some requests, given all their pages per stream and their live pages."""
+        """Count queries of requests that decode, given the pages per stream and the live pages of each, summed."""
         dense = pages * self._streams
         self.dense[DECODE] += dense
         self.pruned[DECODE] += dense - live

@@ -106,9 +106,9 @@ def _cache_write(
     gate_stride, shift_k_stride, shift_v_stride, slot_stride, layer, max_chunks, streams, k_stride, v_stride,
     PAGE_BYTES: tl.constexpr, P: tl.constexpr, D: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, ONE_TOKEN: tl.constexpr, KV_BYTES: tl.constexpr,
-    MODEL_BYTES: tl.constexpr, SHIFT_K: tl.constexpr, SHIFT_V: tl.constexpr, LAST: tl.constexpr,
+    MODEL_BYTES: tl.constexpr, SHIFT_K: tl.constexpr, SHIFT_V: tl.constexpr, KEPT: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, LOG2_ROPE: tl.constexpr, FLOOR: tl.constexpr,
-    SCALED: tl.constexpr, FP8_LARGEST: tl.constexpr,
+    SCALED: tl.constexpr, FP8_LARGEST: tl.constexpr, BLOCK_KEPT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     if ONE_TOKEN:
@@ -125,7 +125,9 @@ def _cache_write(
     if ONE_TOKEN:
         page = first_pos // P
     else:
-        page = tl.load(work + 2 * tl.program_id(1) + 1)
+        page = first_pos // P + tl.load(work + 2 * tl.program_id(1) + 1)
+    if page * P >= length:
+        return
     begin = tl.maximum(first_pos, page * P)
     end = tl.minimum(length, (page + 1) * P)
     stream = layer * H + head
@@ -151,11 +153,12 @@ def _cache_write(
             tl.store(sums + n, carry + tl.cumsum(log_f, 0), mask=new)
 
     last = last_pages
-    if LAST:
+    if KEPT > 0:
         before = this
         if (begin == first_pos) & (first_pos > 0) & (had == 0):
             before = page_id(chunk_of, entries, slot, stream, page - 1, max_chunks, streams, CHUNK)
-        last = last_pages + before * (PAGE_BYTES // MODEL_BYTES)
+        kept_before = tl.maximum(first_pos - 1, 0) % P % KEPT
+        last = last_pages + before * (PAGE_BYTES // MODEL_BYTES) + kept_before * 2 * D
 
     k_page = k_pages + this * (PAGE_BYTES // KV_BYTES)
     v_page = v_pages + this * (PAGE_BYTES // KV_BYTES)
@@ -210,15 +213,17 @@ def _cache_write(
             tl.store(k_page + at + HALF + half[None, :], second, mask[:, None])
             tl.store(v_page + at + dim[None, :], value, mask[:, None])
 
-    if LAST:
-        newest = (q0 + end - 1 - first_pos).to(tl.int64)
-        raw_k = tl.load(k + newest * k_stride + head * D + dim)
-        raw_v = tl.load(v + newest * v_stride + head * D + dim)
+    if KEPT > 0:
+        pos = end - 1 - tl.arange(0, 1 if ONE_TOKEN else BLOCK_KEPT)
+        mask = (pos >= begin) & (pos >= end - KEPT)
+        newest = (q0 + pos - first_pos).to(tl.int64)[:, None]
+        raw_k = tl.load(k + newest * k_stride + (head * D + dim)[None, :], mask=mask[:, None], other=0.0)
+        raw_v = tl.load(v + newest * v_stride + (head * D + dim)[None, :], mask=mask[:, None], other=0.0)
         # Every thread has read what the page kept before any overwrites it.
         tl.debug_barrier()
-        keep = last_pages + this * (PAGE_BYTES // MODEL_BYTES)
-        tl.store(keep + dim, raw_k)
-        tl.store(keep + D + dim, raw_v)
+        keep = last_pages + this * (PAGE_BYTES // MODEL_BYTES) + ((pos - page * P) % KEPT * 2 * D)[:, None]
+        tl.store(keep + dim[None, :], raw_k, mask=mask[:, None])
+        tl.store(keep + D + dim[None, :], raw_v, mask=mask[:, None])
 
 
 _launch = Launcher(_cache_write)
@@ -243,6 +248,7 @@ def cache_write(
     _, heads, dim = k.shape
     size, work, log2_rope = pages.page_size, batch.work, None if rope_base is None else math.log2(rope_base)
     block = min(size, max(1, BLOCK_ELEMENTS // dim))
+    kept = 0 if pages.last is None else pages.last.shape[1]
     _launch(
         (heads, batch.num_rows if work is None else len(work.pages), 1),
         (
@@ -260,8 +266,8 @@ def cache_write(
         (
             pages.gates.stride(0) * 4, size, dim, heads, gate.shape[2], TABLE_CHUNK, block, work is None,
             pages.k.element_size(), k.element_size(), shift_k is not None, shift_v is not None,
-            pages.last is not None, k_norm is not None, norm_eps, log2_rope, GATE_FLOOR, pages.k.dtype == FP8,
-            FP8_MAX,
+            kept, k_norm is not None, norm_eps, log2_rope, GATE_FLOOR, pages.k.dtype == FP8,
+            FP8_MAX, triton.next_power_of_2(max(kept, 1)),
         ),
         num_warps=1 if work is None else 4,
     )  # fmt: skip

@@ -30,6 +30,10 @@ def cache_write(
     """Write T new tokens into their pages: ``k'_t = a_t k_{t-1} + (1 - a_t) k_t`` (the same for v), then RMS
     norm and rotation of k', and the in-page running sums of log f (FoX, arXiv 2503.02130).
 
+    The new tokens may stand where an earlier step has written others, up to ``L - 1`` tokens back (``pages.last``
+    has L): drafts that were rejected. What the page keeps of those is then written over, but a float8 page's
+    scale stays as large as they have made it.
+
     Args:
         pages: the page pool, written.
         table: the page table, in which the new tokens' pages are already.
@@ -58,6 +62,8 @@ def cache_write(
     before = (first_pos - 1).clamp(min=0)
     ids_before = table.page_ids(batch.slots[:, None], (before // size)[:, None], streams)
     at_row_start = token == row_start
+    kept = 1 if pages.last is None else pages.last.shape[1]
+    kept_before = before % size % kept
 
     # What the partly filled page of each row's first token holds already.
     carry = pages.gates[ids_before, :, (before % size)[:, None]]
@@ -73,7 +79,7 @@ def cache_write(
         if shift is None:
             return x
         assert pages.last is not None
-        stored = pages.last[ids_before][:, :, which]
+        stored = pages.last[ids_before, kept_before[:, None], which]
         stored = torch.where((first_pos > 0)[:, None, None], stored, 0.0)
         previous = torch.where(at_row_start[:, None, None], stored[row], x.roll(1, 0))
         a = shift.float().sigmoid()[..., None]
@@ -95,8 +101,10 @@ def cache_write(
         _write_scaled(pages.k, pages.scales[:, 0], ids, offset, opens, has_content, new_k)
         _write_scaled(pages.v, pages.scales[:, 1], ids, offset, opens, has_content, new_v)
     if pages.last is not None:
-        ends = ((offset == size - 1) | (token + 1 == row_start + lens[row])).nonzero().squeeze(-1)
-        pages.last[ids[ends]] = torch.stack((k[ends], v[ends]), dim=2).to(pages.last.dtype)
+        to_end = torch.minimum(size - 1 - offset, row_start + lens[row] - 1 - token)
+        newest = (to_end < kept).nonzero().squeeze(-1)
+        raw = torch.stack((k[newest], v[newest]), dim=2).to(pages.last.dtype)
+        pages.last[ids[newest], (offset[newest] % kept)[:, None]] = raw
 
 
 def _write_scaled(

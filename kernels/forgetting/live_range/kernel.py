@@ -49,11 +49,11 @@ def _walk_back(
 
 
 @triton.jit(
-    do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "max_chunks", "streams"],
+    do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "max_chunks", "streams", "unsettled"],
 )
 def _live_range(
     gate_pages, chunk_of, entries, first_live, threshold, query_start, seq_lens, slots,
-    slot_stride, max_chunks, streams,
+    slot_stride, max_chunks, streams, unsettled,
     PAGE_BYTES: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, CHUNK: tl.constexpr,
     W: tl.constexpr, PERIOD: tl.constexpr,
 ):  # fmt: skip
@@ -64,11 +64,12 @@ def _live_range(
     if (slot == 0) | (num_q == 0) | ((num_q == 1) & (length % PERIOD != 0)):
         return
     remembered = first_live + slot.to(tl.int64) * streams + stream
+    before, settled = tl.load(remembered), tl.maximum(length - unsettled, 1)
     page = _walk_back(
-        gate_pages, chunk_of, entries, threshold, slot, stream, length, tl.load(remembered), max_chunks, streams,
+        gate_pages, chunk_of, entries, threshold, slot, stream, settled, before, max_chunks, streams,
         PAGE_BYTES, P, G, GATES, CHUNK, W,
     )  # fmt: skip
-    tl.store(remembered, page)
+    tl.store(remembered, tl.maximum(page, before))
 
 
 @triton.jit(do_not_specialize=["out", "before", "slots", "num_pages", "max_chunks", "streams"])
@@ -90,7 +91,9 @@ def _first_live_at(
 _launch, _launch_at = Launcher(_live_range), Launcher(_first_live_at)
 
 
-def live_range(pages: ForgettingPages, table: PageTable, batch: Batch, threshold: torch.Tensor) -> None:
+def live_range(
+    pages: ForgettingPages, table: PageTable, batch: Batch, threshold: torch.Tensor, unsettled: int
+) -> None:
     """See :func:`.reference.live_range`."""
     streams, gates = threshold.shape
     _launch(
@@ -98,6 +101,7 @@ def live_range(pages: ForgettingPages, table: PageTable, batch: Batch, threshold
         (pages.gates, table.chunk_of, table.entries, table.first_live, threshold),
         (
             batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), table.chunk_of.shape[1], streams,
+            unsettled,
         ),
         (),
         (

@@ -8,7 +8,9 @@ from ...paged import Batch, PageTable
 from ..pages import LIVE_RANGE_PERIOD, ForgettingPages
 
 
-def live_range(pages: ForgettingPages, table: PageTable, batch: Batch, threshold: torch.Tensor) -> None:
+def live_range(
+    pages: ForgettingPages, table: PageTable, batch: Batch, threshold: torch.Tensor, unsettled: int
+) -> None:
     """After a step's last layer: move ``table.first_live`` of its rows over the pages that have become negligible.
 
     With c_t the running sum of log f, the logit bias of key j for query i is ``D_ij = c_i - c_j``. It falls
@@ -23,6 +25,8 @@ def live_range(pages: ForgettingPages, table: PageTable, batch: Batch, threshold
         table: ``table.first_live`` is written for the batch's slots.
         batch: the step's requests, whose new tokens are in their pages.
         threshold: [S, G] float32 for all streams, at most 0; -inf prunes nothing.
+        unsettled: so many of a request's newest tokens may be rejected (speculative decoding). What the request
+            looks like without them is what counts: a rejected token forgets nothing.
     """
     streams = torch.arange(threshold.shape[0], device=threshold.device)
     due = (batch.query_start.diff() > 1) | (batch.seq_lens % LIVE_RANGE_PERIOD == 0)
@@ -30,7 +34,10 @@ def live_range(pages: ForgettingPages, table: PageTable, batch: Batch, threshold
         return
     slots, seq_lens = batch.slots[due].long()[:, None], batch.seq_lens[due].long()
     first = table.first_live[slots, streams]
-    table.first_live[slots, streams] = _walk_back(pages, table, slots, seq_lens, first, threshold)
+    settled = (seq_lens - unsettled).clamp(min=1)
+    # A request may have had more settled tokens before, when it had more new ones.
+    found = _walk_back(pages, table, slots, settled, first, threshold)
+    table.first_live[slots, streams] = torch.maximum(first, found)
 
 
 def first_live_at(

@@ -54,7 +54,8 @@ def prefill_attention(
     for r, num_q in enumerate(batch.query_lens_host):
         if num_q > 1:
             part = slice(starts[r], starts[r + 1])
-            _row(pages, table, batch.slots[r], batch.seq_lens_host[r], layer, threshold, q[part], scale, out[part])
+            length = int(batch.seq_lens[r])
+            _row(pages, table, batch.slots[r], length, layer, threshold, q[part], scale, out[part])
 
 
 def _row(

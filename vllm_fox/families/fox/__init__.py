@@ -58,6 +58,7 @@ FOX = Family(
     float8_pages=True,
     quantized_weights=True,
     adapters=True,
+    speculation=True,
     refusals=_refusals,
     token_ends="vllm_fox.hf.fox.live_share:token_ends",
     whole_pages=True,

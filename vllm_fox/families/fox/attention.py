@@ -28,6 +28,7 @@ class ForgettingState(WorkerState):
         logit_bounds: upper bound of ``|q . k| / sqrt(d)`` over each layer's heads; inf if none is known.
         pages: the page pool.
         max_rows: most rows that a step can have.
+        unsettled: so many of a request's newest tokens forget nothing yet, as they may be rejected.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class ForgettingState(WorkerState):
         logit_bounds: list[float],
         pages: ForgettingPages,
         max_rows: int,
+        unsettled: int = 0,
     ) -> None:
         super().__init__(table)
-        self.pages = pages
+        self.pages, self.unsettled = pages, unsettled
         self._logit_bounds = list(logit_bounds)
         # Whether exponentials of logits need no running maximum. Every layer of a prompt's step reads it.
         self.bounded = max(logit_bounds) <= PLAIN_EXP_BOUND
@@ -76,7 +78,7 @@ class ForgettingState(WorkerState):
 
     def end_step(self, batch: Batch) -> None:
         """Find pages that no later query needs. The step itself used the live ranges that the one before found."""
-        live_range(self.pages, self.table, batch, self.thresholds.flatten(0, 1))
+        live_range(self.pages, self.table, batch, self.thresholds.flatten(0, 1), self.unsettled)
 
     def first_live_at(self, slots: torch.Tensor, num_pages: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         thresholds = self.thresholds.flatten(0, 1)

@@ -13,6 +13,7 @@ from vllm_fox.attention.layer import PagedAttention
 from vllm_fox.kernels.float8 import FP8
 from vllm_fox.kernels.forgetting.pages import LIVE_RANGE_PERIOD, ForgettingPageFormat
 from vllm_fox.kernels.paged import Batch, PageTable
+from vllm_fox.pages.spec import unsettled_tokens
 
 from .attention import ForgettingFormula, ForgettingState
 from .bounds import serving_threshold, with_rounding
@@ -69,7 +70,15 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         super().__init__(
             vllm_config,
             prefix,
-            page_format=ForgettingPageFormat(page_size, head_dim, dtype, groups, k_shift or v_shift, kv_dtype),
+            page_format=ForgettingPageFormat(
+                page_size,
+                head_dim,
+                dtype,
+                groups,
+                k_shift or v_shift,
+                kv_dtype,
+                drafts=vllm_config.num_speculative_tokens,
+            ),
             streams=num_kv_heads,
             head_size=head_dim,
             release=settings.release,
@@ -77,6 +86,7 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
         )
         self.num_kv_heads, self.num_gates = num_kv_heads, groups
         self.gate_dtype = gate_dtype or dtype
+        self.unsettled = unsettled_tokens(vllm_config)
         self.tolerance = settings.tolerance(log_pruning_tolerance)
         self.max_model_len = vllm_config.model_config.max_model_len
         self._bounded_by, self._bound_of_weights = bounded_by, logit_bound
@@ -135,6 +145,7 @@ class ForgettingAttention(PagedAttention[ForgettingState]):
             [layer.logit_bound for layer in layers],
             one.page_format.view(one.pool()),
             max_rows,
+            one.unsettled,
         )
 
     def dry_inputs(self, tokens: int, device: torch.device) -> list[torch.Tensor]:
