@@ -53,7 +53,8 @@ class PagedConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check the engine's configuration and complete it. vLLM calls this before it loads anything."""
         family = cls.family
-        page_size = family.settings.from_vllm_config(vllm_config).page_size or family.page_size
+        settings = family.settings.from_vllm_config(vllm_config)
+        page_size = settings.page_size or family.page_size
         check_overrides(vllm_config)
         if family.quantized_weights:
             # First, as vLLM writes what the checkpoint asks for into --kv-cache-dtype.

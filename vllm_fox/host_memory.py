@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 from .settings import PageSettings
 
@@ -48,7 +47,8 @@ def check_host_cache(vllm_config: VllmConfig, settings: PageSettings, caching: b
 def available_bytes() -> int:
     """Return the host memory that this process could take at most: what is free, or a container's limit."""
     limits = [int(text) for path in LIMITS if (text := _text_of(path)).isdigit()]
-    return min([psutil.virtual_memory().available, *limits])
+    free = re.findall(r"MemAvailable: *(\d+) kB", _text_of("/proc/meminfo"))
+    return min([1024 * int(kibibytes) for kibibytes in free] + limits)
 
 
 def _text_of(path: str) -> str:
