@@ -19,6 +19,7 @@ from command_line import (
     positive_float,
     positive_int,
     refuse,
+    seed_number,
 )
 from text_corpus import find_texts
 from whole_files import (
@@ -50,6 +51,7 @@ __all__ = [
     "read_text",
     "refuse",
     "replacing",
+    "seed_number",
     "settle_all",
     "training_run",
     "write_whole",

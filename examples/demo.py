@@ -149,7 +149,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def server_command(model: Model, port: int) -> list[str]:
+def server_command(model: Model, port: int, *options: str) -> list[str]:
     script = Path(sys.executable).with_name("vllm")
     # -P: without it the folder that the demo is run from would come before the installed packages.
     vllm = [str(script)] if script.exists() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
@@ -159,7 +159,7 @@ def server_command(model: Model, port: int) -> list[str]:
     command.append("--enable-prompt-tokens-details")  # says how many tokens were found in the cache
     if "cpu" in importlib.metadata.version("vllm"):
         command.append("--enforce-eager")  # compiling takes a CPU longer than the whole demo
-    return command
+    return [*command, *options]
 
 
 def server_environment() -> dict[str, str]:
@@ -170,12 +170,16 @@ def server_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running_server(model: Model, log: Path) -> Iterator[Server]:
-    """Start the server, and stop it with all its processes when the block is left, however it is left."""
+def running_server(model: Model, log: Path, *options: str) -> Iterator[Server]:
+    """Start the server, and stop it with all its processes when the block is left, however it is left.
+
+    Args:
+        options: more of ``vllm serve``.
+    """
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            server_command(model, port),
+            server_command(model, port, *options),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,233 @@
+"""Leave a server alone under a mixed load: does it answer rightly, give every page back, and keep its memory?
+
+python -m benchmarks.soak examples/fox-tiny --minutes 5 --plot soak.png
+
+It starts `vllm serve MODEL` in float32 with little KV memory, and sends requests with Poisson arrivals: greedy and
+sampled ones of all lengths, chats, several answers, beam searches, structured output, streams that are closed after
+some tokens, and connections that are closed before the first. When the load is over and the server is idle, a
+sample of the greedy requests is asked for again, alone. The exit code is 1 if a request failed, an answer was
+wrong, a page or a request was left over, or memory grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import openai
+import psutil
+
+from benchmarks.bound import load_tokenizer
+from benchmarks.options import Parser, non_negative_float, positive_float, positive_int, seed_number
+from benchmarks.record import save
+from benchmarks.soak_load import BOUND, Answer, Load, Outcome, arrivals, difference, kind_of_error
+from benchmarks.soak_verdict import IN_USE, by_kind, errors_of, failures, plot, slope, table
+from benchmarks.texts import standard_library, token_windows
+from vllm_fox.cli.metrics import Sample, sample_of, view
+
+if TYPE_CHECKING:
+    from demo import Model, Server
+
+TEXT_CONTEXTS = 16
+"""Contexts of text that prompts are cut out of."""
+IDLE_S, ANSWER_S = 60.0, 300.0
+"""Seconds that the server may take to be idle after the last request, and to answer one."""
+SHOWN = (
+    "requests_running",
+    "requests_waiting",
+    "preemptions_total",
+    "kv_usage",
+    "pages_live",
+    "pages_cached",
+    "report_lag_steps",
+)
+
+
+class Watch:
+    """Samples of a server while it works: what its /metrics say, and the memory of its processes."""
+
+    def __init__(self, server: Server, load: Load) -> None:
+        self.samples: list[dict[str, Any]] = []
+        self.first: Sample | None = None
+        self.last: Sample | None = None
+        self._server, self._load = server, load
+
+    async def run(self, every: float) -> None:
+        """Take a sample every so many seconds, until this is cancelled. Raises DemoError if the server ends."""
+        while True:
+            self._server.check()
+            with contextlib.suppress(OSError):  # a busy server may answer late
+                self.samples.append(await self.read())
+            await asyncio.sleep(every)
+
+    async def read(self) -> dict[str, Any]:
+        """A sample, whose report lag is that since the one before."""
+        text = (await asyncio.to_thread(self._server.get, "/metrics")).decode()
+        now = sample_of(text, self._server.url, time.monotonic())
+        shown = view(now, self.last or now)
+        self.first, self.last = self.first or now, now
+        return {"at": self._load.now, "memory_mib": memory(self._server.process.pid)} | {k: shown[k] for k in SHOWN}
+
+    async def idle(self) -> dict[str, Any]:
+        """The server's state when nothing is in use any more, or when that has taken too long."""
+        limit = time.monotonic() + IDLE_S
+        state = await self.read()
+        while any([state[name] for name in IN_USE]) and time.monotonic() < limit:
+            await asyncio.sleep(0.5)
+            state = await self.read()
+        return state
+
+
+def memory(pid: int) -> float:
+    """Resident MiB of a process and its descendants. What they share counts for each of them."""
+    root, total = psutil.Process(pid), 0
+    for process in [root, *root.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total / 2**20
+
+
+async def while_watched(watch: Watch, work: Awaitable[None], every: float) -> None:
+    """Finish some work, unless the server ends before."""
+    tasks = [asyncio.ensure_future(work), asyncio.create_task(watch.run(every))]
+    done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+async def ask_again(load: Load, answers: list[Answer]) -> tuple[dict[str, Any], list[Outcome]]:
+    """Ask for each answer alone, without the prefix cache, and compare."""
+    rows, outcomes = list[dict[str, Any]](), list[Outcome]()
+    for number, loaded in enumerate(answers):
+        outcome = Outcome("again", load.now)
+        outcomes.append(outcome)
+        try:
+            alone = await load.ask(loaded.prompt, loaded.most, outcome, salt=f"alone {number}")
+        except (openai.APIError, httpx.HTTPError) as error:
+            outcome.error = kind_of_error(error)
+            continue
+        same, worst = difference(loaded, alone)
+        rows.append({"same": same, "difference": worst, "prompt": loaded.prompt, "most": loaded.most})
+        rows[-1] |= {"loaded": loaded.tokens, "alone": alone.tokens}
+    compared = {
+        "answers": len(rows),
+        "other_tokens": sum(not row["same"] for row in rows),
+        "largest": max((row["difference"] for row in rows), default=0.0),
+        "wrong": [row for row in rows if row["difference"] > BOUND],
+    }
+    return compared, outcomes
+
+
+async def soak(server: Server, model: Model, args: argparse.Namespace) -> tuple[dict[str, Any], Watch, Load]:
+    """The figures of a run, and what they were made of."""
+    from demo import MODEL_NAME
+
+    files = standard_library()
+    windows = token_windows(load_tokenizer(model.folder), files, TEXT_CONTEXTS, model.context)
+    text = [token for window in windows for token in window.tolist()]
+    async with openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=ANSWER_S,
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),  # this machine, whatever proxy there is
+    ) as client:
+        load = Load(client, MODEL_NAME, text, model.context, args.most, args.again, args.seed)
+        watch = Watch(server, load)
+        coming = arrivals(args.seed, args.rate, 60 * args.minutes, model.context)
+        await while_watched(watch, load.run(coming), args.every)
+        seconds = load.now
+        idle = {"after the load": await watch.idle()}
+        compared, again = await ask_again(load, load.remembered.kept)
+        idle["at the end"] = await watch.idle()
+    assert watch.first is not None and watch.last is not None
+    samples, trend = watch.samples, slope(watch.samples)
+    asked = load.outcomes + again
+    figures = {
+        "seconds": seconds,
+        "requests": len(load.outcomes),
+        "not_sent": load.not_sent,
+        "by_kind": by_kind(load.outcomes),
+        "errors": errors_of(asked),
+        "wrong": dict(Counter(one.wrong for one in asked if one.wrong)),
+        "greedy_answers": load.remembered.seen,
+        "compared": compared,
+        "idle": idle,
+        "preemptions": idle["at the end"]["preemptions_total"],
+        "peak_kv_usage": max((one["kv_usage"] for one in samples), default=0.0),
+        "peak_pages": max((one["pages_live"] for one in samples), default=0),
+        "report_lag_steps": view(watch.last, watch.first)["report_lag_steps"],
+        "memory_mib": [samples[0]["memory_mib"], samples[-1]["memory_mib"]] if samples else [0.0, 0.0],
+        "memory_mib_per_hour": trend and trend[0],
+        "memory_growth_mib": trend and trend[1],
+    }
+    return figures, watch, load
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Start the server, load it, stop it; print and save what was found, and return what is wrong.
+
+    Raises:
+        SystemExit: the server did not start, or it has ended.
+    """
+    import demo  # of examples/, which benchmarks.options makes importable
+
+    log = args.log or Path(tempfile.mkdtemp(prefix="vllm-fox-soak-"), "server.log")
+    print(f"model: {args.model}\nserver log: {log}", flush=True)
+    try:
+        model = demo.Model.read(args.model.resolve())
+        # The demo's memory is for four contexts in bfloat16.
+        model = dataclasses.replace(model, kv_bytes=int(args.kv_contexts * model.kv_bytes / 2))
+        with demo.running_server(model, log, "--dtype", "float32") as server:
+            demo.wait_until_healthy(server, timeout=600)
+            figures, watch, load = asyncio.run(soak(server, model, args))
+    except (demo.DemoError, OSError) as error:
+        raise SystemExit(f"soak: {error}") from None
+    wrong = failures(figures, args.most_growth)
+    print(table(figures))
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    saved = {"options": options, "failures": wrong, "samples": watch.samples}
+    save(args.json, {**figures, **saved, "requests_by_time": [dataclasses.asdict(one) for one in load.outcomes]})
+    if args.plot:
+        plot(args.plot, watch.samples, load.outcomes)
+    return wrong
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint")
+    parser.add_argument("--minutes", type=positive_float, required=True, help="how long requests arrive")
+    parser.add_argument("--rate", type=positive_float, default=1.0, help="arrivals per second")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of arrivals, lengths and texts")
+    parser.add_argument("--kv-contexts", type=positive_float, default=1.5, help="KV memory, in longest requests")
+    parser.add_argument("--most", type=positive_int, default=32, help="in flight at once; others are not sent")
+    parser.add_argument("--again", type=positive_int, default=32, help="greedy answers that are compared")
+    parser.add_argument("--every", type=positive_float, default=2.0, help="seconds between samples")
+    parser.add_argument(
+        "--most-growth", type=non_negative_float, default=64.0, help="MiB of growth over the second half"
+    )
+    parser.add_argument("--log", type=Path, help="where the server's log goes; a temporary folder unless given")
+    parser.add_argument("--json", type=Path, default=Path("results/soak.json"))
+    parser.add_argument("--plot", type=Path, help="PNG of memory, pages and latency over time")
+    args = parser.parse_args()
+    wrong = run(args)
+    if wrong:
+        print("\n".join(wrong))
+        raise SystemExit("verdict: FAILED")
+    print("verdict: the server may be left alone, as far as this run tells")
+
+
+if __name__ == "__main__":
+    main()
