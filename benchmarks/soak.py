@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=positive_float, required=True, help="how long requests arrive")
     parser.add_argument("--rate", type=positive_float, default=3.0, help="arrivals per second")
     parser.add_argument("--seed", type=seed_number, default=0, help="of arrivals, lengths and texts")
-    parser.add_argument("--kv-contexts", type=positive_float, default=1.1, help="KV memory, in longest requests")
+    parser.add_argument("--kv-contexts", type=positive_float, default=1.5, help="KV memory, in longest requests")
     parser.add_argument("--most", type=positive_int, default=32, help="in flight at once; others are not sent")
     parser.add_argument("--again", type=positive_int, default=32, help="greedy answers that are compared")
     parser.add_argument("--every", type=positive_float, default=2.0, help="seconds between samples")
