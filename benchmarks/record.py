@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.options import read_record, write_whole
+from benchmarks.options import read_record, refuse, write_whole
 
 
 def environment() -> dict[str, Any]:
@@ -31,6 +34,18 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "commit": commit or "unknown",
     }
+
+
+def prepare(option: str, path: Path) -> None:
+    """Make the folder that a run's file will be in. Ends the program, before the run, if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        refuse(f"{option} is {path}, which cannot be written: {error.strerror}.")
 
 
 def save(path: str | Path, figures: Any) -> None:

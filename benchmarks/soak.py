@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
 import tempfile
 import time
 from collections import Counter
@@ -22,20 +23,19 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import openai
 import psutil
 
 from benchmarks.bound import load_tokenizer
-from benchmarks.options import Parser, non_negative_float, positive_float, positive_int, seed_number
-from benchmarks.record import save
+from benchmarks.options import Parser, existing_file, positive_float, positive_int, refuse, seed_number
+from benchmarks.record import prepare, save, saved
 from benchmarks.soak_load import BOUND, Answer, Load, Outcome, arrivals, difference, kind_of_error
-from benchmarks.soak_verdict import IN_USE, by_kind, errors_of, failures, plot, slope, table
+from benchmarks.soak_verdict import IN_USE, by_kind, errors_of, failures, growth, plot, table
 from benchmarks.texts import standard_library, token_windows
 from vllm_fox.cli.metrics import Sample, sample_of, view
 
 if TYPE_CHECKING:
-    from demo import Model, Server
+    from demo import Checkpoint, Server
 
 TEXT_CONTEXTS = 16
 """Contexts of text that prompts are cut out of."""
@@ -75,7 +75,10 @@ class Watch:
         now = sample_of(text, self._server.url, time.monotonic())
         shown = view(now, self.last or now)
         self.first, self.last = self.first or now, now
-        return {"at": self._load.now, "memory_mib": memory(self._server.process.pid)} | {k: shown[k] for k in SHOWN}
+        processes = memory(self._server.process.pid)
+        total = sum(processes.values())
+        taken = {"at": self._load.now, "tokens": self._load.tokens, "memory_mib": total, "processes_mib": processes}
+        return taken | {name: shown[name] for name in SHOWN}
 
     async def idle(self) -> dict[str, Any]:
         """The server's state when nothing is in use any more, or when that has taken too long."""
@@ -87,13 +90,14 @@ class Watch:
         return state
 
 
-def memory(pid: int) -> float:
-    """Resident MiB of a process and its descendants. What they share counts for each of them."""
-    root, total = psutil.Process(pid), 0
+def memory(pid: int) -> dict[str, float]:
+    """Resident MiB of a process and its descendants, by their names. What they share counts for each of them."""
+    root, found = psutil.Process(pid), dict[str, float]()
     for process in [root, *root.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            total += process.memory_info().rss
-    return total / 2**20
+            name = process.name()
+            found[name] = found.get(name, 0.0) + process.memory_info().rss / 2**20
+    return found
 
 
 async def while_watched(watch: Watch, work: Awaitable[None], every: float) -> None:
@@ -114,8 +118,8 @@ async def ask_again(load: Load, answers: list[Answer]) -> tuple[dict[str, Any], 
         outcome = Outcome("again", load.now)
         outcomes.append(outcome)
         try:
-            alone = await load.ask(loaded.prompt, loaded.most, outcome, salt=f"alone {number}")
-        except (openai.APIError, httpx.HTTPError) as error:
+            alone = await load.ask(loaded.prompt, loaded.most, outcome, go_on=loaded.go_on, salt=f"alone {number}")
+        except Exception as error:
             outcome.error = kind_of_error(error)
             continue
         same, worst = difference(loaded, alone)
@@ -130,13 +134,12 @@ async def ask_again(load: Load, answers: list[Answer]) -> tuple[dict[str, Any], 
     return compared, outcomes
 
 
-async def soak(server: Server, model: Model, args: argparse.Namespace) -> tuple[dict[str, Any], Watch, Load]:
+async def soak(
+    server: Server, context: int, text: list[int], args: argparse.Namespace
+) -> tuple[dict[str, Any], Watch, Load]:
     """The figures of a run, and what they were made of."""
     from demo import MODEL_NAME
 
-    files = standard_library()
-    windows = token_windows(load_tokenizer(model.folder), files, TEXT_CONTEXTS, model.context)
-    text = [token for window in windows for token in window.tolist()]
     async with openai.AsyncOpenAI(
         base_url=f"{server.url}/v1",
         api_key="none",
@@ -144,17 +147,16 @@ async def soak(server: Server, model: Model, args: argparse.Namespace) -> tuple[
         timeout=ANSWER_S,
         http_client=openai.DefaultAsyncHttpxClient(trust_env=False),  # this machine, whatever proxy there is
     ) as client:
-        load = Load(client, MODEL_NAME, text, model.context, args.most, args.again, args.seed)
+        load = Load(client, MODEL_NAME, text, context, args.most, args.again, args.seed)
         watch = Watch(server, load)
-        coming = arrivals(args.seed, args.rate, 60 * args.minutes, model.context)
+        coming = arrivals(args.seed, args.rate, 60 * args.minutes, context)
         await while_watched(watch, load.run(coming), args.every)
         seconds = load.now
         idle = {"after the load": await watch.idle()}
         compared, again = await ask_again(load, load.remembered.kept)
         idle["at the end"] = await watch.idle()
     assert watch.first is not None and watch.last is not None
-    samples, trend = watch.samples, slope(watch.samples)
-    asked = load.outcomes + again
+    samples, asked = watch.samples, load.outcomes + again
     figures = {
         "seconds": seconds,
         "requests": len(load.outcomes),
@@ -170,10 +172,18 @@ async def soak(server: Server, model: Model, args: argparse.Namespace) -> tuple[
         "peak_pages": max((one["pages_live"] for one in samples), default=0),
         "report_lag_steps": view(watch.last, watch.first)["report_lag_steps"],
         "memory_mib": [samples[0]["memory_mib"], samples[-1]["memory_mib"]] if samples else [0.0, 0.0],
-        "memory_mib_per_hour": trend and trend[0],
-        "memory_growth_mib": trend and trend[1],
+        "growth": growth(samples),
     }
     return figures, watch, load
+
+
+def text_of(model: Checkpoint) -> list[int]:
+    """Tokens that prompts are cut out of."""
+    files = standard_library()
+    windows = token_windows(
+        load_tokenizer(model.folder), files, TEXT_CONTEXTS, model.context, "the standard library"
+    )
+    return [token for window in windows for token in window.tolist()]
 
 
 def run(args: argparse.Namespace) -> list[str]:
@@ -184,22 +194,26 @@ def run(args: argparse.Namespace) -> list[str]:
     """
     import demo  # of examples/, which benchmarks.options makes importable
 
+    like = saved(args.like) if args.like else None
     log = args.log or Path(tempfile.mkdtemp(prefix="vllm-fox-soak-"), "server.log")
     print(f"model: {args.model}\nserver log: {log}", flush=True)
     try:
-        model = demo.Model.read(args.model.resolve())
+        folder = args.model.resolve()
+        model = demo.Checkpoint.of(folder, demo.read_config(folder))
         # The demo's memory is for four contexts in bfloat16.
         model = dataclasses.replace(model, kv_bytes=int(args.kv_contexts * model.kv_bytes / 2))
-        with demo.running_server(model, log, "--dtype", "float32") as server:
+        text = text_of(model)
+        options = ["--dtype", "float32", "--max-num-seqs", str(args.most)]
+        with demo.running_server(model, log, *options) as server:
             demo.wait_until_healthy(server, timeout=600)
-            figures, watch, load = asyncio.run(soak(server, model, args))
+            figures, watch, load = asyncio.run(soak(server, model.context, text, args))
     except (demo.DemoError, OSError) as error:
         raise SystemExit(f"soak: {error}") from None
-    wrong = failures(figures, args.most_growth)
+    wrong = failures(figures, like)
     print(table(figures))
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    saved = {"options": options, "failures": wrong, "samples": watch.samples}
-    save(args.json, {**figures, **saved, "requests_by_time": [dataclasses.asdict(one) for one in load.outcomes]})
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    more = {"options": given, "failures": wrong, "samples": watch.samples}
+    save(args.json, {**figures, **more, "requests_by_time": [dataclasses.asdict(one) for one in load.outcomes]})
     if args.plot:
         plot(args.plot, watch.samples, load.outcomes)
     return wrong
@@ -209,19 +223,22 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint")
     parser.add_argument("--minutes", type=positive_float, required=True, help="how long requests arrive")
-    parser.add_argument("--rate", type=positive_float, default=3.0, help="arrivals per second")
+    parser.add_argument("--rate", type=positive_float, default=2.0, help="arrivals per second, besides bursts")
     parser.add_argument("--seed", type=seed_number, default=0, help="of arrivals, lengths and texts")
     parser.add_argument("--kv-contexts", type=positive_float, default=1.5, help="KV memory, in longest requests")
-    parser.add_argument("--most", type=positive_int, default=32, help="in flight at once; others are not sent")
+    parser.add_argument("--most", type=positive_int, default=64, help="in flight at once; others are not sent")
     parser.add_argument("--again", type=positive_int, default=32, help="greedy answers that are compared")
     parser.add_argument("--every", type=positive_float, default=2.0, help="seconds between samples")
-    parser.add_argument(
-        "--most-growth", type=non_negative_float, default=64.0, help="MiB of growth over the second half"
-    )
+    parser.add_argument("--like", type=existing_file, help="a --json of the same load on a model that vLLM serves")
     parser.add_argument("--log", type=Path, help="where the server's log goes; a temporary folder unless given")
     parser.add_argument("--json", type=Path, default=Path("results/soak.json"))
-    parser.add_argument("--plot", type=Path, help="PNG of memory, pages and latency over time")
+    parser.add_argument("--plot", type=Path, help="PNG or SVG of memory, pages and latency over time")
     args = parser.parse_args()
+    prepare("--json", args.json)
+    if args.plot:
+        prepare("--plot", args.plot)
+        if importlib.util.find_spec("matplotlib") is None:
+            refuse("--plot needs matplotlib: install vllm-fox[bench].")
     wrong = run(args)
     if wrong:
         print("\n".join(wrong))

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import openai
 
 MIX = {
@@ -37,6 +36,12 @@ CHOICES = ("yes", "no", "maybe")
 REGEX = r"[0-9]{4}-[0-9]{2}"
 ANSWER = 64
 """Most tokens of an answer."""
+BURST, BURST_EVERY, BURST_PROMPT = 48, 180.0, 32
+"""Requests that come at once, seconds between such times, and the most tokens of their prompts.
+
+They write much more than they read, so that all of them are admitted and then need more memory than there is: some
+are preempted.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,16 @@ class Arrival:
 
 
 def arrivals(seed: int, rate: float, seconds: float, context: int) -> Iterator[Arrival]:
-    """A Poisson process. Lengths of prompts are log-uniform: from one token to what the context leaves."""
-    rng, at = random.Random(seed), 0.0
+    """A Poisson process, and a burst now and then, the first after half of the time between two.
+
+    Lengths of prompts are log-uniform: from one token to what the context leaves.
+    """
+    rng, at, burst = random.Random(seed), 0.0, BURST_EVERY / 2
     while (at := at + rng.expovariate(rate)) < seconds:
+        if at >= burst:
+            for _ in range(BURST):
+                yield Arrival(burst, "burst", rng.randint(1, BURST_PROMPT), context // 16, rng.randrange(2**32))
+            burst += BURST_EVERY
         kind = rng.choices(list(MIX), list(MIX.values()))[0]
         answer = min(8 if kind == "beam" else rng.randint(1, ANSWER), context // 4)
         longest = context - answer
@@ -80,13 +92,14 @@ def arrivals(seed: int, rate: float, seconds: float, context: int) -> Iterator[A
 
 @dataclass
 class Answer:
-    """A greedy answer: its prompt, and for each token its id, its log-likelihood and those of alternatives."""
+    """A greedy answer: what was asked for, and for each token its id, its log-likelihood and alternatives'."""
 
     prompt: list[int]
     most: int
     tokens: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     others: list[dict[int, float]] = field(default_factory=list)
+    go_on: bool = False
 
 
 def difference(loaded: Answer, alone: Answer) -> tuple[bool, float]:
@@ -144,13 +157,15 @@ class Outcome:
     wrong: str | None = None
 
 
-def kind_of_error(error: Exception) -> str:
-    """An HTTP status if there is one, or else the error's name."""
+def kind_of_error(error: BaseException) -> str:
+    """An HTTP status if there is one, or else the error's name, and what it says that caused it."""
     if isinstance(error, openai.APIStatusError):
         return str(error.status_code)
     body = getattr(error, "body", None)
-    code = body.get("code") if isinstance(body, dict) else getattr(error, "code", None)
-    return str(code) if code else type(error).__name__
+    if isinstance(body, dict) and body.get("code"):
+        return str(body["code"])
+    name = type(error).__name__
+    return name if error.__cause__ is None else f"{name}: {error.__cause__!r}"
 
 
 class Load:
@@ -163,6 +178,9 @@ class Load:
         context: longest request.
         most: requests in flight at once; those that come beyond are not sent.
         again: greedy answers that are remembered.
+
+    Attributes:
+        tokens: of the prompts that were sent.
     """
 
     def __init__(
@@ -177,7 +195,7 @@ class Load:
     ) -> None:
         self.outcomes: list[Outcome] = []
         self.remembered = Reservoir(again, seed)
-        self.not_sent = 0
+        self.tokens = self.not_sent = 0
         self._client, self._model, self._text, self._context, self._most = client, model, text, context, most
         self._start = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -199,10 +217,17 @@ class Load:
             task.add_done_callback(self._tasks.discard)
         await asyncio.gather(*self._tasks)
 
-    async def ask(self, prompt: list[int], most: int, outcome: Outcome, salt: str | None = None) -> Answer:
-        """A greedy answer. With a salt of its own it finds nothing in the prefix cache."""
-        answer = Answer(prompt, most)
-        extra: dict[str, Any] = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    async def ask(
+        self, prompt: list[int], most: int, outcome: Outcome, *, go_on: bool = False, salt: str | None = None
+    ) -> Answer:
+        """A greedy answer.
+
+        Args:
+            go_on: whether the answer has ``most`` tokens whatever they are.
+            salt: a text of its own, with which the request finds nothing in the prefix cache.
+        """
+        answer = Answer(prompt, most, go_on=go_on)
+        extra: dict[str, Any] = {"return_token_ids": True, "return_tokens_as_token_ids": True, "ignore_eos": go_on}
         if salt is not None:
             extra["cache_salt"] = salt
         stream = await self._client.completions.create(
@@ -252,10 +277,11 @@ class Load:
     async def _one(self, one: Arrival, prompt: list[int], rng: random.Random) -> Answer | None:
         """One request from its beginning to its end, whatever end that is; a greedy answer if it was whole."""
         outcome = Outcome(one.kind, self.now)
+        self.tokens += len(prompt)
         answer = None
         try:
-            if one.kind in ("greedy", "chat"):
-                answer = await self.ask([*prompt], one.answer, outcome)
+            if one.kind in ("greedy", "chat", "burst"):
+                answer = await self.ask([*prompt], one.answer, outcome, go_on=one.kind == "burst")
                 if outcome.wrong is None:
                     self.remembered.add(answer)
             elif one.kind == "aborted":
@@ -264,7 +290,7 @@ class Load:
                 await self._disconnect(prompt, one.answer, rng.uniform(0.005, 0.1), outcome)
             else:
                 await self._whole(one, prompt, rng, outcome)
-        except (openai.APIError, httpx.HTTPError) as error:
+        except Exception as error:  # whatever it is, it is a failure of this request, and the others go on
             outcome.error = kind_of_error(error)
         outcome.end = self.now
         self.outcomes.append(outcome)

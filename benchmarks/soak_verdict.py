@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,28 +14,38 @@ from benchmarks.soak_load import BOUND, MIX, Outcome
 
 IN_USE = ("requests_running", "requests_waiting", "pages_live", "kv_usage")
 """Figures that are 0 of an idle server. Pages that only the prefix cache holds are in none of them."""
+TOKEN_BYTES = 8
+"""What a list of tokens takes for each: a pointer."""
 
 
-def slope(samples: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """MiB per hour that memory grows over the second half, by least squares, and the MiB that this is of growth.
+def growth(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How the resident memory of each of the server's processes grows over the last third of a run.
 
-    It is None if the second half has fewer than three samples.
+    Returns:
+        None if there are fewer than three samples in it; else the MiB of each process by its name (``processes``),
+        by least squares, and the MiB that it would have grown at least if the server kept something of every
+        request (``least``): the ids of its tokens, in a list.
     """
     if not samples:
         return None
-    middle = (samples[0]["at"] + samples[-1]["at"]) / 2
-    half = [one for one in samples if one["at"] >= middle]
-    if len(half) < 3:
+    begin = samples[0]["at"] + 2 / 3 * (samples[-1]["at"] - samples[0]["at"])
+    last = [one for one in samples if one["at"] >= begin]
+    if len(last) < 3:
         return None
-    at, memory = (np.array([one[name] for one in half]) for name in ("at", "memory_mib"))
-    per_second = float(np.polyfit(at - at[0], memory, 1)[0])
-    return 3600 * per_second, per_second * float(at[-1] - at[0])
+    at = np.array([one["at"] for one in last])
+    names = set.intersection(*(set(one["processes_mib"]) for one in last))
+    found = {
+        name: float(np.polyfit(at - at[0], [one["processes_mib"][name] for one in last], 1)[0] * (at[-1] - at[0]))
+        for name in sorted(names)
+    }
+    tokens = last[-1]["tokens"] - last[0]["tokens"]
+    return {"processes": found, "least": TOKEN_BYTES * tokens / 2**20}
 
 
 def by_kind(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
     """For each kind of request: its number, those cut off, errors, and seconds to the first token and in all."""
     rows = {}
-    for kind in MIX:
+    for kind in (*MIX, "burst"):
         mine = [one for one in outcomes if one.kind == kind]
         whole = [one.end - one.begin for one in mine if not one.error and not one.cut]
         first = [one.first - one.begin for one in mine if one.first is not None]
@@ -57,12 +68,12 @@ def errors_of(outcomes: Sequence[Outcome]) -> dict[str, int]:
     return dict(Counter(one.error for one in outcomes if one.error is not None))
 
 
-def failures(figures: Mapping[str, Any], most_growth: float) -> list[str]:
+def failures(figures: Mapping[str, Any], like: Mapping[str, Any] | None) -> list[str]:
     """What is wrong, a sentence each; nothing if the server may be left alone.
 
     Args:
         figures: of a run.
-        most_growth: MiB that memory may grow over the second half.
+        like: of a run of the same load on a model that vLLM itself serves. Memory may grow as it does there.
     """
     found = []
     for kind, count in figures["errors"].items():
@@ -71,6 +82,8 @@ def failures(figures: Mapping[str, Any], most_growth: float) -> list[str]:
         found.append(f"{what}: {count} requests.")
     if not figures["requests"]:
         found.append("No request was sent.")
+    if not figures["preemptions"]:
+        found.append("No request was preempted: give less --kv-contexts, or a higher --rate.")
     for when, state in figures["idle"].items():
         if left := {name: state[name] for name in IN_USE if state[name]}:
             found.append(f"The server is not idle {when}: {left}.")
@@ -79,13 +92,22 @@ def failures(figures: Mapping[str, Any], most_growth: float) -> list[str]:
         found.append("No greedy answer was compared.")
     for one in compared["wrong"]:
         found.append(f"A greedy answer differs by {one['difference']:.3g} nats, which is more than {BOUND:g}.")
-    if figures["memory_growth_mib"] is None:
-        found.append("There are too few samples to tell whether memory grows.")
-    elif figures["memory_growth_mib"] > most_growth:
-        found.append(
-            f"Memory has grown by {figures['memory_growth_mib']:.0f} MiB over the second half, which is more than "
-            f"{most_growth:g} MiB."
-        )
+    return [*found, *memory_failures(figures["growth"], like and like["growth"])]
+
+
+def memory_failures(growth: Mapping[str, Any] | None, like: Mapping[str, Any] | None) -> list[str]:
+    """The processes whose memory grows as if something of every request were kept."""
+    if growth is None:
+        return ["There are too few samples to tell whether memory grows."]
+    least, found = growth["least"], []
+    for name, mine in growth["processes"].items():
+        other = like["processes"].get(name, 0.0) if like else 0.0
+        if mine > max(0.0, other) + least:
+            beside = f", and {other:.1f} MiB in the run that it is compared with" if like else ""
+            found.append(
+                f"The memory of {name} has grown by {mine:.1f} MiB over the last third{beside}. The tokens of "
+                f"these requests alone would take {least:.1f} MiB."
+            )
     return found
 
 
@@ -101,8 +123,8 @@ def table(figures: Mapping[str, Any]) -> str:
             f"{kind:<14}{row['requests']:>7}{row['cut']:>9}{row['errors']:>8}         "
             f"{pair(row['first_token_s'])} {pair(row['whole_s'])}"
         )
-    compared, memory = figures["compared"], figures["memory_mib"]
-    growth, lag = figures["memory_mib_per_hour"], figures["report_lag_steps"]
+    compared, memory, lag = figures["compared"], figures["memory_mib"], figures["report_lag_steps"]
+    growth = figures["growth"] or {"processes": {}, "least": math.nan}
     rows = [
         ("minutes", f"{figures['seconds'] / 60:.1f}"),
         ("requests that were not sent, since too many were in flight", figures["not_sent"]),
@@ -113,8 +135,8 @@ def table(figures: Mapping[str, Any]) -> str:
         ("KV pages cached at the end", f"{figures['idle']['at the end']['pages_cached']:,}"),
         ("report lag, mean steps", "-" if lag is None else f"{lag:.2f}"),
         ("memory of the server, first and last MiB", f"{memory[0]:.0f}, {memory[1]:.0f}"),
-        ("memory over the second half, MiB per hour", "-" if growth is None else f"{growth:+.1f}"),
-        ("memory over the second half, MiB", "-" if growth is None else f"{figures['memory_growth_mib']:+.1f}"),
+        *((f"growth over the last third, MiB: {name}", f"{mib:+.1f}") for name, mib in growth["processes"].items()),
+        ("the tokens of its requests, MiB", f"{growth['least']:.1f}"),
         ("greedy answers asked for again", compared["answers"]),
         ("of these with other tokens", compared["other_tokens"]),
         ("largest difference of a token, nats", f"{compared['largest']:.2e}"),

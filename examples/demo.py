@@ -64,44 +64,66 @@ class DemoError(Exception):
 
 
 @dataclass(frozen=True)
-class Model:
-    """A checkpoint, and what of its config.json the demo needs.
+class Checkpoint:
+    """What a server is started with.
+
+    Attributes:
+        context: longest request that is served.
+        kv_bytes: KV memory, for four contexts in bfloat16. That is small enough for the share in use to say
+            something, and large enough for all prompts without forgetting.
+    """
+
+    folder: Path
+    context: int
+    kv_bytes: int
+
+    @staticmethod
+    def of(folder: Path, config: Any) -> Checkpoint:
+        context = min(4096, config.max_position_embeddings)
+        kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 4 * config.num_hidden_layers * kv_heads * head_dim
+        return Checkpoint(folder, context, 4 * context * token_bytes)
+
+
+@dataclass(frozen=True)
+class Model(Checkpoint):
+    """What else of a checkpoint's config.json the demo needs.
 
     Attributes:
         streams: how many parts of the model forget on their own.
         page: what a page holds the tokens of.
-        context: longest request that is served.
-        kv_bytes: KV memory, for four contexts in bfloat16. That is small enough for the share in use to say
-            something, and large enough for all prompts without forgetting.
         has_maps: whether maps can be made of what it forgets.
         evicts: whether it evicts tokens, and can also keep them all.
     """
 
-    folder: Path
     streams: int
     page: str
-    context: int
-    kv_bytes: int
     has_maps: bool
     evicts: bool
 
     @classmethod
     def read(cls, folder: Path) -> Model:
         """Raises DemoError if there is none."""
-        if not (folder / "config.json").is_file():
-            raise DemoError(f"--model is {folder}, which has no config.json: give the folder of a checkpoint.")
-        register_configs()
+        config = read_config(folder)
         try:
-            config: Any = AutoConfig.from_pretrained(folder)
             family = family_of(config)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise DemoError(f"--model is {folder}: {error}") from None
-        context = min(4096, config.max_position_embeddings)
-        kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-        token_bytes = 4 * config.num_hidden_layers * kv_heads * (config.hidden_size // config.num_attention_heads)
-        size, maps = 4 * context * token_bytes, family.token_ends is not None
+        size, maps = Checkpoint.of(folder, config), family.token_ends is not None
         evicts = hasattr(config, "eviction")
-        return cls(folder, family.streams(config), family.stream, context, size, maps, evicts)
+        return cls(folder, size.context, size.kv_bytes, family.streams(config), family.stream, maps, evicts)
+
+
+def read_config(folder: Path) -> Any:
+    """The config.json of a checkpoint. Raises DemoError if there is none."""
+    if not (folder / "config.json").is_file():
+        raise DemoError(f"--model is {folder}, which has no config.json: give the folder of a checkpoint.")
+    register_configs()
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise DemoError(f"--model is {folder}: {error}") from None
 
 
 # --- the server ---------------------------------------------------------------------------------------------
@@ -149,7 +171,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def server_command(model: Model, port: int, *options: str) -> list[str]:
+def server_command(model: Checkpoint, port: int, *options: str) -> list[str]:
     script = Path(sys.executable).with_name("vllm")
     # -P: without it the folder that the demo is run from would come before the installed packages.
     vllm = [str(script)] if script.exists() else [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
@@ -166,11 +188,14 @@ def server_environment() -> dict[str, str]:
     environment = dict(os.environ, HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
     prepare_cpu_environment(environment)
     del environment[KV_CACHE_SPACE]  # would override --kv-cache-memory-bytes
+    # Longer than clients keep idle connections, 5 seconds. vLLM's own choice is as long, so that a client may send
+    # a request on a connection which the server closes at that moment.
+    environment.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "60")
     return environment
 
 
 @contextlib.contextmanager
-def running_server(model: Model, log: Path, *options: str) -> Iterator[Server]:
+def running_server(model: Checkpoint, log: Path, *options: str) -> Iterator[Server]:
     """Start the server, and stop it with all its processes when the block is left, however it is left.
 
     Args:

@@ -79,11 +79,22 @@ def fetch(url: str) -> Sample:
         raise CommandError(
             f"No server answers at {url} ({reason}): start one by `vllm serve MODEL`, or give its address.", WRONG
         ) from None
-    return sample_of(text, url, time.monotonic())
+    sample = sample_of(text, url, time.monotonic())
+    if OURS not in sample.values:
+        raise CommandError(
+            f"{url} is a vLLM server of {sample.model}, which is no model of vllm-fox's: there are no {OURS} to "
+            "show. `vllm-fox doctor` says whether the plugin is installed where it runs.",
+            WRONG,
+        )
+    return sample
 
 
 def sample_of(text: str, url: str, at: float) -> Sample:
-    """Read metrics in Prometheus' text format. See :func:`fetch` for the errors."""
+    """Read metrics in Prometheus' text format.
+
+    Raises:
+        CommandError: they are not vLLM's.
+    """
     values: dict[str | tuple[str, str], float] = {}
     engines: set[str] = set()
     blocks, model = None, ""
@@ -106,12 +117,6 @@ def sample_of(text: str, url: str, at: float) -> Sample:
     if "vllm:num_requests_running" not in values:
         raise CommandError(
             f"{url} has no metrics of vLLM, so no vLLM server is there: give the address of one.", WRONG
-        )
-    if OURS not in values:
-        raise CommandError(
-            f"{url} is a vLLM server of {model}, which is no model of vllm-fox's: there are no {OURS} to show. "
-            "`vllm-fox doctor` says whether the plugin is installed where it runs.",
-            WRONG,
         )
     return Sample(at, values, len(engines), blocks, model)
 
