@@ -16,30 +16,43 @@ IN_USE = ("requests_running", "requests_waiting", "pages_live", "kv_usage")
 """Figures that are 0 of an idle server. Pages that only the prefix cache holds are in none of them."""
 TOKEN_BYTES = 8
 """What a list of tokens takes for each: a pointer."""
+BLOCKS = 8
+"""Parts of the last third of a run whose means make its trend."""
 
 
 def growth(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """How the resident memory of each of the server's processes grows over the last third of a run.
 
     Returns:
-        None if there are fewer than three samples in it; else the MiB of each process by its name (``processes``),
-        by least squares, and the MiB that it would have grown at least if the server kept something of every
-        request (``least``): the ids of its tokens, in a list.
+        None if it has fewer than three samples for each of :data:`BLOCKS` equal parts. Else for each process by its
+        name (``processes``) the MiB, by least squares through the parts' means, and two standard errors of them;
+        and the MiB that it would have grown at least if the server kept something of every request (``least``):
+        the ids of its tokens, in a list.
     """
     if not samples:
         return None
     begin = samples[0]["at"] + 2 / 3 * (samples[-1]["at"] - samples[0]["at"])
     last = [one for one in samples if one["at"] >= begin]
-    if len(last) < 3:
+    if len(last) < 3 * BLOCKS:
         return None
-    at = np.array([one["at"] for one in last])
     names = set.intersection(*(set(one["processes_mib"]) for one in last))
-    found = {
-        name: float(np.polyfit(at - at[0], [one["processes_mib"][name] for one in last], 1)[0] * (at[-1] - at[0]))
-        for name in sorted(names)
-    }
     tokens = last[-1]["tokens"] - last[0]["tokens"]
+    found = {name: _trend([one["processes_mib"][name] for one in last]) for name in sorted(names)}
     return {"processes": found, "least": TOKEN_BYTES * tokens / 2**20}
+
+
+def _trend(values: Sequence[float]) -> tuple[float, float]:
+    """By how much a series grows from its beginning to its end, and two standard errors of that.
+
+    What comes and goes within a few samples, as memory does with the requests, is no trend. So it is that of the
+    parts' means, whose deviations from it are taken for independent.
+    """
+    means = np.array([part.mean() for part in np.array_split(np.array(values), BLOCKS)])
+    place = np.arange(BLOCKS) / (BLOCKS - 1)
+    (slope, level), residuals, *_ = np.polyfit(place, means, 1, full=True)
+    variance = float(residuals[0]) / (BLOCKS - 2) if residuals.size else 0.0
+    error = (variance / float(((place - place.mean()) ** 2).sum())) ** 0.5
+    return float(slope), 2 * error
 
 
 def by_kind(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
@@ -68,13 +81,8 @@ def errors_of(outcomes: Sequence[Outcome]) -> dict[str, int]:
     return dict(Counter(one.error for one in outcomes if one.error is not None))
 
 
-def failures(figures: Mapping[str, Any], like: Mapping[str, Any] | None) -> list[str]:
-    """What is wrong, a sentence each; nothing if the server may be left alone.
-
-    Args:
-        figures: of a run.
-        like: of a run of the same load on a model that vLLM itself serves. Memory may grow as it does there.
-    """
+def failures(figures: Mapping[str, Any], *, judge_memory: bool) -> list[str]:
+    """What is wrong, a sentence each; nothing if the server may be left alone."""
     found = []
     for kind, count in figures["errors"].items():
         found.append(f"{count} requests failed with {kind}.")
@@ -92,22 +100,16 @@ def failures(figures: Mapping[str, Any], like: Mapping[str, Any] | None) -> list
         found.append("No greedy answer was compared.")
     for one in compared["wrong"]:
         found.append(f"A greedy answer differs by {one['difference']:.3g} nats, which is more than {BOUND:g}.")
-    return [*found, *memory_failures(figures["growth"], like and like["growth"])]
-
-
-def memory_failures(growth: Mapping[str, Any] | None, like: Mapping[str, Any] | None) -> list[str]:
-    """The processes whose memory grows as if something of every request were kept."""
+    growth = figures["growth"]
     if growth is None:
-        return ["There are too few samples to tell whether memory grows."]
-    least, found = growth["least"], []
-    for name, mine in growth["processes"].items():
-        other = like["processes"].get(name, 0.0) if like else 0.0
-        if mine > max(0.0, other) + least:
-            beside = f", and {other:.1f} MiB in the run that it is compared with" if like else ""
-            found.append(
-                f"The memory of {name} has grown by {mine:.1f} MiB over the last third{beside}. The tokens of "
-                f"these requests alone would take {least:.1f} MiB."
-            )
+        found.append("There are too few samples to tell whether memory grows.")
+    elif judge_memory:
+        for name, (mib, error) in growth["processes"].items():
+            if mib - error > growth["least"]:
+                found.append(
+                    f"The memory of {name} has grown by {mib:.1f} ± {error:.1f} MiB over the last third. The tokens "
+                    f"of its requests alone would take {growth['least']:.1f} MiB."
+                )
     return found
 
 
@@ -135,7 +137,10 @@ def table(figures: Mapping[str, Any]) -> str:
         ("KV pages cached at the end", f"{figures['idle']['at the end']['pages_cached']:,}"),
         ("report lag, mean steps", "-" if lag is None else f"{lag:.2f}"),
         ("memory of the server, first and last MiB", f"{memory[0]:.0f}, {memory[1]:.0f}"),
-        *((f"growth over the last third, MiB: {name}", f"{mib:+.1f}") for name, mib in growth["processes"].items()),
+        *(
+            (f"growth over the last third, MiB: {name}", f"{mib:+.1f} ± {error:.1f}")
+            for name, (mib, error) in growth["processes"].items()
+        ),
         ("the tokens of its requests, MiB", f"{growth['least']:.1f}"),
         ("greedy answers asked for again", compared["answers"]),
         ("of these with other tokens", compared["other_tokens"]),
