@@ -317,7 +317,8 @@ class StreamPageManager(SingleTypeKVCacheManager):
         """Free the pages that the workers proved dead in a step, and learn from their number."""
         self._unreported = [entry for entry in self._unreported if entry[0] > report.step]
         boundaries = self._boundaries.pop(report.step, None)
-        # Reports come in order; those of steps that failed never come.
+        # Reports come in order; those of steps that failed never come. One that came all the same, late or again,
+        # would say nothing of the prefix cache any more.
         self._boundaries = {step: left for step, left in self._boundaries.items() if step > report.step}
         while self._reporting and self._reporting[0][0] <= report.step:
             step, since = self._reporting.pop(0)
@@ -328,6 +329,8 @@ class StreamPageManager(SingleTypeKVCacheManager):
         slots, epochs, starts = report.slots, report.epochs, report.starts
         if boundaries is not None:
             slots, epochs, starts = self._learn_boundaries(boundaries, slots, epochs, starts)
+        else:
+            starts = {rank: mine[: len(slots)] for rank, mine in starts.items()}
         if not slots.size:
             return
         freed = sum(self.pool.release(rank, slots, epochs, mine) for rank, mine in starts.items())
