@@ -107,8 +107,8 @@ def failures(figures: Mapping[str, Any], *, judge_memory: bool) -> list[str]:
         for name, (mib, error) in growth["processes"].items():
             if mib - error > growth["least"]:
                 found.append(
-                    f"The memory of {name} has grown by {mib:.1f} ± {error:.1f} MiB over the last third. The tokens "
-                    f"of its requests alone would take {growth['least']:.1f} MiB."
+                    f"The memory of {name} has grown by {mib:.1f} ± {error:.1f} MiB over the last third. The "
+                    f"tokens of its requests alone would take {growth['least']:.1f} MiB."
                 )
     return found
 
