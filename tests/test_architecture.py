@@ -1,4 +1,4 @@
-"""docs/architecture.md says which module uses which of vLLM's interfaces; here that is held against the code."""
+"""What can be read off the code: vLLM's interfaces, as docs/architecture.md lists them, and clocks."""
 
 from __future__ import annotations
 
@@ -28,3 +28,21 @@ def test_the_table_of_vllms_interfaces_is_complete() -> None:
     for name, modules in re.findall(r"^\| `(vllm[\w.]*)` \| (.*) \|$", table, re.MULTILINE):
         listed |= {(name, module) for module in re.findall(r"`(vllm_fox/[\w/]+\.py)`", modules)}
     assert listed == interfaces()
+
+
+def test_no_wall_clock_is_read() -> None:
+    """It jumps: whatever is timed is by a clock that only runs forward."""
+    wall = {"time", "time_ns", "ctime", "localtime", "gmtime", "strftime", "datetime", "now", "utcnow", "today"}
+    read, others = set(), set()
+    for path in [*(ROOT / "vllm_fox").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime"):
+                read |= {(alias.name, path.name) for alias in node.names}
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in ("time", "datetime", "date")
+            ):
+                (read if node.attr in wall else others).add((node.attr, path.name))
+    assert not read
+    assert ("monotonic", "metrics.py") in others

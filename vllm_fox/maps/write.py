@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import zlib
 from importlib.resources import files
 from pathlib import Path
@@ -23,9 +24,20 @@ SCRIPTS = ("data.js", "text.js", "plots.js", "heads.js", "tokens.js", "figure.js
 
 
 def write(record: ForgettingMap, path: Path) -> int:
-    """Write the page, and return its size in bytes."""
-    page = render(record).encode()
-    path.write_bytes(page)
+    """Write the page, and return its size in bytes. A file that is there stays as it was if that fails."""
+    page, path = render(record).encode(), path.resolve()
+    if path.exists() and not path.is_file():  # a pipe, or a device such as standard output
+        path.write_bytes(page)
+        return len(page)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_bytes(page)
+        new.replace(path)
+    except BaseException as error:
+        new.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     return len(page)
 
 
