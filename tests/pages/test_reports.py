@@ -48,7 +48,7 @@ class MailMachine(RuleBasedStateMachine):
         prompt = Prompt(name, f"text {text}", MOST)
         if self.caching:
             (row,), start = self.manager.find_longest_cache_hit(prompt.block_hashes, length - 1)
-            if self.manager.is_under_way(prompt, start):  # type: ignore[arg-type]
+            if self.manager.must_wait(prompt, start):  # type: ignore[arg-type]
                 return
         if not self._fits(self.manager.get_num_blocks_to_allocate(name, length, row, start, start, length)):
             return
