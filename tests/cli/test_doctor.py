@@ -227,7 +227,7 @@ def test_a_published_checkpoint(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words, found, mend",
     [
-        (["--enable-lora"], "do not support LoRA (--enable-lora).", "Leave --enable-lora out."),
+        (["--enable-lora"], "do not support LoRA (--enable-lora) on a CPU", "Leave --enable-lora out."),
         (["--block-size", "32"], "--block-size 32 is not used", "Change what the message names."),
         (["--max-model-len", "0"], "max_model_len", "Change what the message names."),
         (["--enable-lorra"], "unrecognized arguments: --enable-lorra.", "Correct what stands behind --"),

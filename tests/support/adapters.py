@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 
 from benchmarks.engines import assert_all_free, greedy, manager
 from tests.support.evicting import THRESHOLD, Made
-from tests.support.quantised import PROJECTIONS, fox_likelihood
+from tests.support.quantised import PROJECTIONS, fox_likelihood, rms
 from tests.support.reference_evicting import reference_logits
 
 RANK, ALPHA = 4, 8.0
@@ -68,21 +68,22 @@ def make_adapters(model: Path, folder: Path) -> tuple[list[Any], list[Path]]:
     return [None, *(LoRARequest(one.name, n, str(one)) for n, one in enumerate(adapters, 1))], [model, *models]
 
 
-def ask(llm: LLM, adapters: list[Any]) -> list[Answer]:
+def ask(llm: LLM, adapters: list[Any], prompt: bool = True) -> list[Answer]:
     """Send one prompt with each adapter, in one batch, so that only the adapters can tell the answers apart.
 
     Returns:
-        Of each: prompt and answer; log-probabilities of all but the first token; how many tokens were cached.
+        Of each: prompt and answer; log-probabilities of the answer, and before it of the prompt but for its first
+        token if ``prompt``; and how many tokens were cached. Of a prompt they are computed anew, cached or not.
     """
+    params = greedy(40, prompt_logprobs=0 if prompt else None, logprobs=0)
     prompts: list[Any] = [{"prompt_token_ids": PROMPT} for _ in adapters]
     found = []
-    for out in llm.generate(
-        prompts, greedy(40, prompt_logprobs=0, logprobs=0), lora_request=adapters, use_tqdm=False
-    ):
+    for out in llm.generate(prompts, params, lora_request=adapters, use_tqdm=False):
         tokens = PROMPT + list(out.outputs[0].token_ids)
-        assert out.prompt_logprobs is not None and out.outputs[0].logprobs is not None
-        at: list[Any] = [*out.prompt_logprobs[1:], *out.outputs[0].logprobs]
-        likelihood = torch.tensor([one[token].logprob for one, token in zip(at, tokens[1:], strict=True)]).double()
+        at: list[Any] = [*(out.prompt_logprobs or [])[1:], *(out.outputs[0].logprobs or [])]
+        assert len(at) == (len(tokens) - 1 if prompt else 40)
+        pairs = zip(at, tokens[-len(at) :], strict=True)
+        likelihood = torch.tensor([one[token].logprob for one, token in pairs]).double()
         found.append((tokens, likelihood, out.num_cached_tokens or 0))
     return found
 
@@ -96,7 +97,7 @@ def apart_from(found: list[Answer], models: list[Path], of: Likelihood) -> torch
         second. So what is right stands on the diagonal.
     """
     rows = [
-        [(likelihood - of(model, tokens)).square().mean().sqrt() for model in models]
+        [rms(likelihood - of(model, tokens)[-len(likelihood) :]) for model in models]
         for tokens, likelihood, _ in found
     ]
     return torch.tensor(rows, dtype=torch.float64)
@@ -128,20 +129,21 @@ def check_fox_adapters(llm: LLM, model: Path, folder: Path) -> torch.Tensor:
     """Ask a Forgetting Transformer with two adapters and with none; cached prefixes are of one adapter each.
 
     Returns:
-        What :func:`apart_from` does.
+        What :func:`apart_from` does, the worse of answers with a cached prefix and without.
     """
     adapters, models = make_adapters(model, folder)
-    # Alone, so that the others find its prefix in the cache, if they look for it.
-    (alone,) = ask(llm, adapters[1:2])
-    found = ask(llm, adapters)
     page = llm.llm_engine.vllm_config.cache_config.block_size
     whole = (len(PROMPT) - 1) // page * page
-    # Log-probabilities of a prompt are asked for, for which vLLM computes all of it again.
-    assert [cached for *_, cached in found] == [0, 0, 0] and found[1][0] == alone[0]
-    for adapter, (tokens, *_) in zip(adapters, found, strict=True):
-        prompts: list[Any] = [{"prompt_token_ids": PROMPT}]
-        (out,) = llm.generate(prompts, greedy(40), lora_request=adapter, use_tqdm=False)
-        assert out.num_cached_tokens == whole and tokens == PROMPT + list(out.outputs[0].token_ids)
+    # One alone, so that the others find its prefix in the cache, if they look for it.
+    batches = [ask(llm, adapters[1:2], prompt=False), ask(llm, adapters, prompt=False), ask(llm, adapters)]
+    assert [[cached for *_, cached in batch] for batch in batches] == [[0], [0, whole, 0], [0, 0, 0]]
+    anew, cached = batches[2], ask(llm, adapters, prompt=False)
+    assert [count for *_, count in cached] == [whole] * 3
     assert manager(llm).pool.released_total > 0
     assert_all_free(llm)
-    return apart_from(found, models, lambda merged, tokens: fox_likelihood(merged, tokens, None))
+
+    def likelihood(merged: Path, tokens: list[int]) -> torch.Tensor:
+        return fox_likelihood(merged, tokens, None)
+
+    both = torch.stack([apart_from(found, models, likelihood) for found in (anew, cached)])
+    return torch.where(torch.eye(3, dtype=torch.bool), both.amax(0), both.amin(0))
