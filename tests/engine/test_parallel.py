@@ -25,6 +25,8 @@ from benchmarks.engines import (
     add,
     assert_all_free,
     engine,
+    generate,
+    greedy,
     manager,
     processes_under,
     run_to_the_end,
@@ -45,17 +47,18 @@ PAGE, ANSWER, LENGTHS = 16, 24, (300, 700, 1500)
 LIMIT_S = 300
 
 
-def serve(model: str, tensor: int = 1, stages: int = 1, kill: bool = False) -> dict[str, Any]:
+def serve(model: str, tensor: int = 1, stages: int = 1, host: bool = False, kill: bool = False) -> dict[str, Any]:
     """Three requests together: prompts, answers, and the pages in use on each rank while they were answered.
 
-    With ``kill``, then a worker dies in mid-request; the result says how the engine took it.
+    With ``host``, the longest then goes on after its pages have gone to host memory. With ``kill``, then a worker
+    dies in mid-request; the result says how the engine took it.
     """
     every_step = patch.object(metrics, "SAMPLE_S", 0.0)
     with (
         every_step,
         engine(
             model,
-            {"page_size": PAGE},
+            {"page_size": PAGE, "host_cache_gib": 0.5 if host else 0},
             tensor_parallel_size=tensor,
             pipeline_parallel_size=stages,
             distributed_executor_backend="mp" if tensor * stages > 1 else None,
@@ -83,9 +86,21 @@ def serve(model: str, tensor: int = 1, stages: int = 1, kill: bool = False) -> d
         assert_all_free(llm)
         answers = [finished[str(name)] for name in range(len(prompts))]
         result = {"prompts": prompts, "answers": answers, "used": used, "dense": held}
+        if host:
+            result["back"] = come_back(llm, prompts[-1] + answers[-1])
         if kill:
             result["killed"] = kill_a_worker(llm, prompts[0])
         return result
+
+
+def come_back(llm: Any, text: list[int]) -> dict[str, Any]:
+    """The answer to a text whose pages have gone to host memory meanwhile, and how much of it was cached."""
+    for seed in range(12):
+        generate(llm, [source_tokens(llm, 1900, seed=seed)], greedy(1))
+    (out,) = generate(llm, [text], greedy(ANSWER))
+    host = manager(llm).host
+    assert host is not None
+    return {"answer": out.outputs[0].token_ids, "cached": out.num_cached_tokens, "fetched": host.fetched_total}
 
 
 def pages_of_layers(llm: Any, kind: str) -> list[float]:
@@ -150,13 +165,13 @@ def models(tmp_path_factory: pytest.TempPathFactory, fox_tiny: Path) -> dict[str
 @pytest.fixture(scope="module")
 def alone(models: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
     """What one process answers for a model."""
-    return cache(lambda name: serve(str(models[name])))
+    return cache(lambda name: serve(str(models[name]), host=name == "official"))
 
 
 @pytest.fixture(scope="module")
 def by_two(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What two tensor-parallel ranks answered, for each model; the last loses a worker in the end."""
-    runs = [{"model": str(model), "tensor": 2} for model in models.values()]
+    runs = [{"model": str(model), "tensor": 2, "host": name == "official"} for name, model in models.items()]
     runs[-1]["kill"] = True
     return dict(zip(models, serve_in_two_processes(runs, tmp_path_factory.mktemp("two_ranks"))))
 
@@ -185,6 +200,11 @@ def test_two_ranks_answer_as_one(
     assert two["answers"] == one["answers"]
     print(f"{name}: pages in use {one['used']} of {one['dense']}, {two['used']} of {two['dense']}")
     assert len(two["used"]) == 2
+    if name == "official":
+        for key in ("answer", "cached"):
+            assert two["back"][key] == one["back"][key]
+        assert one["back"]["cached"] == (LENGTHS[-1] + ANSWER - 1) // PAGE * PAGE
+        assert one["back"]["fetched"] and two["back"]["fetched"]
     for rank, (used, dense) in enumerate(zip(two["used"], two["dense"])):
         if rank in forgetting:
             assert used < dense

@@ -35,11 +35,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"log_pruning_tolerance": float("nan")}, "fox.log_pruning_tolerance is nan: it must be"),
         ({"log_pruning_tolerance": float("-inf")}, "fox.log_pruning_tolerance is -inf: it must be"),
         ({"release": "no"}, "fox.release is 'no': it must be true or false."),
+        ({"host_cache_gib": -1}, "fox.host_cache_gib is -1: it must be 0 or a positive number."),
+        ({"host_cache_gib": 1e6}, "fox.host_cache_gib is 1e+06, but this machine has "),
         (["page_size"], "\"fox\" in additional_config is ['page_size']: it must be an object of options."),
     ],
 )
 def test_bad_settings(tiny: Path, fox: Any, message: str) -> None:
     assert message in refused(tiny, fox)
+
+
+def test_host_memory_needs_a_cache(tiny: Path) -> None:
+    message = refused(tiny, {"host_cache_gib": 0.5}, enable_prefix_caching=False)
+    assert "fox.host_cache_gib is 0.5, but prefix caching is off, so there are no cached pages: leave" in message
+    assert configure(tiny, {"host_cache_gib": 0.5}).cache_config.enable_prefix_caching
 
 
 def test_block_size_is_ours(tiny: Path) -> None:

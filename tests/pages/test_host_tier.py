@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
+from benchmarks.scheduler_cost import fox_manager
 from tests.pages.test_prefixes import RANKS, STREAMS, WIDTH, PrefixMachine, first_live
 from vllm_fox.kernels.paged import TABLE_CHUNK
+from vllm_fox.pages.geometry import host_blocks
 from vllm_fox.pages.host_pages import HostPages
 from vllm_fox.pages.host_tier import Copies, HostTier
 from vllm_fox.pages.messages import Fetches, PageReport
@@ -256,6 +259,15 @@ def test_what_arrives_after_a_reset_is_not_found() -> None:
     tier.clear()
     assert tier.arrive(1) and tier.find(prefixes("abc"), 0) is None
     assert pool.used_total == 0 and pool.prefixes is not None and pool.prefixes.find(prefixes("abc")) is None
+
+
+def test_host_memory_is_shared_by_all_ranks() -> None:
+    """In pages of all streams, of which there must be one."""
+    spec = replace(fox_manager(2).kv_cache_spec, tensor_ranks=2, stage_layers=(2, 1))
+    block = sum(spec.streams) * spec.page_format.page_bytes
+    assert host_blocks(spec, 0) == 0 and host_blocks(spec, 7.5 * block / 2**30) == 7
+    with pytest.raises(ValueError, match=r"fox.host_cache_gib is 0.001: a page of each of the model's 144 streams"):
+        host_blocks(spec, 0.001)
 
 
 # Copies, on a CPU.

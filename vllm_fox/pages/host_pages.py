@@ -16,6 +16,9 @@ from .messages import Fetches
 STAGING_BYTES = 32 * 2**20
 """Device memory of each of two buffers, through which pages go out."""
 
+HOST_REGISTER_MAPPED = 2
+"""CUDA's cudaHostRegisterMapped: kernels may read and write the memory."""
+
 
 class HostPages:
     """Copies pages of one worker to host memory and back.
@@ -23,7 +26,7 @@ class HostPages:
     On a GPU host memory is pinned, and copies over the bus run on a stream of their own, one after the other.
 
     * What goes out is first gathered into a buffer on the compute stream. So it is read before any later step can
-      write to its page, and a step waits for the bus only if more goes out than two buffers hold.
+      write to its page, and a step waits for the bus only if more is on its way than two buffers hold.
     * What comes back is written to pages that no step reads before it has arrived. The copy waits for what is on
       the compute stream when it is begun, since earlier steps may still read these pages for their last tenants.
 
@@ -137,7 +140,7 @@ def _pin(owner: HostPages, host: torch.Tensor) -> None:
     PyTorch's own allocator of pinned memory would round its size up to a power of two.
     """
     cuda = torch.cuda.cudart()
-    error = cuda.cudaHostRegister(host.data_ptr(), host.nbytes, 0)
+    error = cuda.cudaHostRegister(host.data_ptr(), host.nbytes, HOST_REGISTER_MAPPED)
     if error.value:
         raise RuntimeError(
             f"{host.nbytes / 2**30:.1f} GiB of host memory for cached pages cannot be pinned ({error}): set "
