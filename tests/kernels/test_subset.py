@@ -41,6 +41,7 @@ class Layers:
         lag: 1 if a token decides about the one before it.
         decisions: names which tokens go (:data:`DECISIONS`).
         period: of compaction.
+        drafts: tokens at the end of a step that may be taken back.
         kv_dtype: of K and V in the pages; None: ``dtype``.
     """
 
@@ -57,6 +58,7 @@ class Layers:
         lag: int = 0,
         decisions: str = "most",
         period: int = 1,
+        drafts: int = 0,
         page_size: int = 16,
         dtype: torch.dtype = torch.float32,
         kv_dtype: torch.dtype | None = None,
@@ -66,7 +68,7 @@ class Layers:
     ) -> None:
         self.sizes, self.bias, self.propagate = (streams, heads, group, dim, int_dim), bias, propagate
         self.window, self.lag, self.decisions, self.period = window, lag, decisions, period
-        self.page_size, self.dtype = page_size, dtype
+        self.page_size, self.dtype, self.drafts = page_size, dtype, drafts
         form = SubsetPageFormat(page_size, heads, dim, int_dim, dtype, kv_dtype or dtype)
         raw = torch.full((num_pages * form.page_bytes,), 0xFF, dtype=torch.uint8, device=DEVICE)  # NaN bytes
         self.pages, self.raw = form.view(raw), raw.view(num_pages, form.page_bytes)
@@ -97,7 +99,7 @@ class Layers:
             self.lengths[slot] += lens[-1]
             seqs.append(self.lengths[slot])
             extend(self.pool, self.table, slot, seqs[-1], self.page_size)
-        batch = batch_of(lens, seqs, [slot for slot, _ in work], self.page_size)
+        batch = batch_of(lens, seqs, [slot for slot, _ in work], self.page_size, unknown=self.drafts)
         self.state.begin_step(batch)
         if self.workspace is not None:
             self.workspace.update(self.table, batch)
@@ -108,7 +110,7 @@ class Layers:
         if self.window is None:
             self.state.end_step(batch)
         else:
-            compact(self.pages, self.table, batch, self.period)
+            compact(self.pages, self.table, batch, self.period, self.drafts)
         self._release([slot for slot, _ in work])
         return list(torch.stack(outs).cpu().split(lens, dim=1))
 
@@ -144,7 +146,7 @@ class Layers:
             freed = sorted(held[slot] - set(self.pool.held_ids(slot, 0).tolist()))
             self.raw[torch.tensor(freed, dtype=torch.long)] = 0xFF
             mine = torch.from_numpy(self.pool.held_ids(slot, 0)).long()
-            seen = self.pages.end[mine] > self.lengths[slot]
+            seen = self.pages.end[mine] > self.lengths[slot] - self.drafts
             for field in (self.pages.k, self.pages.v, self.pages.int_k):
                 kept, raw = seen.view(*seen.shape, *[1] * (field.dim() - 2)), field.view(torch.uint8)
                 raw[mine] = torch.where(kept, raw[mine], 0xFF)  # NaN bytes
@@ -371,3 +373,44 @@ def test_ragged_batches(data: st.DataObject) -> None:
             close(found, formula(layers, inputs_of(layers, 200, seed)[:, : found.shape[1]])[0])
             layers.raw[torch.from_numpy(layers.pool.held_ids(slot, 0)).long()] = 0xFF
             layers.pool.close(slot)
+
+
+@settings(max_examples=3 if INTERPRETED else 25, deadline=None)
+@given(data=st.data())
+def test_rejected_drafts_evict_nothing(data: st.DataObject) -> None:
+    """Steps whose last tokens are taken back, with what they have decided: outputs are those of the text alone."""
+    drafts, rows = data.draw(st.integers(1, 6)), range(2)
+    layers = Layers(
+        (0.0,),
+        streams=2,
+        heads=1,
+        dim=24,
+        int_dim=0,
+        window=data.draw(st.sampled_from([1, 5, 16])),
+        lag=data.draw(st.integers(0, 1)),
+        decisions=data.draw(st.sampled_from(["most", "most", "bursts"])),
+        period=data.draw(st.sampled_from([1, 16])),
+        drafts=drafts,
+    )
+    text, wrong = [inputs_of(layers, 200, row) for row in rows], inputs_of(layers, 200, 9)
+    cut_up(wrong[0], layers.sizes)[1][..., 0] = 5.0  # what is wrong decides that most go
+    slots, at = [layers.open() for _ in rows], [0 for _ in rows]
+    outs: list[list[torch.Tensor]] = [[] for _ in rows]
+    for step in range(6 if INTERPRETED else 16):
+        work, right = [], []
+        for row in rows:
+            # A prompt, then a token with some drafts, of which the first few are those that follow.
+            new = data.draw(st.integers(1, 90)) if not step else 1
+            proposed = data.draw(st.integers(0, drafts)) if step else 0
+            right.append(at[row] + new + data.draw(st.integers(0, proposed)))
+            parts = text[row][:, at[row] : right[row]], wrong[:, right[row] : at[row] + new + proposed]
+            work.append((slots[row], torch.cat(parts, 1)))
+        for row, out in enumerate(layers.step(work)):
+            outs[row].append(out[:, : right[row] - at[row]])
+            at[row] = layers.lengths[slots[row]] = right[row]
+    for row in rows:
+        expected, seen = formula(layers, text[row][:, : at[row]])
+        close(torch.cat(outs[row], 1), expected)
+        held = int(layers.pool.num_pages[slots[row]]) - layers.pool.start[slots[row]]
+        waiting = layers.period - 1 + 2 * drafts
+        assert (held <= (seen[:, -1].flatten().numpy() + waiting) / layers.page_size + 3).all()

@@ -59,12 +59,11 @@ def _free_places(
     return ids, (written & (ends <= length)).to(tl.int32)
 
 
-@triton.jit(
-    do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "period", "max_chunks", "streams"]
-)
+@triton.jit(do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "period", "unsettled",
+                               "max_chunks", "streams"])  # fmt: skip
 def _compact(
     k_pages, v_pages, int_pages, begin_pages, end_pages, scale_pages, chunk_of, entries, first_live,
-    query_start, seq_lens, slots, slot_stride, period, max_chunks, streams,
+    query_start, seq_lens, slots, slot_stride, period, unsettled, max_chunks, streams,
     PAGE: tl.constexpr, PAGE_KEYS: tl.constexpr, PAGE_INTS: tl.constexpr, PAGE_SCALES: tl.constexpr,
     P: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, SCALES: tl.constexpr, CHUNK: tl.constexpr,
     N: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -73,8 +72,8 @@ def _compact(
     stream, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row * slot_stride)
     new = tl.load(query_start + row + 1) - tl.load(query_start + row)
-    length = tl.load(seq_lens + row)
-    if (slot == 0) | (length // period == (length - new) // period):
+    length = tl.maximum(tl.load(seq_lens + row) - unsettled, 0)
+    if (slot == 0) | (length // period == tl.maximum(length - new, 0) // period):
         return
     newest = (length - 1) // P
     remembered = first_live + slot.to(tl.int64) * streams + stream
@@ -151,7 +150,7 @@ def _compact(
 _launch = Launcher(_compact)
 
 
-def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1) -> None:
+def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1, unsettled: int = 0) -> None:
     """See :func:`.reference.compact`."""
     width, r = pages.k.shape[2] * pages.k.shape[3], pages.int_k.shape[2]
     streams, size, item = table.first_live.shape[1], pages.page_size, pages.k.element_size()
@@ -164,8 +163,8 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1)
             table.first_live,
         ),
         (
-            batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), period, table.chunk_of.shape[1],
-            streams,
+            batch.query_start, batch.seq_lens, batch.slots, batch.slots.stride(0), period, unsettled,
+            table.chunk_of.shape[1], streams,
         ),
         (),
         (

@@ -8,7 +8,7 @@ from ...paged import Batch, PageTable
 from ..pages import SubsetPages, places, rows_of
 
 
-def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1) -> None:
+def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1, unsettled: int = 0) -> None:
     """Empty as many of the oldest pages of every stream as there are places for in newer ones.
 
     A token is dropped once the next query, which stands at the request's length, does not see it. Places of dropped
@@ -23,14 +23,18 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1)
         batch: the step's requests.
         period: a request waits until it has reached or passed a multiple of so many tokens, and may hold as many
             dropped ones more until then.
+        unsettled: so many of a request's newest tokens may be rejected (speculative decoding). Pages are treated as
+            if these were not written yet: a later step may write others to their places, and a rejected token drops
+            nothing.
     """
     size, streams = pages.page_size, table.first_live.shape[1]
     fields = [pages.k.view(torch.uint8), pages.v.view(torch.uint8), pages.int_k, pages.begin, pages.end]
     if pages.scales is not None:
         fields.append(pages.scales)
     for row, tokens, length in rows_of(batch):
-        slot, before = batch.slots[row], length - (tokens.stop - tokens.start)
-        if int(slot) == 0 or length // period == before // period:
+        slot, new = batch.slots[row], tokens.stop - tokens.start
+        length = max(length - unsettled, 0)
+        if int(slot) == 0 or length // period == max(length - new, 0) // period:
             continue
         for stream in range(streams):
             at = places(pages, table, slot, length, stream)

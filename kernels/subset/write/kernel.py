@@ -74,9 +74,12 @@ def _write(
         if LAG == 1:
             before = (token == tl.load(query_start + row)) & (position > 0)
             goes = tl.load(evicts + at * evict_stride + nth, mask=before, other=0) != 0
-            if before & goes:
+            if before:
                 last = page_id(chunk_of, entries, slot, stream, (position - 1) // P, max_chunks, streams, CHUNK)
-                tl.store(end_pages + last * PAGE_INTS + (position - 1) % P, position + window)
+                # A rejected draft may have decided otherwise.
+                tl.store(
+                    end_pages + last * PAGE_INTS + (position - 1) % P, tl.where(goes, position + window, NEVER)
+                )
     tl.store(end_pages + page * PAGE_INTS + offset, end)
 
 

@@ -22,7 +22,8 @@ def subset_write(
 ) -> None:
     """Write T new tokens, each to the place of its position in every stream of the layer.
 
-    No query drops them yet, unless that is decided already.
+    No query drops them yet, unless that is decided already. The new tokens may stand where an earlier step has
+    written others, which were rejected (speculative decoding): what those have decided is decided anew.
 
     Args:
         pages: the page pool, written.
@@ -56,7 +57,9 @@ def subset_write(
     if evictions is None:
         return
     decided = position - evictions.lag
-    token, stream = (evictions.evicts & (decided >= 0)[:, None]).nonzero(as_tuple=True)
-    decided = decided[token]
-    ids = table.page_ids(batch.slots[row][token], decided // size, streams[stream])
-    pages.end[ids, decided % size] = (decided + evictions.window + 1).int()
+    token = (decided >= 0).nonzero().squeeze(-1)
+    decided = decided[token, None]
+    ids = table.page_ids(batch.slots[row][token, None], decided // size, streams)
+    pages.end[ids, decided % size] = torch.where(
+        evictions.evicts[token], decided + evictions.window + 1, NEVER
+    ).int()

@@ -51,6 +51,7 @@ EVICTING = Family(
     float8_pages=True,
     quantized_weights=True,
     adapters=True,
+    speculation=True,
     refusals=_refusals,
     token_ends="vllm_fox.hf.evicting.token_ends:token_ends",
     lookalikes=dict.fromkeys(

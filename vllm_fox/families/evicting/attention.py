@@ -25,6 +25,7 @@ class EvictingState(WorkerState):
         heads, groups: KV heads of a layer on this worker, and query heads for each.
         max_rows: most rows that a step can have.
         max_model_len: most tokens of a request.
+        unsettled: so many of a request's newest tokens evict nothing yet, as they may be rejected.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class EvictingState(WorkerState):
         groups: int,
         max_rows: int,
         max_model_len: int,
+        unsettled: int = 0,
     ) -> None:
         super().__init__(table)
-        self.pages = pages
+        self.pages, self.unsettled = pages, unsettled
         self.workspace = attention.make_workspace(
             pages, layers=layers, streams=heads, groups=groups, max_rows=max_rows, max_model_len=max_model_len
         )
@@ -50,7 +52,7 @@ class EvictingState(WorkerState):
 
     def end_step(self, batch: Batch) -> None:
         """Move live tokens together, so that pages become free: whenever a request has filled a page."""
-        compact(self.pages, self.table, batch, self.pages.page_size)
+        compact(self.pages, self.table, batch, self.pages.page_size, self.unsettled)
 
     def lower_ends(self, batch: Batch, row: int, ends: torch.Tensor) -> None:
         lower_ends(self.pages, self.table, batch, row, ends)

@@ -9,6 +9,7 @@ from vllm_fox.attention.layer import PagedAttention
 from vllm_fox.kernels.float8 import FP8
 from vllm_fox.kernels.paged import PageTable
 from vllm_fox.kernels.subset.pages import SubsetPageFormat
+from vllm_fox.pages.spec import unsettled_tokens
 from vllm_fox.settings import PageSettings
 
 from .attention import EvictingFormula, EvictingState
@@ -54,6 +55,7 @@ class EvictingAttention(PagedAttention[EvictingState]):
             # Pages become free when compaction runs.
             report_period=page_size,
         )
+        self.unsettled = unsettled_tokens(vllm_config)
         self.num_heads, self.max_model_len = num_heads, vllm_config.model_config.max_model_len
         self.impl = EvictingFormula(self.index, head_dim**-0.5, window, shift)
 
@@ -82,6 +84,7 @@ class EvictingAttention(PagedAttention[EvictingState]):
             groups=one.num_heads // one._streams,
             max_rows=max_rows,
             max_model_len=one.max_model_len,
+            unsettled=one.unsettled,
         )
 
     def dry_inputs(self, tokens: int, device: torch.device) -> list[torch.Tensor]:
