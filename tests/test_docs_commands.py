@@ -89,6 +89,7 @@ NOT_RUN = {
     "python -m benchmarks.scheduler_cost": "a machine that does nothing else",
     "python -m benchmarks.serving": "a GPU",
     "python -m benchmarks.soak": "minutes; tests/benchmarks/test_soak.py tests its parts",
+    "python -m benchmarks.speculation": "minutes",
     "python -m benchmarks.training": "a GPU",
     "python -m benchmarks.weights": "a GPU",
     "python examples/ray_serve.py": "Ray Serve on a cluster",
