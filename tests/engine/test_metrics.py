@@ -60,8 +60,8 @@ class Counted:
         self.prompts: list[tuple[int, int, int, np.ndarray]] = []
         take, learn = pages.take_update, pages.free_dead
 
-        def take_update(scheduled: Any) -> Any:
-            update = take(scheduled)
+        def take_update(scheduled: Any, drafts: Any) -> Any:
+            update = take(scheduled, drafts)
             pool, self.prompts = pages.pool, []
             for request_id, new in scheduled.items():
                 length, slot = pages._length[request_id], pages._slot_of[request_id]
