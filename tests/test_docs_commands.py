@@ -81,6 +81,7 @@ NOT_RUN = {
     "python -m benchmarks.dcp_kernels": "a GPU",
     "python -m benchmarks.dcp_serving": "a GPU",
     "python -m benchmarks.eviction_kernels": "a GPU",
+    "python -m benchmarks.fuzz": "Schemathesis, and minutes; tests/benchmarks/test_fuzz.py tests its parts",
     "python -m benchmarks.kernels": "a GPU",
     "python -m benchmarks.live_pages": "the extra bench, and a minute",
     "python -m benchmarks.page_size": "minutes",
