@@ -214,7 +214,8 @@ def _cache_write(
             tl.store(v_page + at + dim[None, :], value, mask[:, None])
 
     if KEPT > 0:
-        pos = end - 1 - tl.arange(0, 1 if ONE_TOKEN else BLOCK_KEPT)
+        NEWEST: tl.constexpr = 1 if ONE_TOKEN else BLOCK_KEPT
+        pos = end - 1 - tl.arange(0, NEWEST)
         mask = (pos >= begin) & (pos >= end - KEPT)
         newest = (q0 + pos - first_pos).to(tl.int64)[:, None]
         raw_k = tl.load(k + newest * k_stride + (head * D + dim)[None, :], mask=mask[:, None], other=0.0)
