@@ -1,0 +1,229 @@
+"""Kill each process of a server under load: does the server end, do its clients hear of it, is anything left?
+
+    python -m benchmarks.kills examples/fox-tiny --tensor 2
+    python -m benchmarks.kills examples/fox-tiny --data 2
+
+It starts `vllm serve MODEL` once for every kind of process that the server has, sends it requests that stream,
+kills (SIGKILL) one process of the kind, and waits. Every next start also proves that a start works after a kill.
+The exit code is 1 if a client was not answered or a process lived on for longer than --limit seconds, or if shared
+memory or files were left over that an ordinary end does not leave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import openai
+import psutil
+
+from benchmarks.options import Parser, positive_float, positive_int
+from benchmarks.record import prepare, save
+
+if TYPE_CHECKING:
+    from demo import Checkpoint, Server
+
+CLIENTS = 4
+SHARED_MEMORY = "/dev/shm/"
+ORDINARY = "nobody"
+"""In place of a victim: the server is told to stop when it is idle, as is usual."""
+
+
+class Client(threading.Thread):
+    """Streams one answer after the other, until one breaks off."""
+
+    def __init__(self, url: str, model: str, tokens: int, timeout: float) -> None:
+        super().__init__(daemon=True)
+        self.answering, self.error = threading.Event(), ""
+        self.ended_at: float | None = None
+        self._model, self._tokens = model, tokens
+        self._client = openai.OpenAI(
+            base_url=f"{url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=timeout,
+            http_client=openai.DefaultHttpxClient(trust_env=False),
+        )
+
+    def run(self) -> None:
+        try:
+            while True:
+                stream = self._client.completions.create(
+                    model=self._model,
+                    prompt="import os\n",
+                    max_tokens=self._tokens,
+                    temperature=0,
+                    stream=True,
+                    extra_body={"ignore_eos": True},
+                )
+                finished = False
+                for chunk in stream:
+                    self.answering.set()
+                    finished = finished or any(choice.finish_reason for choice in chunk.choices)
+                if not finished:
+                    raise ConnectionError("the stream ended in the middle of an answer")
+        except Exception as error:  # which one it is, is what is asked
+            self.error = type(error).__name__
+        self.ended_at = time.monotonic()
+
+
+def processes_of(server: Server) -> list[psutil.Process]:
+    """The processes of a server's session, whoever their parents are by now."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == server.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def kinds(server: Server) -> dict[str, psutil.Process]:
+    """A process of each kind: by its name, and the server itself by ``vllm``."""
+    found = {"vllm": psutil.Process(server.process.pid)}
+    for process in processes_of(server):
+        words = " ".join(process.cmdline())
+        # Python's own helper of multiprocessing, which cleans up after the others.
+        own = words.partition("::")[2].strip() or process.name()
+        name = "resource_tracker" if "resource_tracker" in words else own
+        if process.pid != server.process.pid:
+            found.setdefault(name, process)
+    return found
+
+
+def until(holds: Any, limit: float) -> float | None:
+    """Seconds until something holds; None if it does not within ``limit``."""
+    begin = time.monotonic()
+    while not holds():
+        if time.monotonic() - begin > limit:
+            return None
+        time.sleep(0.05)
+    return time.monotonic() - begin
+
+
+def shared_by(processes: Iterable[psutil.Process]) -> set[Path]:
+    """The files of shared memory that processes have mapped."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= {Path(one.path) for one in process.memory_maps() if one.path.startswith(SHARED_MEMORY)}
+    return {path for path in found if path.exists()}
+
+
+def one(model: Checkpoint, options: list[str], victim: str, limit: float, log: Path) -> dict[str, Any]:
+    """Start a server, kill ``victim`` under load, and see what becomes of the rest."""
+    import demo
+
+    weights = {path: path.stat().st_mtime_ns for path in model.folder.iterdir()}
+    with tempfile.TemporaryDirectory(prefix="vllm-fox-kills-") as scratch:
+        os.environ["TMPDIR"] = scratch
+        with demo.running_server(model, log, *options) as server:
+            demo.wait_until_healthy(server, timeout=600)
+            there = kinds(server)
+            if victim not in there and victim != ORDINARY:
+                raise SystemExit(f"kills: there is no process {victim}, only {', '.join(there)}.")
+            clients = [
+                Client(server.url, demo.MODEL_NAME, model.context - 64, limit)
+                for _ in range(CLIENTS if victim != ORDINARY else 0)
+            ]
+            for client in clients:
+                client.start()
+            if not all(client.answering.wait(120) for client in clients):
+                raise SystemExit("kills: the server does not answer.")
+            shared = shared_by(processes_of(server))
+            begin = time.monotonic()
+            if victim == ORDINARY:
+                server.process.terminate()
+            else:
+                there[victim].kill()
+            ended = until(lambda: server.process.poll() is not None, limit)
+            gone = until(lambda: not processes_of(server), limit)
+            for client in clients:
+                client.join(max(0.0, limit - (time.monotonic() - begin)))
+            # Python's helper unlinks shared memory when all who use it are gone.
+            until(lambda: not any(path.exists() for path in shared), 5)
+            row = {
+                "kinds": sorted(there),
+                "server_ended_s": ended,
+                "exit_status": server.process.poll(),
+                "all_gone_s": None if ended is None or gone is None else ended + gone,
+                "left": [" ".join(process.cmdline())[:60] for process in processes_of(server)],
+                "clients_ended_s": [client.ended_at and client.ended_at - begin for client in clients],
+                "client_errors": dict(Counter(client.error for client in clients)),
+                "shared_memory": sorted(path.name for path in shared if path.exists()),
+                "files": sorted(path.name for path in Path(scratch).iterdir()),
+                "checkpoint_changed": weights != {path: path.stat().st_mtime_ns for path in model.folder.iterdir()},
+                "said": said(log),
+            }
+            for process in processes_of(server):  # so that the next start has the machine for itself
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+    return row
+
+
+def said(log: Path) -> str:
+    """The first line of a log that speaks of a process that has died; empty if there is none."""
+    lines = log.read_text(errors="replace").splitlines()
+    words = ("died", "EngineDeadError", "Parent process exited")
+    return next((line for line in lines if any(word in line for word in words)), "")[-160:]
+
+
+def failures(victim: str, row: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+    """What is wrong, a sentence each, in what a kill left; ``usual`` is what an ordinary end leaves."""
+    found = []
+    if row["server_ended_s"] is None:
+        found.append("the server has not ended")
+    if row["left"]:
+        found.append(f"processes are left: {row['left']}")
+    if None in row["clients_ended_s"]:
+        found.append("a client still waits for an answer")
+    for what, name in (("shared memory is", "shared_memory"), ("files are", "files")):
+        if len(row[name]) > len(usual[name]):
+            found.append(f"{what} left besides: {row[name]}")
+    if row["checkpoint_changed"]:
+        found.append("a file of the checkpoint has changed")
+    return [f"{victim} was killed: {what}." for what in found]
+
+
+def main() -> None:
+    import demo
+
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint")
+    parser.add_argument("--tensor", type=positive_int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--data", type=positive_int, default=1, help="data-parallel engines")
+    parser.add_argument("--limit", type=positive_float, default=60.0, help="seconds in which all must be over")
+    parser.add_argument("--json", type=Path, default=Path("results/kills.json"))
+    args = parser.parse_args()
+    prepare("--json", args.json)
+    folder = args.model.resolve()
+    rows, wrong = dict[str, dict[str, Any]](), list[str]()
+    options = ["--tensor-parallel-size", str(args.tensor), "--data-parallel-size", str(args.data)]
+    logs = Path(tempfile.mkdtemp(prefix="vllm-fox-kills-logs-"))
+    try:
+        model = demo.Checkpoint.of(folder, demo.read_config(folder))
+        waiting = [ORDINARY]
+        while waiting:
+            victim = waiting.pop(0)
+            rows[victim] = row = one(model, options, victim, args.limit, logs / f"{victim}.log")
+            if victim == ORDINARY:
+                waiting = row["kinds"]
+            wrong += failures(victim, row, rows[ORDINARY])
+            print(f"{victim}: {row}", flush=True)
+    except (demo.DemoError, OSError) as error:
+        raise SystemExit(f"kills: {error}") from None
+    save(args.json, {"options": {key: str(value) for key, value in vars(args).items()}, "rows": rows})
+    if wrong:
+        print("\n".join(wrong))
+        raise SystemExit(1)
+    print("Whoever was killed: the server ended, every client heard of it, and nothing was left.")
+
+
+if __name__ == "__main__":
+    main()
