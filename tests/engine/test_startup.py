@@ -128,7 +128,7 @@ def test_what_sparse_gpt2_lacks(sparse: Path, fox: Any, options: dict[str, Any],
 def test_an_option_of_another_family_is_unknown(sparse: Path) -> None:
     """Models that have learned what to drop have no bound to prune by."""
     message = refused(sparse, {"log_pruning_tolerance": -5})
-    known = "release, page_size, poison_free_pages."
+    known = "release, page_size, poison_free_pages, host_cache_gib."
     assert f"fox.log_pruning_tolerance is not an option; the options are {known}" in message
 
 
