@@ -263,11 +263,14 @@ class StreamPageManager(SingleTypeKVCacheManager):
         read: list[tuple[int, int, int]] = []
         for request_id, new in scheduled.items():
             length = self._length[request_id]
-            certain = new - len(drafts[request_id]) if request_id in drafts else new
+            certain = new - len(drafts[request_id]) if drafts and request_id in drafts else new
             if certain > 1:
                 read.append((self._slot_of[request_id], length - new, length - new + certain))
+            if caching:
+                continue
             settled = length - unsettled
-            if not caching and (certain > 1 or settled // period != (settled - new) // period):
+            # So many new tokens have passed the end of a period.
+            if certain > 1 or settled % period < new:
                 self._due[self._slot_of[request_id]] = settled // period
         if caching and self._full_pages:
             prompts_of = {slot for slot, _, _ in read}

@@ -70,16 +70,13 @@ def _list_left(
 
 
 @triton.jit
-def _window_logits(product, kept, key, row, end, factor, window, FADES: tl.constexpr):
-    """Logits to base 2 of a block of pairs of which some are in the window. ``kept``, ``key`` and ``row`` broadcast
-    to its shape. Pairs behind the window count where ``FADES``, and otherwise are left out."""
-    logits = product * factor
-    if FADES:
-        logits += tl.where(row - key > window, kept, 0.0)
-        seen = row >= key
-    else:
-        seen = (row >= key) & (row - key <= window) & (row < end)
-    return tl.where(seen, logits, float("-inf"))
+def _logits(product, kept, keys, rows, factor, window, BEHIND: tl.constexpr):
+    """Logits to base 2 of a block [queries, keys]. All pairs are behind the window where ``BEHIND``, else some."""
+    if BEHIND:
+        return product * factor + kept[None, :]
+    back = rows[:, None] - keys[None, :]
+    logits = product * factor + tl.where(back > window, kept[None, :], 0.0)
+    return tl.where(back >= 0, logits, float("-inf"))
 
 
 @triton.jit
@@ -91,10 +88,7 @@ def _forward_block(
     where = keys.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
     key = load(k + where, inside[:, None], not BEHIND)
     product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    if BEHIND:
-        logits = product * factor + kept[None, :]
-    else:
-        logits = _window_logits(product, kept[None, :], keys[None, :], rows[:, None], 0, factor, window, True)
+    logits = _logits(product, kept, keys, rows, factor, window, BEHIND)
     new_peak = tl.maximum(peak, tl.max(logits, 1))
     weights = tl.exp2(logits - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
@@ -187,10 +181,7 @@ def _query_block(
     key = load(k + where, inside[:, None], not BEHIND)
     value = load(v + where, inside[:, None], not BEHIND)
     product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    if BEHIND:
-        logits = product * factor + kept[None, :]
-    else:
-        logits = _window_logits(product, kept[None, :], keys[None, :], rows[:, None], 0, factor, window, True)
+    logits = _logits(product, kept, keys, rows, factor, window, BEHIND)
     weights = tl.exp2(logits - lse[:, None])
     through = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
     grad_logits = weights * (through - delta[:, None])
@@ -260,15 +251,16 @@ def _key_block(
     query = load(q + where, inside[:, None], not CLEAR)
     grad = load(grad_out + where, inside[:, None], not CLEAR)
     product = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-    if WINDOW:
-        logits = _window_logits(
-            product, kept, keys[:, None], rows[None, :], ends[:, None], factor, window, False
-        )  # fmt: skip
-    else:
-        logits = product * factor + kept[:, None]
-        if not CLEAR:
-            behind = (rows[None, :] - keys[:, None] > window) & (rows[None, :] < ends[:, None])
-            logits = tl.where(behind, logits, float("-inf"))
+    logits = product * factor
+    if not WINDOW:
+        logits += kept[:, None]
+    if not CLEAR:
+        back = rows[None, :] - keys[:, None]
+        if WINDOW:
+            counts = (back >= 0) & (back <= window)
+        else:
+            counts = back > window
+        logits = tl.where(counts & (rows[None, :] < ends[:, None]), logits, float("-inf"))
     weights = tl.exp2(logits - load(lse + rows, inside, not CLEAR)[None, :])
     grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
     through = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
