@@ -22,8 +22,10 @@ from vllm_fox.pages.manager import StreamPageManager
 GPU_DEFAULTS: dict[str, Any] = {
     "enforce_eager": False,
     "max_num_batched_tokens": 8192,
-    # Small beside the card, so that several engines in one process find room.
+    # What vLLM wants to find free, and what the cache takes: several engines, in one process or in several, find
+    # room on a card. Without the second, vLLM measures free memory, and fails if a neighbour frees some meanwhile.
     "gpu_memory_utilization": 0.25,
+    "kv_cache_memory_bytes": 8 * 2**30,
     "num_gpu_blocks_override": 2000,
 }
 """vLLM's default flags on a GPU, as far as they matter here."""

@@ -155,7 +155,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             kind = name.split("-")[0]
             folder = ready(models / f"{kind}-{geometry.name}", write[kind], geometry)
             engines[name] = EngineProcess(name, _serve, str(folder), args)
-            engines[name].wait()  # each takes what it needs of the GPU before the next one looks
+        for engine in engines.values():
+            engine.wait()
         for part in PARTS:
             for name, engine in engines.items():
                 if part != "adapters" or name.endswith("adapters"):
