@@ -22,6 +22,8 @@ from benchmarks.engines import (
     generate,
     greedy,
     run_to_the_end,
+    run_until_decoding,
+    step,
 )
 from tests.support.checkpoints import save_sparse_gpt2
 from tests.support.gradients import real_tokens
@@ -195,3 +197,28 @@ def test_wrong_parts_are_refused(llm: LLM, fox_tiny: Path) -> None:
     assert f"tensor {name} has values that are NaN or infinite" in refusal([(name, broken)])
     assert f"tensor {name} is [3], expected [{len(broken)}]" in refusal([(name, broken[:3])])
     assert "unexpected tensor model.layers.0.attn.gate" in refusal([("model.layers.0.attn.gate", broken)])
+
+
+@pytest.mark.parametrize("mode, clear", [("keep", True), ("keep", False), ("abort", True)])
+def test_a_pause_in_the_middle_of_answers(llm: LLM, text: list[int], mode: Any, clear: bool) -> None:
+    """What was running goes on after it, with its pages or, where caches are cleared, from its prompt on; or it is
+    gone with all its pages."""
+    prompts = {"long": text[:600], "short": text[100:300]}
+    alone = {
+        name: list(generate(llm, [prompt], greedy(40))[0].outputs[0].token_ids) for name, prompt in prompts.items()
+    }
+    for name, prompt in prompts.items():
+        add(llm, name, prompt, 40)
+    run_until_decoding(llm, len(prompts), tokens=5)
+    client: Any = llm.llm_engine.engine_core
+    core = client.engine_core
+    running = list(core.scheduler.running)
+    core.pause_scheduler(mode, clear)
+    assert core.is_scheduler_paused()
+    if mode == "abort":
+        assert_all_free(llm)
+        llm.llm_engine.abort_request(list(prompts))
+    assert not step(llm)
+    core.resume_scheduler()
+    assert run_to_the_end(llm) == (alone if mode == "keep" else {})
+    assert [request.num_preemptions for request in running] == [int(mode == "keep" and clear)] * len(prompts)

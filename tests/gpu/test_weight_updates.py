@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,26 @@ def answer(llm: LLM, text: list[int]) -> list[int]:
     """Decoded by CUDA graphs, which hold the addresses of all state."""
     (out,) = generate(llm, [text[:1500]], greedy(40))
     return list(out.outputs[0].token_ids)
+
+
+def test_memory_goes_and_comes_back(llm: LLM, text: list[int]) -> None:
+    """The whole cache, while the engine sleeps. Others on the card may take and free memory: the median counts."""
+    core: Any = llm.llm_engine.engine_core
+    config = core.engine_core.scheduler.kv_cache_manager.kv_cache_config
+    cache = sum(tensor.size for tensor in config.kv_cache_tensors)
+    assert cache > 2**29
+    given, taken = list[int](), list[int]()
+    for _ in range(5):
+        awake = torch.cuda.mem_get_info()[0]
+        llm.sleep(level=1)
+        asleep = torch.cuda.mem_get_info()[0]
+        llm.wake_up()
+        given.append(asleep - awake)
+        taken.append(asleep - torch.cuda.mem_get_info()[0])
+    print(f"the cache takes {cache:,} bytes; given back {given}, taken again {taken}")
+    for sizes in (given, taken):
+        assert statistics.median(sizes) == pytest.approx(cache, rel=0.1)
+    answer(llm, text)
 
 
 def test_sleep_keeps_weights_and_tables(llm: LLM, fox_tiny: Path, text: list[int]) -> None:
