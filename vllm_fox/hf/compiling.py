@@ -11,7 +11,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     """Compile each layer of a model separately and in place, with torch.compile.
 
     The layers are alike, so the code of the first one serves all. If a whole model is compiled, every layer is
-    compiled anew, which takes minutes.
+    compiled anew, which takes minutes. Code for the first length is followed by code for all others.
 
     Args:
         model: any model whose layers are in a ModuleList.
@@ -19,4 +19,4 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     """
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for layer in layers:
-            layer.compile(dynamic=False, **options)
+            layer.compile(**options)

@@ -2,10 +2,14 @@
 
 A batch may be plain, padded on either side (``attention_mask``), or packed: several sequences in one row, told
 apart by ``position_ids`` that begin again at 0, by bounds, or by ``seq_idx``.
+
+The host waits for the device once if it has to count: the tokens that an ``attention_mask`` leaves, or the
+sequences in a row whose bounds are not given. With gradients, the device alone checks what a caller says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,47 +79,17 @@ class Line:
             ValueError: an argument has another shape, is no such description, or contradicts another; the message
                 names it.
         """
-        (batch, length), device = x.shape[:2], x.device
-        where = source = None
-        bounds = torch.arange(batch + 1, device=device) * length
-        if attention_mask is not None:
-            real = _real(attention_mask.to(device), batch, length, past, past_length)
-            if real is not None:
-                where = real.flatten().nonzero().squeeze(1)
-                bounds = F.pad(real.sum(1).cumsum(0), (1, 0))
-                newest = real.flatten().cumsum(0).view_as(real) - 1
-                source = torch.where(newest >= bounds[:-1, None], newest, -1)
-        tokens = batch * length if where is None else len(where)
-        line = cls._between(batch, length, bounds, tokens, where, source)
-        cu_seq_lens = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
-        marks = {
-            name: _by_bounds(name, given, batch, length, device)
-            for name, given in cu_seq_lens.items()
-            if given is not None
-        }
-        if seq_idx is not None:
-            marks["seq_idx"] = _by_row("seq_idx", seq_idx, batch, length, device)
-        line = line._divided({name: _begins(line.pack(mark)) for name, mark in marks.items()})
-        if position_ids is not None:
-            position_ids = line.pack(_by_row("position_ids", position_ids, batch, length, device))
-            if past is None and not marks:
-                line = line._divided({"position_ids": position_ids == 0})
-        if past is not None:
-            if line.packed:
-                raise ValueError(f"{' and '.join(marks)}: packed sequences cannot go on from past_key_values.")
-            line.positions = line.offsets + past[line.sequence]
-        if position_ids is not None and not bool((position_ids == line.positions).all()):
-            wrong = int((position_ids != line.positions).int().argmax())
-            raise ValueError(
-                f"position_ids has {int(position_ids[wrong])} at a token whose number is "
-                f"{int(line.positions[wrong])}: it must count the tokens of each sequence from 0 on, without "
-                "padding; leave it out if sequences are not packed."
-            )
+        bounds = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        bounds = {name: given for name, given in bounds.items() if given is not None}
+        counts = attention_mask is not None or (not bounds and (position_ids is not None or seq_idx is not None))
+        # torch.compile cannot go on where the host waits, and would try it line by line.
+        make = _uncompiled if counts else _made
+        line = make(x, attention_mask, position_ids, bounds, seq_idx, past, past_length)
         _check_lengths(line, cache_position, past_length, max_length_q=max_length_q, max_length_k=max_length_k)
         return line
 
     @classmethod
-    def _between(
+    def between(
         cls,
         batch: int,
         length: int,
@@ -131,19 +105,17 @@ class Line:
         offsets = torch.arange(tokens, device=bounds.device) - bounds[:-1][sequence]
         return cls(batch, length, bounds.int(), sequence, offsets, offsets, packed, where, source)
 
-    def _divided(self, begins: dict[str, torch.Tensor]) -> Line:
+    def divided(self, begins: dict[str, torch.Tensor]) -> Line:
         """Divide rows into sequences that begin where all of ``begins``, [N] bool by argument, say so."""
-        if not begins:
-            return self
         rows = self.offsets == 0
         (name, first), *others = ((name, rows | one) for name, one in begins.items())
         for other, one in others:
-            if not torch.equal(first, one):
-                raise ValueError(f"{name} and {other} disagree on where sequences begin: give one of them.")
-        if torch.equal(first, rows):
+            _require(f"{name} and {other}", (first == one).all(), lambda other=other: _disagreement(name, other))
+        count, before = torch.stack((first.sum(), rows.sum())).tolist()
+        if count == before:
             return self
-        bounds = F.pad(first.nonzero().squeeze(1), (0, 1), value=len(first))
-        return self._between(self.batch, self.length, bounds, len(first), self.where, self.source, packed=True)
+        bounds = F.pad(torch.nonzero_static(first, size=count).squeeze(1), (0, 1), value=len(first))
+        return self.between(self.batch, self.length, bounds, len(first), self.where, self.source, packed=True)
 
     @property
     def ragged(self) -> bool:
@@ -196,17 +168,96 @@ class Line:
             )
         if not self.ragged:
             return labels
-        kept = torch.full_like(labels, NO_LABEL).flatten()
-        labels, later = self.pack(labels), self.offsets > 0
-        index = torch.arange(len(labels), device=labels.device) if self.where is None else self.where
-        kept[index[later]] = labels[later]
-        return kept.view(self.batch, self.length)
+        later = torch.where(self.offsets > 0, self.pack(labels), NO_LABEL)
+        if self.where is not None:
+            later = torch.full_like(labels, NO_LABEL).flatten().index_copy(0, self.where, later)
+        return later.view(self.batch, self.length)
+
+
+def _made(
+    x: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    bounds: dict[str, torch.Tensor],
+    seq_idx: torch.Tensor | None,
+    past: torch.Tensor | None,
+    past_length: int,
+) -> Line:
+    """Make the layout of x [B, T, ...] from what :meth:`Line.of` is given; ``bounds`` are by argument."""
+    (batch, length), device = x.shape[:2], x.device
+    ends, tokens = torch.arange(batch + 1, device=device) * length, batch * length
+    where = source = None
+    if attention_mask is not None:
+        real, tokens = _real(attention_mask.to(device), batch, length, past, past_length)
+        if tokens < batch * length:
+            where = torch.nonzero_static(real.flatten(), size=tokens).squeeze(1)
+            ends = F.pad(real.sum(1).cumsum(0), (1, 0))
+            newest = real.flatten().cumsum(0).view_as(real) - 1
+            source = torch.where(newest >= ends[:-1, None], newest, -1)
+    line = Line.between(batch, length, ends, tokens, where, source)
+    bounds = {name: _bounds(name, given, batch, length, device) for name, given in bounds.items()}
+    marks = {name: _by_bounds(given, length) for name, given in bounds.items()}
+    if seq_idx is not None:
+        marks["seq_idx"] = _by_row("seq_idx", seq_idx, batch, length, device)
+    begins = {name: _begins(line.pack(mark)) for name, mark in marks.items()}
+    if bounds and where is None:
+        # How many sequences there are is known without counting.
+        name, ends = next(iter(bounds.items()))
+        line = Line.between(batch, length, ends, tokens, None, None, packed=len(ends) > 2)
+        for other, first in begins.items():
+            same = (first == begins[name]).all()
+            _require(f"{name} and {other}", same, lambda other=other: _disagreement(name, other))
+    elif begins:
+        line = line.divided(begins)
+    if position_ids is not None:
+        position_ids = line.pack(_by_row("position_ids", position_ids, batch, length, device))
+        if past is None and not marks:
+            line = line.divided({"position_ids": position_ids == 0})
+    if past is not None:
+        if line.packed:
+            raise ValueError(f"{' and '.join(marks)}: packed sequences cannot go on from past_key_values.")
+        line.positions = line.offsets + past[line.sequence]
+    if position_ids is not None:
+        _require(
+            "position_ids",
+            (position_ids == line.positions).all(),
+            lambda: _miscounted(position_ids, line.positions),
+        )
+    return line
+
+
+_uncompiled = torch.compiler.disable(_made)
+
+
+def _require(names: str, holds: torch.Tensor, error: Callable[[], str]) -> None:
+    """Raise a ValueError unless ``holds``. With gradients on a GPU, and in compiled code, the device checks it.
+
+    Args:
+        names: of the arguments that are wrong otherwise.
+        error: returns what the ValueError says.
+    """
+    if torch.compiler.is_compiling() or (holds.device.type != "cpu" and torch.is_grad_enabled()):
+        torch._assert_async(holds, f"{names}: wrong values. Call the model under torch.no_grad() to learn more.")
+    elif not bool(holds):
+        raise ValueError(error())
+
+
+def _disagreement(name: str, other: str) -> str:
+    return f"{name} and {other} disagree on where sequences begin: give one of them."
+
+
+def _miscounted(position_ids: torch.Tensor, positions: torch.Tensor) -> str:
+    wrong = int((position_ids != positions).int().argmax())
+    return (
+        f"position_ids has {int(position_ids[wrong])} at a token whose number is {int(positions[wrong])}: it must "
+        "count the tokens of each sequence from 0 on, without padding; leave it out if sequences are not packed."
+    )
 
 
 def _real(
     mask: torch.Tensor, batch: int, length: int, past: torch.Tensor | None, past_length: int
-) -> torch.Tensor | None:
-    """Return which of the [B, T] tokens are no padding, or None if none is.
+) -> tuple[torch.Tensor, int]:
+    """Return which of the [B, T] tokens are no padding, and how many these are.
 
     Raises:
         ValueError: the mask is no padding mask, does not go with the earlier calls, or leaves nothing.
@@ -217,17 +268,18 @@ def _real(
             "at tokens, those in past_key_values included; masks of pairs of tokens are not supported."
         )
     real, new = mask != 0, mask[:, past_length:] != 0
-    # The host waits for the device once.
-    valid, some, every = torch.stack(((real == mask).all(), new.any(), new.all())).tolist()
+    before = real[:, :past_length].sum(1)
+    same = (before == (0 if past is None else past)).all()
+    valid, same, tokens = torch.stack(((real == mask).all().long(), same.long(), new.sum())).tolist()
     if not valid:
         raise ValueError("attention_mask has values other than 0, which is padding, and 1.")
-    if past is not None and not torch.equal(real[:, :past_length].sum(1), past):
+    if not same:
         raise ValueError(
             "attention_mask has other padding than the calls before, whose tokens are in past_key_values."
         )
-    if not some:
+    if not tokens:
         raise ValueError("attention_mask is 0 everywhere: there is no token.")
-    return None if every else new
+    return new, tokens
 
 
 def _by_row(name: str, x: torch.Tensor, batch: int, length: int, device: torch.device) -> torch.Tensor:
@@ -237,16 +289,23 @@ def _by_row(name: str, x: torch.Tensor, batch: int, length: int, device: torch.d
     return x.to(device).expand(batch, -1)
 
 
-def _by_bounds(name: str, bounds: torch.Tensor, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """Return the number of each token's sequence [1, T], given their bounds in one row."""
+def _bounds(name: str, bounds: torch.Tensor, batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """Return bounds [S + 1] of sequences in one row, in int64."""
     if batch != 1:
         raise ValueError(f"{name} is given for {batch} rows: sequences that it bounds are packed into one row.")
     if bounds.dim() != 1 or len(bounds) < 2 or bounds.is_floating_point():
         raise ValueError(f"{name} is {bounds.dtype} {list(bounds.shape)}: it must be int32 [sequences + 1].")
     bounds = bounds.to(device).long()
-    if bounds[0] != 0 or bounds[-1] != length or bool((bounds.diff() < 0).any()):
-        raise ValueError(f"{name} is {bounds.tolist()}: it must rise from 0 to the row's length, {length}.")
-    return torch.searchsorted(bounds, torch.arange(length, device=device), right=True)[None]
+    rises = (bounds[0] == 0) & (bounds[-1] == length) & (bounds.diff() >= 0).all()
+    _require(
+        name, rises, lambda: f"{name} is {bounds.tolist()}: it must rise from 0 to the row's length, {length}."
+    )
+    return bounds
+
+
+def _by_bounds(bounds: torch.Tensor, length: int) -> torch.Tensor:
+    """Return the number of each token's sequence [1, T], given their bounds in one row."""
+    return torch.searchsorted(bounds, torch.arange(length, device=bounds.device), right=True)[None]
 
 
 def _begins(mark: torch.Tensor) -> torch.Tensor:
@@ -258,11 +317,21 @@ def _check_lengths(
     line: Line, cache_position: torch.Tensor | None, past_length: int, **longest: int | torch.Tensor | None
 ) -> None:
     """Raise a ValueError if lengths that the caller gives, the longest by argument, are not those of the line."""
-    expected = torch.arange(past_length, past_length + line.length, device=line.cu_seqlens.device)
-    if cache_position is not None and not torch.equal(cache_position.to(expected), expected):
-        raise ValueError(
+    if cache_position is not None:
+        columns = torch.arange(past_length, past_length + line.length, device=line.cu_seqlens.device)
+        wrong = (
             f"cache_position must be the columns {past_length} to {past_length + line.length - 1}: leave it out."
         )
+        if cache_position.shape != columns.shape:
+            raise ValueError(wrong)
+        _require("cache_position", (cache_position.to(columns) == columns).all(), lambda: wrong)
     for name, value in longest.items():
-        if value is not None and int(value) != (found := int(line.cu_seqlens.diff().max())):
-            raise ValueError(f"{name} is {int(value)}: the longest sequence has {found} tokens.")
+        if value is not None:
+            found = line.cu_seqlens.diff().max()
+            _require(
+                name,
+                found == value,
+                lambda name=name, value=value, found=found: (
+                    f"{name} is {int(value)}: the longest sequence has {int(found)} tokens."
+                ),
+            )

@@ -11,6 +11,7 @@ from transformers.utils import can_return_tuple
 
 from .inputs import kept_positions, tokens_of, wants_hidden_states
 from .line import Line
+from .loss import training_loss
 
 
 class LineModelMixin:
@@ -72,6 +73,7 @@ class LineModelMixin:
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         seq_idx: torch.Tensor | None = None,
+        line: Line | None = None,
     ) -> Any:
         """Compute the hidden states of the last layer.
 
@@ -91,25 +93,27 @@ class LineModelMixin:
             cu_seqlens: [S + 1] bounds of sequences packed into one row (B = 1). FlashAttention's ``cu_seq_lens_q``
                 and ``cu_seq_lens_k`` with ``max_length_q`` and ``max_length_k``, and ``seq_idx`` [1, T], say the
                 same.
+            line: the layout that all these describe, if the caller has made it.
 
         Raises:
             ValueError: an argument is none of this, or contradicts another; the message names it.
         """
         tokens = tokens_of(input_ids, inputs_embeds)
         keep_states = wants_hidden_states(self.config, output_hidden_states, output_attentions)
-        line = Line.of(
-            tokens,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache_position=cache_position,
-            cu_seqlens=cu_seqlens,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
-            seq_idx=seq_idx,
-            **self.past_of(past_key_values, len(tokens)),
-        )
+        if line is None:
+            line = Line.of(
+                tokens,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache_position=cache_position,
+                cu_seqlens=cu_seqlens,
+                cu_seq_lens_q=cu_seq_lens_q,
+                cu_seq_lens_k=cu_seq_lens_k,
+                max_length_q=max_length_q,
+                max_length_k=max_length_k,
+                seq_idx=seq_idx,
+                **self.past_of(past_key_values, len(tokens)),
+            )
         if past_key_values is not None and line.packed:
             raise ValueError("past_key_values is given: packed sequences cannot be continued, so leave it out.")
         cache = self.cache_for(line, use_cache) if past_key_values is None else past_key_values
@@ -170,6 +174,8 @@ class LineForCausalLM:
     ) -> CausalLMOutputWithPast:
         """Compute next-token logits [B, T, vocab], and the loss if there are labels.
 
+        In training mode with labels there is the loss alone, and ``logits`` is None (:mod:`.loss` says why).
+
         The other arguments are as in :meth:`LineModelMixin.forward`.
 
         Args:
@@ -179,20 +185,22 @@ class LineForCausalLM:
             num_items_in_batch: what the sum of the labels' losses is divided by, instead of their number.
             shift_labels: [B, T] labels that are compared with the logits at their own place, instead of ``labels``.
         """
-        layout: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "cache_position": cache_position,
-            "cu_seqlens": cu_seqlens,
-            "cu_seq_lens_q": cu_seq_lens_q,
-            "cu_seq_lens_k": cu_seq_lens_k,
-            "max_length_q": max_length_q,
-            "max_length_k": max_length_k,
-            "seq_idx": seq_idx,
-        }
+        tokens = tokens_of(input_ids, inputs_embeds)
+        line = Line.of(
+            tokens,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache_position=cache_position,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+            seq_idx=seq_idx,
+            **self.model.past_of(past_key_values, len(tokens)),
+        )
         if labels is not None:
-            tokens = tokens_of(input_ids, inputs_embeds)
-            labels = Line.of(tokens, **layout, **self.model.past_of(past_key_values, len(tokens))).labels(labels)
+            labels = line.labels(labels)
         outputs = self.model(
             input_ids=input_ids,
             past_key_values=past_key_values,
@@ -201,18 +209,20 @@ class LineForCausalLM:
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            **layout,
+            line=line,
         )
-        logits: Any = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
-            )
+        hidden = outputs.last_hidden_state
+        logits: Any = None
+        if (loss := training_loss(self, hidden, labels, shift_labels, num_items_in_batch)) is None:
+            logits = self.lm_head(hidden[:, kept_positions(logits_to_keep)])
+            if labels is not None or shift_labels is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=shift_labels,
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

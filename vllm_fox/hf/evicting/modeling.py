@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from vllm_fox.families.evicting.config import EvictingDecoderConfig, Eviction
+from vllm_fox.hf.autocast import for_projections
 from vllm_fox.hf.generation import PackingGenerationMixin, RecomputingMixin
 from vllm_fox.hf.line import Line
 from vllm_fox.hf.line_model import LineForCausalLM, LineModelMixin
@@ -168,9 +169,9 @@ class EvictingDecoderLayer(GradientCheckpointingLayer):
         self, x: torch.Tensor, line: Line, rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Map x [N, hidden] to the output [N, hidden], and say what the attention says."""
-        y, said = self.self_attn(self.input_layernorm(x), x, line, rope)
+        y, said = self.self_attn(for_projections(self.input_layernorm(x)), x, line, rope)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), said
+        return x + self.mlp(for_projections(self.post_attention_layernorm(x))), said
 
 
 class EvictingPreTrainedModel(PreTrainedModel):

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from vllm_fox.families.fox.architecture import OFFICIAL, Architecture
 from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, with_rounding
 from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
+from vllm_fox.hf.autocast import for_projections
 from vllm_fox.hf.generation import PackingGenerationMixin
 from vllm_fox.hf.line import Line
 from vllm_fox.hf.line_model import LineForCausalLM, LineModelMixin
@@ -252,8 +253,8 @@ class ForgettingTransformerBlock(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, line: Line, cache: ForgettingCache | None = None) -> torch.Tensor:
         """Map x [N, hidden] to the output [N, hidden]."""
-        x = x + self.attn(self.attn_norm(x), line, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attn(for_projections(self.attn_norm(x)), line, cache)
+        return x + self.mlp(for_projections(self.mlp_norm(x)))
 
 
 class ForgettingPreTrainedModel(PreTrainedModel):

@@ -20,9 +20,11 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.utils import can_return_tuple
 
 from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
+from vllm_fox.hf.autocast import for_projections
 from vllm_fox.hf.generation import PackingGenerationMixin, RecomputingMixin
 from vllm_fox.hf.inputs import kept_positions, tokens_of, wants_hidden_states
 from vllm_fox.hf.line import NO_LABEL, Line
+from vllm_fox.hf.loss import training_loss
 
 from .alpha_sigmoid import SoftStep, soft_step
 from .dropping_attention import dropping_attention, ragged_dropping_attention
@@ -130,7 +132,7 @@ class Block(GradientCheckpointingLayer):
         lengths: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Return the output [B, T, hidden], and what else :meth:`SparseSelfAttention.forward` returns."""
-        y, logs, kept = self.attn(self.ln_1(x), alpha, before, lengths)
+        y, logs, kept = self.attn(for_projections(self.ln_1(x)), alpha, before, lengths)
         x = x + y
         return x + self.mlp(self.ln_2(x)), logs, kept
 
@@ -215,6 +217,7 @@ class SparseGPT2Model(SparseGPT2PreTrainedModel):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         seq_idx: torch.Tensor | None = None,
+        line: Line | None = None,
     ) -> SparseGPT2ModelOutput:
         """Compute the hidden states of the last layer.
 
@@ -235,6 +238,7 @@ class SparseGPT2Model(SparseGPT2PreTrainedModel):
             cu_seqlens: [S + 1] bounds of sequences packed into one row (B = 1). FlashAttention's ``cu_seq_lens_q``
                 and ``cu_seq_lens_k`` with ``max_length_q`` and ``max_length_k``, and ``seq_idx`` [1, T], say the
                 same.
+            line: the layout that all these describe, if the caller has made it.
 
         Raises:
             ValueError: an argument is none of this, or contradicts another; the message names it.
@@ -246,18 +250,19 @@ class SparseGPT2Model(SparseGPT2PreTrainedModel):
             raise ValueError(f"past_key_values is a {kind}: leave it out, because only a server has a cache.")
         if use_cache:
             raise ValueError("use_cache is true: leave it out, because only a server has a cache.")
-        line = Line.of(
-            tokens,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache_position=cache_position,
-            cu_seqlens=cu_seqlens,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
-            seq_idx=seq_idx,
-        )
+        if line is None:
+            line = Line.of(
+                tokens,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache_position=cache_position,
+                cu_seqlens=cu_seqlens,
+                cu_seq_lens_q=cu_seq_lens_q,
+                cu_seq_lens_k=cu_seq_lens_k,
+                max_length_q=max_length_q,
+                max_length_k=max_length_k,
+                seq_idx=seq_idx,
+            )
         # Sequences of different lengths stand in one row.
         lengths = [n for n in line.cu_seqlens.diff().tolist() if n] if line.ragged else None
         longest = tokens.shape[1] if lengths is None else max(lengths)
@@ -411,6 +416,9 @@ class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, RecomputingMixin, Packing
     ) -> CausalLMOutput:
         """Compute next-token logits [B, T, vocab], and the loss if there are labels.
 
+        In training mode with labels there is the loss alone, and ``logits`` is None (:mod:`vllm_fox.hf.loss` says
+        why).
+
         The other arguments are as in :meth:`SparseGPT2Model.forward`.
 
         Args:
@@ -424,19 +432,20 @@ class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, RecomputingMixin, Packing
                 kept then counts by the share of these labels, so that the losses of a batch's parts add up.
             shift_labels: [B, T] labels that are compared with the logits at their own place, instead of ``labels``.
         """
-        layout: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "cache_position": cache_position,
-            "cu_seqlens": cu_seqlens,
-            "cu_seq_lens_q": cu_seq_lens_q,
-            "cu_seq_lens_k": cu_seq_lens_k,
-            "max_length_q": max_length_q,
-            "max_length_k": max_length_k,
-            "seq_idx": seq_idx,
-        }
+        line = Line.of(
+            tokens_of(input_ids, inputs_embeds),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache_position=cache_position,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+            seq_idx=seq_idx,
+        )
         if labels is not None:
-            labels = Line.of(tokens_of(input_ids, inputs_embeds), **layout).labels(labels)
+            labels = line.labels(labels)
         outputs = self.transformer(
             input_ids=input_ids,
             past_key_values=past_key_values,
@@ -445,22 +454,24 @@ class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, RecomputingMixin, Packing
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            **layout,
+            line=line,
         )
-        logits: Any = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
-            )
-            if gamma:
-                share: Any = 1.0
-                if num_items_in_batch is not None:
-                    counted: Any = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
-                    share = (counted != NO_LABEL).sum() / num_items_in_batch
-                loss = loss + gamma * share * outputs.kept
+        hidden = outputs.last_hidden_state
+        logits: Any = None
+        if (loss := training_loss(self, hidden, labels, shift_labels, num_items_in_batch)) is None:
+            logits = self.lm_head(hidden[:, kept_positions(logits_to_keep)])
+            if labels is not None or shift_labels is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=shift_labels,
+                )
+        if gamma and loss is not None:
+            share: Any = 1.0
+            if num_items_in_batch is not None:
+                counted: Any = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
+                share = (counted != NO_LABEL).sum() / num_items_in_batch
+            loss = loss + gamma * share * outputs.kept
         return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)

@@ -1,0 +1,15 @@
+"""What autocast does to tensors that several projections read."""
+
+from __future__ import annotations
+
+import torch
+
+
+def for_projections(x: torch.Tensor) -> torch.Tensor:
+    """Return x in the dtype in which projections compute: that of autocast where it is on, else its own.
+
+    Autocast by itself would cast x once for each projection, and the gradient of x once more for each.
+    """
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if on and x.dtype != torch.float64 else x
