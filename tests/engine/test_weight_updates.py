@@ -222,3 +222,22 @@ def test_a_pause_in_the_middle_of_answers(llm: LLM, text: list[int], mode: Any, 
     core.resume_scheduler()
     assert run_to_the_end(llm) == (alone if mode == "keep" else {})
     assert [request.num_preemptions for request in running] == [int(mode == "keep" and clear)] * len(prompts)
+
+
+def test_an_adapter_that_is_merged(llm: LLM, fox_tiny: Path, text: list[int], tmp_path: Path) -> None:
+    """Of all linear layers, gates and shifts too: vLLM answers as transformers does with the adapter unmerged."""
+    peft = pytest.importorskip("peft", reason="PEFT, of the extra train, is not installed")
+    torch.manual_seed(0)
+    base: Any = AutoModelForCausalLM.from_pretrained(fox_tiny, dtype=torch.float32)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    prompt = torch.tensor([text[:300]])
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = model.eval().generate(input_ids=prompt, **options)[0, 300:].tolist()
+    with model.disable_adapter():
+        assert model.generate(input_ids=prompt, **options)[0, 300:].tolist() != want
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path / "merged")})
+    assert llm.reset_prefix_cache()
+    (out,) = generate(llm, [text[:300]], greedy(20))
+    assert list(out.outputs[0].token_ids) == want
+    assert_serves(llm, tmp_path / "merged", text)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +80,8 @@ class Line:
             ValueError: an argument has another shape, is no such description, or contradicts another; the message
                 names it.
         """
-        bounds = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
-        bounds = {name: given for name, given in bounds.items() if given is not None}
+        named = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        bounds = {name: given for name, given in named.items() if given is not None}
         counts = attention_mask is not None or (not bounds and (position_ids is not None or seq_idx is not None))
         # torch.compile cannot go on where the host waits, and would try it line by line.
         make = _uncompiled if counts else _made
@@ -110,7 +111,7 @@ class Line:
         rows = self.offsets == 0
         (name, first), *others = ((name, rows | one) for name, one in begins.items())
         for other, one in others:
-            _require(f"{name} and {other}", (first == one).all(), lambda other=other: _disagreement(name, other))
+            _require(f"{name} and {other}", (first == one).all(), partial(_disagreement, name, other))
         count, before = torch.stack((first.sum(), rows.sum())).tolist()
         if count == before:
             return self
@@ -206,7 +207,7 @@ def _made(
         line = Line.between(batch, length, ends, tokens, None, None, packed=len(ends) > 2)
         for other, first in begins.items():
             same = (first == begins[name]).all()
-            _require(f"{name} and {other}", same, lambda other=other: _disagreement(name, other))
+            _require(f"{name} and {other}", same, partial(_disagreement, name, other))
     elif begins:
         line = line.divided(begins)
     if position_ids is not None:
@@ -218,11 +219,8 @@ def _made(
             raise ValueError(f"{' and '.join(marks)}: packed sequences cannot go on from past_key_values.")
         line.positions = line.offsets + past[line.sequence]
     if position_ids is not None:
-        _require(
-            "position_ids",
-            (position_ids == line.positions).all(),
-            lambda: _miscounted(position_ids, line.positions),
-        )
+        right = (position_ids == line.positions).all()
+        _require("position_ids", right, partial(_miscounted, position_ids, line.positions))
     return line
 
 
@@ -328,10 +326,8 @@ def _check_lengths(
     for name, value in longest.items():
         if value is not None:
             found = line.cu_seqlens.diff().max()
-            _require(
-                name,
-                found == value,
-                lambda name=name, value=value, found=found: (
-                    f"{name} is {int(value)}: the longest sequence has {int(found)} tokens."
-                ),
-            )
+            _require(name, found == value, partial(_other_length, name, value, found))
+
+
+def _other_length(name: str, value: int | torch.Tensor, found: torch.Tensor) -> str:
+    return f"{name} is {int(value)}: the longest sequence has {int(found)} tokens."

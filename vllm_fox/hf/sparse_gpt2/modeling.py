@@ -457,8 +457,9 @@ class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, RecomputingMixin, Packing
             line=line,
         )
         hidden = outputs.last_hidden_state
+        loss: Any = training_loss(self, hidden, labels, shift_labels, num_items_in_batch)
         logits: Any = None
-        if (loss := training_loss(self, hidden, labels, shift_labels, num_items_in_batch)) is None:
+        if loss is None:
             logits = self.lm_head(hidden[:, kept_positions(logits_to_keep)])
             if labels is not None or shift_labels is not None:
                 loss = self.loss_function(
