@@ -1,7 +1,8 @@
-"""Gradients of training on a GPU: a trained model on long real text, in bfloat16 against float32."""
+"""Training on a GPU: gradients of a trained model on long real text, and what a step waits for."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tests.support.gradients import assert_near_float32, real_tokens
+from vllm_fox.hf import ForgettingTransformerForCausalLM
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,3 +28,52 @@ def test_gradients_of_a_trained_model_in_bfloat16(fox_tiny: Path, options: dict[
     """Windows of 16,384 tokens, or as many packed into one row."""
     ids = real_tokens(fox_tiny, 65536).cuda()
     assert_near_float32(fox_tiny, ids[None] if "cu_seqlens" in options else ids.view(4, -1), **options)
+
+
+BOUNDS = torch.tensor([0, 5000, 5001, 21000, 32768], dtype=torch.int32)
+WAITS: dict[str, tuple[dict[str, Any], int]] = {
+    "windows": ({}, 0),
+    "packed with bounds": (
+        {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS, "max_length_q": 15999, "max_length_k": 15999}, 0,
+    ),
+    "packed by positions": (
+        {"position_ids": torch.cat([torch.arange(n) for n in BOUNDS.diff().tolist()])[None]}, 1,
+    ),
+    "padded": ({"attention_mask": (torch.arange(32768) > 99)[None].long()}, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_how_often_a_step_waits_for_the_gpu(fox_tiny: Path, case: str) -> None:
+    """PyTorch warns of whatever waits."""
+    given, count = WAITS[case]
+    given = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    model: Any = ForgettingTransformerForCausalLM.from_pretrained(fox_tiny, dtype=torch.float32)
+    model.cuda().train()
+    ids = real_tokens(fox_tiny, 32768).cuda()[None]
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, **given).loss
+        loss.backward()
+
+    step()  # compiles kernels
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(one.message) for one in seen if "synchronizing" in str(one.message)]
+    assert len(waits) == count, waits
+
+
+def test_wrong_positions_are_named_without_gradients(fox_tiny: Path) -> None:
+    """With them the device would end the process."""
+    model: Any = ForgettingTransformerForCausalLM.from_pretrained(fox_tiny, dtype=torch.float32)
+    model.cuda()
+    ids = real_tokens(fox_tiny, 64).cuda()[None]
+    backwards = torch.arange(63, -1, -1, device="cuda")[None]
+    with torch.no_grad(), pytest.raises(ValueError, match="position_ids has 63 at a token whose number is 0"):
+        model(input_ids=ids, position_ids=backwards)
