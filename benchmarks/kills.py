@@ -4,26 +4,29 @@
     python -m benchmarks.kills examples/fox-tiny --data 2
 
 It starts `vllm serve MODEL` once for every kind of process that the server has, sends it requests that stream,
-kills (SIGKILL) one process of the kind, and waits. Every next start also proves that a start works after a kill.
-The exit code is 1 if a client was not answered or a process lived on for longer than --limit seconds, or if shared
-memory or files were left over that an ordinary end does not leave.
+kills (SIGKILL) one process of the kind, and waits. From the kill on it sends short requests as well, one after the
+other, to see whether what is left of the server serves. Every next start also proves that a start works after a
+kill. The exit code is 1 if a client waits without an answer or a process lives on for longer than --limit seconds
+though the server does not serve, or if shared memory or files are left over that an ordinary end does not leave.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
+import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import openai
 import psutil
 
+from benchmarks.kill_clients import Client, Newcomers
 from benchmarks.options import Parser, positive_float, positive_int
 from benchmarks.record import prepare, save
 
@@ -36,50 +39,26 @@ ORDINARY = "nobody"
 """In place of a victim: the server is told to stop when it is idle, as is usual."""
 
 
-class Client(threading.Thread):
-    """Streams one answer after the other, until one breaks off."""
+def command_of(process: psutil.Process) -> str:
+    """A process's command line, which is empty when it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
-    def __init__(self, url: str, model: str, tokens: int, timeout: float) -> None:
-        super().__init__(daemon=True)
-        self.answering, self.error = threading.Event(), ""
-        self.ended_at: float | None = None
-        self._model, self._tokens = model, tokens
-        self._client = openai.OpenAI(
-            base_url=f"{url}/v1",
-            api_key="none",
-            max_retries=0,
-            timeout=timeout,
-            http_client=openai.DefaultHttpxClient(trust_env=False),
-        )
 
-    def run(self) -> None:
-        try:
-            while True:
-                stream = self._client.completions.create(
-                    model=self._model,
-                    prompt="import os\n",
-                    max_tokens=self._tokens,
-                    temperature=0,
-                    stream=True,
-                    extra_body={"ignore_eos": True},
-                )
-                finished = False
-                for chunk in stream:
-                    self.answering.set()
-                    finished = finished or any(choice.finish_reason for choice in chunk.choices)
-                if not finished:
-                    raise ConnectionError("the stream ended in the middle of an answer")
-        except Exception as error:  # which one it is, is what is asked
-            self.error = type(error).__name__
-        self.ended_at = time.monotonic()
+def lives(process: psutil.Process) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked about yet does not."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def processes_of(server: Server) -> list[psutil.Process]:
     """The processes of a server's session, whoever their parents are by now."""
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getsid(process.pid) == server.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(process.pid) == server.process.pid and lives(process):
                 found.append(process)
     return found
 
@@ -88,9 +67,10 @@ def kinds(server: Server) -> dict[str, psutil.Process]:
     """A process of each kind: by its name, and the server itself by ``vllm``."""
     found = {"vllm": psutil.Process(server.process.pid)}
     for process in processes_of(server):
-        words = " ".join(process.cmdline())
+        words = command_of(process)
+        # API servers of several differ in nothing but their numbers.
+        own = re.sub(r"(?<=^APIServer)_\d+$", "", words.partition("::")[2].strip()) or process.name()
         # Python's own helper of multiprocessing, which cleans up after the others.
-        own = words.partition("::")[2].strip() or process.name()
         name = "resource_tracker" if "resource_tracker" in words else own
         if process.pid != server.process.pid:
             found.setdefault(name, process)
@@ -137,24 +117,29 @@ def one(model: Checkpoint, options: list[str], victim: str, limit: float, log: P
             if not all(client.answering.wait(120) for client in clients):
                 raise SystemExit("kills: the server does not answer.")
             shared = shared_by(processes_of(server))
+            newcomers = Newcomers(server.url, demo.MODEL_NAME, limit)
             begin = time.monotonic()
             if victim == ORDINARY:
                 server.process.terminate()
             else:
                 there[victim].kill()
+                newcomers.start()
             ended = until(lambda: server.process.poll() is not None, limit)
-            gone = until(lambda: not processes_of(server), limit)
+            serves = newcomers.served and ended is None
+            gone = until(lambda: not processes_of(server), 0 if serves else limit)
             for client in clients:
-                client.join(max(0.0, limit - (time.monotonic() - begin)))
+                client.join(0 if serves else max(0.0, limit - (time.monotonic() - begin)))
             # Python's helper unlinks shared memory when all who use it are gone.
-            until(lambda: not any(path.exists() for path in shared), 5)
+            until(lambda: serves or not any(path.exists() for path in shared), 5)
             row = {
                 "kinds": sorted(there),
                 "server_ended_s": ended,
                 "exit_status": server.process.poll(),
+                "serves": serves,
                 "all_gone_s": None if ended is None or gone is None else ended + gone,
-                "left": [" ".join(process.cmdline())[:60] for process in processes_of(server)],
+                "left": [command_of(process)[:60] for process in processes_of(server)],
                 "clients_ended_s": [client.ended_at and client.ended_at - begin for client in clients],
+                "clients_wait": sum(client.waits for client in clients),
                 "client_errors": dict(Counter(client.error for client in clients)),
                 "shared_memory": sorted(path.name for path in shared if path.exists()),
                 "files": sorted(path.name for path in Path(scratch).iterdir()),
@@ -164,6 +149,8 @@ def one(model: Checkpoint, options: list[str], victim: str, limit: float, log: P
             for process in processes_of(server):  # so that the next start has the machine for itself
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+            if victim != ORDINARY:
+                row["newcomers"] = newcomers.stop()
     return row
 
 
@@ -177,23 +164,31 @@ def said(log: Path) -> str:
 def failures(victim: str, row: dict[str, Any], usual: dict[str, Any]) -> list[str]:
     """What is wrong, a sentence each, in what a kill left; ``usual`` is what an ordinary end leaves."""
     found = []
-    if row["server_ended_s"] is None:
-        found.append("the server has not ended")
-    if row["left"]:
-        found.append(f"processes are left: {row['left']}")
-    if None in row["clients_ended_s"]:
+    if row["clients_wait"]:
         found.append("a client still waits for an answer")
-    for what, name in (("shared memory is", "shared_memory"), ("files are", "files")):
-        if len(row[name]) > len(usual[name]):
-            found.append(f"{what} left besides: {row[name]}")
+    if not row["serves"]:
+        if row["server_ended_s"] is None:
+            found.append("the server has neither ended nor does it serve")
+        if row["left"]:
+            found.append(f"processes are left: {row['left']}")
+        for what, name in (("shared memory is", "shared_memory"), ("files are", "files")):
+            if len(row[name]) > len(usual[name]):
+                found.append(f"{what} left besides: {row[name]}")
     if row["checkpoint_changed"]:
         found.append("a file of the checkpoint has changed")
     return [f"{victim} was killed: {what}." for what in found]
 
 
+def end_when_told() -> None:
+    """Let SIGTERM and SIGHUP end this program as an error does, so that it ends what it has started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 def main() -> None:
     import demo
 
+    end_when_told()
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint")
     parser.add_argument("--tensor", type=positive_int, default=1, help="tensor-parallel ranks")
@@ -222,7 +217,7 @@ def main() -> None:
     if wrong:
         print("\n".join(wrong))
         raise SystemExit(1)
-    print("Whoever was killed: the server ended, every client heard of it, and nothing was left.")
+    print("Whoever was killed: the server ended or served on, every client heard of it, and nothing was left.")
 
 
 if __name__ == "__main__":

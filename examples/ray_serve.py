@@ -36,12 +36,15 @@ def llm_config(args: argparse.Namespace, on_gpu: bool) -> Any:
         **args.engine_args,
     }
     machine: dict[str, Any] = {}
+    replica: dict[str, Any] = {}
     if not on_gpu:
         prepare_cpu_environment()
         machine = {
             "accelerator_config": {"kind": "cpu"},
             "placement_group_config": {"bundle_per_worker": {"CPU": 0.8}},
         }
+        # With its worker a replica takes one CPU, of which the web front has some.
+        replica = {"ray_actor_options": {"num_cpus": 0.1}}
     passed_on = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "HF_", "OMP_"))}
     return LLMConfig(
         model_loading_config={"model_id": args.name, "model_source": args.model},
@@ -54,6 +57,7 @@ def llm_config(args: argparse.Namespace, on_gpu: bool) -> Any:
             },
             # Beyond this a replica's queue is full, and requests wait for another.
             "max_ongoing_requests": 4 * args.target_requests,
+            **replica,
         },
         runtime_env={"env_vars": passed_on},
         **machine,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from multiprocessing.shared_memory import SharedMemory
@@ -13,19 +14,21 @@ import pytest
 from demo import Server
 
 from benchmarks.kills import failures, processes_of, shared_by, until
+from tests.support import ROOT, patience
 
 GOOD: dict[str, Any] = {
     "server_ended_s": 2.0,
+    "serves": False,
     "left": [],
-    "clients_ended_s": [0.1, 0.2],
+    "clients_wait": 0,
     "shared_memory": ["one"],
     "files": ["a", "b"],
     "checkpoint_changed": False,
 }
 BAD: dict[str, dict[str, Any]] = {
-    "the server has not ended": {"server_ended_s": None},
+    "the server has neither ended nor does it serve": {"server_ended_s": None},
     "processes are left: ['Worker']": {"left": ["Worker"]},
-    "a client still waits for an answer": {"clients_ended_s": [0.1, None]},
+    "a client still waits for an answer": {"clients_wait": 1},
     "shared memory is left besides: ['one', 'two']": {"shared_memory": ["one", "two"]},
     "files are left besides: ['a', 'b', 'c']": {"files": ["a", "b", "c"]},
     "a file of the checkpoint has changed": {"checkpoint_changed": True},
@@ -39,6 +42,12 @@ def test_nothing_is_wrong_if_no_more_is_left_than_usual() -> None:
 @pytest.mark.parametrize("sentence", BAD)
 def test_each_is_wrong(sentence: str) -> None:
     assert failures("Worker", GOOD | BAD[sentence], GOOD) == [f"Worker was killed: {sentence}."]
+
+
+def test_a_server_that_serves_on_has_its_processes_and_memory() -> None:
+    serving = {"server_ended_s": None, "serves": True, "left": ["Worker"], "shared_memory": ["one", "two"]}
+    assert failures("Worker", GOOD | serving, GOOD) == []
+    assert failures("Worker", GOOD | serving | {"clients_wait": 1}, GOOD) != []
 
 
 def test_processes_are_found_by_their_session_after_their_parent_has_gone() -> None:
@@ -65,3 +74,18 @@ def test_shared_memory_is_found_while_it_is_there() -> None:
     memory.close()
     memory.unlink()
     assert Path("/dev/shm", memory.name) not in shared_by([me])
+
+
+def test_a_run_that_is_told_to_end_leaves_its_blocks() -> None:
+    code = (
+        "import time; from benchmarks.kills import end_when_told\n"
+        "end_when_told()\n"
+        "try:\n    print(flush=True); time.sleep(60)\n"
+        "finally:\n    print('left')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.terminate()
+    assert process.communicate(timeout=patience(30))[0] == "left\n"
+    assert process.returncode == 128 + signal.SIGTERM
