@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint")
     parser.add_argument("--tensor", type=positive_int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--data", type=positive_int, default=1, help="data-parallel engines")
+    parser.add_argument("--only", nargs="+", metavar="KIND", help="kinds of processes to kill (default: all)")
     parser.add_argument("--limit", type=positive_float, default=60.0, help="seconds in which all must be over")
     parser.add_argument("--json", type=Path, default=Path("results/kills.json"))
     args = parser.parse_args()
@@ -208,7 +209,7 @@ def main() -> None:
             victim = waiting.pop(0)
             rows[victim] = row = one(model, options, victim, args.limit, logs / f"{victim}.log")
             if victim == ORDINARY:
-                waiting = row["kinds"]
+                waiting = args.only or row["kinds"]
             wrong += failures(victim, row, rows[ORDINARY])
             print(f"{victim}: {row}", flush=True)
     except (demo.DemoError, OSError) as error:

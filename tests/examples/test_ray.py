@@ -29,13 +29,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def ray_batch() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ray_batch", ROOT / "examples" / "ray_batch.py")
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def ray_batch() -> ModuleType:
+    return example("ray_batch")
 
 
 @pytest.fixture
@@ -235,3 +239,17 @@ def test_every_prompt_is_answered_once_though_an_engine_dies(
             SamplingParams(max_tokens=TOKENS, temperature=0, seed=0),
         )
     assert list(found.values()) == [text.outputs[0].text for text in texts]
+
+
+def test_replicas_find_room_on_as_many_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the command lets through: else they would wait for ever, and nobody would say so."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # it is written to
+    sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "engine_args": {}, "target_requests": 64}
+    names = {"name": "a", "model": str(ROOT / "examples" / "fox-tiny")}
+    for replicas in (1, 2, 64):
+        args = argparse.Namespace(min_replicas=replicas, max_replicas=replicas, **sizes, **names)
+        config = example("ray_serve").llm_config(args, on_gpu=False)
+        worker = config.placement_group_config["bundle_per_worker"]["CPU"]
+        replica = config.deployment_config["ray_actor_options"]["num_cpus"]
+        front = 0.1
+        assert replicas * (worker + replica) + front <= replicas + 1e-9
