@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter
@@ -25,8 +26,9 @@ def connect(url: str, timeout: float) -> openai.OpenAI:
 
 
 def described(error: Exception) -> str:
-    """An error's type and the beginning of what it says."""
-    return f"{type(error).__name__}: {str(error)[:160]}"
+    """An error's type and the beginning of what it says, without the ids of requests."""
+    said = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", str(error))
+    return f"{type(error).__name__}: {said[:160]}"
 
 
 class Client(threading.Thread):

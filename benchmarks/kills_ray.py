@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -89,6 +91,8 @@ def running_replicas(model: Checkpoint, count: int, folder: Path, log: Path) -> 
     command = [sys.executable, str(Path(demo.__file__).with_name("ray_serve.py")), "--model", str(model.folder)]
     command += ["--name", demo.MODEL_NAME, "--port", str(port), "--engine-args", json.dumps(engine), "--verbose"]
     command += ["--min-replicas", str(count), "--max-replicas", str(count)]
+    # Of this cluster alone, so that this program may ask it for its state.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment = demo.server_environment() | {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
     with log.open("wb") as output:
         process = subprocess.Popen(

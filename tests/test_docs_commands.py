@@ -84,6 +84,7 @@ NOT_RUN = {
     "python -m benchmarks.fuzz": "Schemathesis, and minutes; tests/benchmarks/test_fuzz.py tests its parts",
     "python -m benchmarks.kernels": "a GPU",
     "python -m benchmarks.kills": "minutes; tests/benchmarks/test_kills.py tests its parts",
+    "python -m benchmarks.kills_ray": "minutes; tests/benchmarks/test_kills_ray.py tests its parts",
     "python -m benchmarks.live_pages": "the extra bench, and a minute",
     "python -m benchmarks.page_size": "minutes",
     "python -m benchmarks.precision": "a GPU",
