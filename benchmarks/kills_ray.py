@@ -1,6 +1,6 @@
 """Kill processes of Ray Serve's replicas under load: who hears of it, and when does a replacement answer?
 
-    python -m benchmarks.kills_ray examples/fox-tiny --replicas 2
+    python -m benchmarks.kills_ray examples/fox-tiny --replicas 1
 
 It starts examples/ray_serve.py. For each kind of process that serves, it lets clients stream answers, kills
 (SIGKILL) the oldest process of the kind, and waits until Ray Serve counts as many replicas as before and a new
@@ -183,7 +183,7 @@ def main() -> None:
     end_when_told()
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint")
-    parser.add_argument("--replicas", type=positive_int, default=2)
+    parser.add_argument("--replicas", type=positive_int, default=1)
     parser.add_argument("--limit", type=positive_float, default=240.0, help="seconds in which all must be replaced")
     parser.add_argument("--json", type=Path, default=Path("results/kills_ray.json"))
     args = parser.parse_args()
