@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support import ROOT
 from tests.support.gradients import real_tokens
+from tests.support.quantised import PROJECTIONS
 
 SECTION = (ROOT / "docs" / "training.md").read_text().split("\n## ")[1]
 
@@ -58,6 +60,17 @@ def test_trainer(workplace: Path, fox_tiny: Path) -> None:
     assert torch.equal(logits(model, ids), logits(trainer.model, ids))
     first = AutoModelForCausalLM.from_pretrained(fox_tiny, dtype=torch.float32)
     assert not torch.equal(logits(model, ids), logits(first, ids))
+
+
+def test_the_adapters_that_vllm_serves_are_of_all_projections(fox_tiny: Path) -> None:
+    """And of nothing else."""
+    peft = pytest.importorskip("peft", reason="PEFT, of the extra train, is not installed")
+    (targets,) = re.findall(r"`target_modules=(\[.*?\])`", SECTION)
+    model: Any = AutoModelForCausalLM.from_pretrained(fox_tiny)
+    projections = {name for name in model.state_dict() if PROJECTIONS.fullmatch(name)}
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=ast.literal_eval(targets)))
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert {f"{name.removeprefix('base_model.model.')}.weight" for name in adapted} == projections
 
 
 def test_trl_with_lora(workplace: Path, fox_tiny: Path) -> None:
