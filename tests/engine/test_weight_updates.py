@@ -114,6 +114,7 @@ def llm(started: LLM, fox_tiny: Path) -> Iterator[LLM]:
     """An engine that has its first weights again after each test."""
     yield started
     started.collective_rpc("reload_weights", kwargs={"weights_path": str(fox_tiny)})
+    assert started.reset_prefix_cache()  # what is cached was computed with other weights
     assert_all_free(started)
 
 
