@@ -150,3 +150,29 @@ class Batch:
     @cached_property
     def has_decode(self) -> bool:
         return 1 in self.query_lens_host
+
+    # What plain PyTorch needs in every layer. Kernels find it out for themselves.
+    @cached_property
+    def single_rows(self) -> torch.Tensor:
+        """The rows with one query, int64."""
+        rows = [row for row, count in enumerate(self.query_lens_host) if count == 1]
+        return torch.tensor(rows, device=self.seq_lens.device)
+
+    @cached_property
+    def row_of(self) -> torch.Tensor:
+        """[T] int64: each token's row."""
+        if self.work is None:
+            return self.single_rows
+        counts = torch.tensor(self.query_lens_host, device=self.seq_lens.device)
+        return torch.repeat_interleave(counts, output_size=self.num_tokens)
+
+    @cached_property
+    def first_position(self) -> torch.Tensor:
+        """[R] int64: where the first new token of each row stands in its request."""
+        return self.seq_lens.long() - self.query_start.diff()
+
+    @cached_property
+    def position(self) -> torch.Tensor:
+        """[T] int64: where each token stands in its request."""
+        token = torch.arange(self.num_tokens, device=self.seq_lens.device)
+        return token + (self.first_position - self.query_start[:-1])[self.row_of]

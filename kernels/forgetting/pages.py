@@ -127,12 +127,16 @@ class ForgettingPages:
 
     def keys(self, ids: torch.Tensor) -> torch.Tensor:
         """K of the pages ``ids`` as float32: [\\*ids, N, d]."""
-        return self.k[ids].float() if self.scales is None else self._scaled(self.k, ids, 0)
+        return self._gathered(self.k, ids, 0)
 
     def values(self, ids: torch.Tensor) -> torch.Tensor:
         """V of the pages ``ids`` as float32: [\\*ids, N, d]."""
-        return self.v[ids].float() if self.scales is None else self._scaled(self.v, ids, 1)
+        return self._gathered(self.v, ids, 1)
 
-    def _scaled(self, stored: torch.Tensor, ids: torch.Tensor, which: int) -> torch.Tensor:
-        assert self.scales is not None
-        return stored.view(torch.uint8)[ids].view(FP8).float() * self.scales[ids, which][..., None, None]
+    def _gathered(self, stored: torch.Tensor, ids: torch.Tensor, which: int) -> torch.Tensor:
+        # On a CPU index_select copies whole pages, where indexing copies number by number. It knows no float8.
+        raw = stored if self.scales is None else stored.view(torch.uint8)
+        found = raw.index_select(0, ids.flatten()).view(*ids.shape, *raw.shape[1:])
+        if self.scales is None:
+            return found.float()
+        return found.view(FP8).float() * self.scales[ids, which][..., None, None]

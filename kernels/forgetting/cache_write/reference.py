@@ -49,39 +49,38 @@ def cache_write(
     """
     size, heads, device = pages.page_size, k.shape[1], k.device
     streams = torch.arange(layer * heads, (layer + 1) * heads, device=device)
-    query_start, seq_lens = batch.query_start.long(), batch.seq_lens.long()
-    lens = query_start.diff()
-    row = torch.repeat_interleave(torch.arange(batch.num_rows, device=device), lens)
-    row_start = query_start[row]
-    token = torch.arange(batch.num_tokens, device=device)
-    first_pos = seq_lens - lens
-    pos = first_pos[row] + token - row_start
-    page, offset = pos // size, pos % size
-    ids = table.page_ids(batch.slots[row][:, None], page[:, None], streams)
-
+    row, pos, first_pos = batch.row_of, batch.position, batch.first_position
+    offset = pos % size
+    ids = table.page_ids(batch.slots[row][:, None], (pos // size)[:, None], streams)
     before = (first_pos - 1).clamp(min=0)
     ids_before = table.page_ids(batch.slots[:, None], (before // size)[:, None], streams)
-    at_row_start = token == row_start
     kept = 1 if pages.last is None else pages.last.shape[1]
-    kept_before = before % size % kept
+    token, row_start = torch.arange(batch.num_tokens, device=device), batch.query_start.long()[row]
+    several = batch.work is not None  # else every token is the first of its row
 
     # What the partly filled page of each row's first token holds already.
     carry = pages.gates[ids_before, :, (before % size)[:, None]]
-    carry = torch.where((first_pos % size != 0)[:, None, None], carry, 0.0)
-    log_f = logsigmoid(gate.float())
+    carry = carry.masked_fill((first_pos % size == 0)[:, None, None], 0.0)[row]
     # Double precision: a difference of long running sums must not lose what one page adds.
-    page_start = torch.maximum(token - offset, row_start)
-    in_page = sums_since(log_f.clamp(min=GATE_FLOOR).double(), page_start)[1:]
-    in_page = in_page + torch.where((page_start == row_start)[:, None, None], carry[row], 0.0)
-    pages.gates[ids, :, offset[:, None]] = in_page.float()
+    in_page = logsigmoid(gate.float()).clamp(min=GATE_FLOOR).double()
+    if several:
+        page_start = torch.maximum(token - offset, row_start)
+        in_page = sums_since(in_page, page_start)[1:]
+        carry = carry.masked_fill((page_start != row_start)[:, None, None], 0.0)
+    pages.gates[ids, :, offset[:, None]] = (in_page + carry).float()
+
+    stored = None
+    if pages.last is not None:
+        stored = pages.last[ids_before, (before % size % kept)[:, None]]
+        stored = stored.masked_fill((first_pos == 0)[:, None, None, None], 0.0)[row]
 
     def shifted(x: torch.Tensor, shift: torch.Tensor | None, which: int) -> torch.Tensor:
         if shift is None:
             return x
-        assert pages.last is not None
-        stored = pages.last[ids_before, kept_before[:, None], which]
-        stored = torch.where((first_pos > 0)[:, None, None], stored, 0.0)
-        previous = torch.where(at_row_start[:, None, None], stored[row], x.roll(1, 0))
+        assert stored is not None
+        previous = stored[:, :, which]
+        if several:
+            previous = torch.where((token == row_start)[:, None, None], previous, x.roll(1, 0))
         a = shift.float().sigmoid()[..., None]
         return (a * previous + (1.0 - a) * x).to(x.dtype)
 
@@ -96,15 +95,18 @@ def cache_write(
         pages.k[ids, offset[:, None]] = new_k
         pages.v[ids, offset[:, None]] = new_v
     else:
-        has_content = at_row_start & (offset > 0)
-        opens = at_row_start | (offset == 0)
+        begins = pos == first_pos[row]
+        has_content = begins & (offset > 0)
+        opens = begins | (offset == 0)
         _write_scaled(pages.k, pages.scales[:, 0], ids, offset, opens, has_content, new_k)
         _write_scaled(pages.v, pages.scales[:, 1], ids, offset, opens, has_content, new_v)
     if pages.last is not None:
-        to_end = torch.minimum(size - 1 - offset, row_start + lens[row] - 1 - token)
-        newest = (to_end < kept).nonzero().squeeze(-1)
-        raw = torch.stack((k[newest], v[newest]), dim=2).to(pages.last.dtype)
-        pages.last[ids[newest], (offset[newest] % kept)[:, None]] = raw
+        raw = torch.stack((k, v), dim=2).to(pages.last.dtype)
+        if several:
+            to_end = torch.minimum(size - 1 - offset, batch.seq_lens[row] - 1 - pos)
+            newest = (to_end < kept).nonzero().squeeze(-1)
+            ids, offset, raw = ids[newest], offset[newest], raw[newest]
+        pages.last[ids, (offset % kept)[:, None]] = raw
 
 
 def _write_scaled(

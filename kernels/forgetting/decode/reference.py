@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...paged import Batch, PageTable
-from ...segments import sums_since
 from ..pages import ForgettingPages
 
 if TYPE_CHECKING:
     from ...shares.plan import DecodePlan
 
-MAX_GATHERED_ELEMENTS = 1 << 26
-"""At most so many elements of K are gathered at once."""
+GATHERED_NUMBERS = 1 << 19
+"""So many numbers of K or V are gathered at once: they stay in a processor's cache until they are multiplied."""
 
 
 def decode_attention(
@@ -45,53 +44,49 @@ def decode_attention(
         workspace: what the implementation for the device needs from step to step, made by ``make_workspace``; not
             used here.
     """
-    size, (_, heads, _, dim) = pages.page_size, q.shape
-    rows = torch.tensor([r for r, n in enumerate(batch.query_lens_host) if n == 1], device=q.device)
-    most_pages = -(-int(batch.seq_lens[rows].max()) // size)
-    step = max(1, MAX_GATHERED_ELEMENTS // (most_pages * size * dim * heads))
-    for some in rows.split(step):
-        _rows(pages, table, batch, layer, q, scale, some, out)
-
-
-def _rows(
-    pages: ForgettingPages,
-    table: PageTable,
-    batch: Batch,
-    layer: int,
-    q: torch.Tensor,
-    scale: float,
-    rows: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
     size, (_, heads, groups, dim), device = pages.page_size, q.shape, q.device
     streams = torch.arange(layer * heads, (layer + 1) * heads, device=device)
-    slots, last = batch.slots[rows].long(), batch.seq_lens[rows].long() - 1
+    rows = batch.single_rows
+    token, slots = batch.query_start[rows].long(), batch.slots[rows].long()[:, None]
+    last = batch.seq_lens[rows].long()[:, None] - 1
     newest = last // size
-    counts = newest[:, None] + 1 - torch.minimum(table.first_live[slots[:, None], streams].long(), newest[:, None])
-    # One entry a live page: [row 0 head 0 newest..oldest, row 0 head 1 newest..oldest, ...].
-    counts = counts.flatten()
-    segment = torch.repeat_interleave(torch.arange(counts.numel(), device=device), counts)
-    row, head = segment // heads, segment % heads
-    first = (counts.cumsum(0) - counts)[segment]
-    back = torch.arange(segment.numel(), device=device) - first
-    ids = table.page_ids(slots[row], newest[row] - back, streams[head])
+    first = torch.minimum(table.first_live[slots, streams].long(), newest)
+    # The pages of all P = R * H (row, head) pairs from the newest ones back: [W, P]. The live ones make a list of n
+    # pages, which begins with the newest page of every pair.
+    pairs = first.numel()
+    page = newest - torch.arange(int((newest - first).max()) + 1, device=device)[:, None, None]
+    live = (page >= first).flatten().nonzero().squeeze(1)
+    ids = table.page_ids(slots, page.clamp(min=0), streams).flatten().index_select(0, live)
+    pair = live % pairs
 
-    gates = pages.gates[ids].double()
-    end = torch.where(back == 0, last[row] % size, size - 1)
-    total = gates.gather(-1, end[:, None, None].expand(-1, groups, 1))
+    def by_pair(x: torch.Tensor, missing: float) -> torch.Tensor:
+        """What the n live pages have, [n, ...], as [W, P, ...]."""
+        full = x.new_full((len(page) * pairs, *x.shape[1:]), missing)
+        return full.index_copy_(0, live, x).view(len(page), pairs, *x.shape[1:])
+
+    offset = (last % size).expand_as(first).flatten()
+    end = torch.where(live < pairs, offset.index_select(0, pair), size - 1)
     # D_ij = (sum of log f over the pages after j's) + (j's page in total) - (running sum at j).
-    bias = sums_since(total, first)[1:] - gates
-    token = batch.query_start[rows].long()
-    logits = torch.einsum("pgd,pnd->pgn", q[token][row, head].float(), pages.keys(ids)) * scale + bias.float()
-    future = torch.arange(size, device=device) > end[:, None]
-    logits = logits.masked_fill(future[:, None, :], float("-inf"))
+    gates = pages.gates.index_select(0, ids)
+    total = gates.gather(-1, end[:, None, None].expand(-1, groups, 1))
+    totals = by_pair(total.double(), 0.0)
+    after = (totals.cumsum(0) - totals).flatten(0, 1).index_select(0, live)
+    logits = (total - gates).add_(after)
+    query = q.index_select(0, token).flatten(0, 1).index_select(0, pair).float()
+    step = max(1, GATHERED_NUMBERS // (size * dim))
+    blocks = [slice(at, at + step) for at in range(0, len(ids), step)]
+    for some in blocks:
+        logits[some].baddbmm_(query[some], pages.keys(ids[some]).transpose(1, 2), alpha=scale)
+    future = (torch.arange(size, device=device) > offset[:, None])[:, None]
+    logits[:pairs].masked_fill_(future, float("-inf"))
 
-    shape = (counts.numel(), groups)
-    index = segment[:, None].expand(-1, groups)
-    peak = torch.full(shape, float("-inf"), device=device).scatter_reduce(0, index, logits.amax(-1), "amax")
-    weights = (logits - peak[segment][..., None]).exp()
-    mass = torch.zeros(shape, device=device).index_add_(0, segment, weights.sum(-1))
-    values = torch.where(future[..., None], 0.0, pages.values(ids))
-    partial = torch.einsum("pgn,pnd->pgd", weights, values)
-    result = torch.zeros(*shape, dim, device=device).index_add_(0, segment, partial)
-    out[token] = (result / mass[..., None]).view(-1, heads, groups, dim).to(out.dtype)
+    peak = by_pair(logits.amax(-1), float("-inf")).amax(0)
+    weights = (logits - peak.index_select(0, pair)[..., None]).exp_()
+    partial = torch.empty(len(ids), groups, dim, device=device)
+    for some in blocks:
+        values = pages.values(ids[some])
+        hidden = future[some, 0, :, None]
+        values[: len(hidden)].masked_fill_(hidden, 0.0)
+        torch.bmm(weights[some], values, out=partial[some])
+    result = by_pair(partial, 0.0).sum(0) / by_pair(weights.sum(-1), 0.0).sum(0)[..., None]
+    out[token] = result.view(-1, heads, groups, dim).to(out.dtype)
