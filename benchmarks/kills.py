@@ -12,6 +12,7 @@ though the server does not serve, or if shared memory or files are left over tha
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -185,6 +186,15 @@ def end_when_told() -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
+def conclude(args: argparse.Namespace, rows: dict[str, dict[str, Any]], wrong: list[str], well: str) -> None:
+    """Save what was found, and say that all is well, or end the program with what is wrong."""
+    save(args.json, {"options": {key: str(value) for key, value in vars(args).items()}, "rows": rows})
+    if wrong:
+        print("\n".join(wrong))
+        raise SystemExit(1)
+    print(f"Whoever was killed: {well}")
+
+
 def main() -> None:
     import demo
 
@@ -214,11 +224,7 @@ def main() -> None:
             print(f"{victim}: {row}", flush=True)
     except (demo.DemoError, OSError) as error:
         raise SystemExit(f"kills: {error}") from None
-    save(args.json, {"options": {key: str(value) for key, value in vars(args).items()}, "rows": rows})
-    if wrong:
-        print("\n".join(wrong))
-        raise SystemExit(1)
-    print("Whoever was killed: the server ended or served on, every client heard of it, and nothing was left.")
+    conclude(args, rows, wrong, "the server ended or served on, every client heard of it, and nothing was left.")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from benchmarks.kill_clients import Client, Newcomers
-from benchmarks.kills import CLIENTS, command_of, end_when_told, lives, processes_of, shared_by, until
+from benchmarks.kills import CLIENTS, command_of, conclude, end_when_told, lives, processes_of, shared_by, until
 from benchmarks.options import Parser, positive_float, positive_int
-from benchmarks.record import prepare, save
+from benchmarks.record import prepare
 
 if TYPE_CHECKING:
     from demo import Checkpoint, Server
@@ -207,11 +207,7 @@ def main() -> None:
                 wrong.append(f"The end of the server left processes: {left}.")
     except (demo.DemoError, OSError) as error:
         raise SystemExit(f"kills_ray: {error}") from None
-    save(args.json, {"options": {key: str(value) for key, value in vars(args).items()}, "rows": rows})
-    if wrong:
-        print("\n".join(wrong))
-        raise SystemExit(1)
-    print("Whoever was killed: every client heard of it, a replacement answered, and nothing was left.")
+    conclude(args, rows, wrong, "every client heard of it, a replacement answered, and nothing was left.")
 
 
 if __name__ == "__main__":

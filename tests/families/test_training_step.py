@@ -18,6 +18,7 @@ from vllm_fox.hf import (
     EvictingDecoderForCausalLM,
     FlaForgettingTransformerForCausalLM,
     ForgettingTransformerForCausalLM,
+    compile_layers,
 )
 from vllm_fox.hf.loss import MIN_ROWS, linear_cross_entropy
 
@@ -86,7 +87,7 @@ def test_a_step_reads_nothing_from_the_device(name: str, layout: str) -> None:
     model(input_ids=ids.to("meta"), labels=ids.to("meta"), **given).loss.backward()
     assert all(weight.grad is not None for weight in model.parameters())
     # What does read: a mask, whose tokens have to be counted.
-    with pytest.raises(NotImplementedError, match="no data"):
+    with pytest.raises(RuntimeError, match="no data"):
         model(input_ids=ids.to("meta"), attention_mask=ids.to("meta"))
 
 
@@ -218,3 +219,17 @@ def test_torch_compile_of_trainer_compiles_twice_for_all_lengths(collate: Any, t
     # In two parts, where the host counts tokens or sequences before.
     first, *others = seen.counts
     assert first in (1, 2) and others == [2 * first] * 3
+
+
+def test_layers_are_not_compiled_anew_from_the_third_length_on() -> None:
+    """The code of one layer serves all."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, counts = fox(num_hidden_layers=3), list[int]()
+    compile_layers(model, backend="eager")
+    for n in (33, 40, 20, 64):
+        ids = tokens(2, n)
+        model(input_ids=ids, labels=ids).loss.backward()
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert counts[0] == 1 and counts[1:] == [counts[1]] * 3

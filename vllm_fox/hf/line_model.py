@@ -9,9 +9,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .inputs import kept_positions, tokens_of, wants_hidden_states
+from .inputs import tokens_of, wants_hidden_states
 from .line import Line
-from .loss import training_loss
+from .loss import logits_and_loss
 
 
 class LineModelMixin:
@@ -211,19 +211,9 @@ class LineForCausalLM:
             return_dict=True,
             line=line,
         )
-        hidden = outputs.last_hidden_state
-        loss: Any = training_loss(self, hidden, labels, shift_labels, num_items_in_batch)
-        logits: Any = None
-        if loss is None:
-            logits = self.lm_head(hidden[:, kept_positions(logits_to_keep)])
-            if labels is not None or shift_labels is not None:
-                loss = self.loss_function(
-                    logits=logits,
-                    labels=labels,
-                    vocab_size=self.config.vocab_size,
-                    num_items_in_batch=num_items_in_batch,
-                    shift_labels=shift_labels,
-                )
+        logits, loss = logits_and_loss(
+            self, outputs.last_hidden_state, labels, shift_labels, num_items_in_batch, logits_to_keep
+        )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -1,4 +1,4 @@
-"""The cross-entropy of a language model, from its last hidden states, without logits of all tokens in memory."""
+"""What a language model's head gives: logits, or in training a loss without logits of all tokens in memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import library, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .autocast import for_projections
+from .inputs import kept_positions
 from .line import NO_LABEL
 
 MIN_ROWS = 1024
@@ -99,31 +100,43 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: tor
     return total
 
 
-def training_loss(
+def logits_and_loss(
     model: Any,
     hidden: torch.Tensor,
     labels: torch.Tensor | None,
     shift_labels: torch.Tensor | None,
     num_items_in_batch: int | torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Return the loss of a model in training mode that nobody asks for logits, or None if that is something else.
+    logits_to_keep: int | torch.Tensor,
+) -> tuple[Any, Any]:
+    """Return the logits of a model's head, and the loss; None for what there is not.
 
-    It is something else in evaluation, without labels, with another loss function than transformers' own, and where
-    an adapter or a quantised layer stands in the place of the model's head.
+    In training mode with labels there is the loss alone, which is computed a block of tokens at a time. There are
+    logits as well with another loss function than transformers' own, and where an adapter or a quantised layer
+    stands in the place of the model's head. Without labels there is no loss.
 
     Args:
         hidden: [B, T, hidden] of the last layer.
         labels, shift_labels: [B, T] labels of the next tokens, or of the logits at their own place, or None.
         num_items_in_batch: what the sum is divided by, instead of the number of labels.
+        logits_to_keep: number of positions at the end whose logits are computed (0: all), or an index of them.
     """
     given = labels if shift_labels is None else shift_labels
-    if not model.training or given is None or type(model.lm_head) is not nn.Linear:
-        return None
-    if model.loss_function is not ForCausalLMLoss:
-        return None
+    plain = type(model.lm_head) is nn.Linear and model.loss_function is ForCausalLMLoss
+    if given is None or not model.training or not plain:
+        logits = model.lm_head(hidden[:, kept_positions(logits_to_keep)])
+        if given is None:
+            return logits, None
+        loss = model.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=model.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels,
+        )
+        return logits, loss
     if shift_labels is None:
         given = nn.functional.pad(given[:, 1:], (0, 1), value=NO_LABEL)
     count = (given != NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, torch.Tensor):
         count = count.to(hidden.device)
-    return linear_cross_entropy(hidden, model.lm_head.weight, given.to(hidden.device)) / count
+    return None, linear_cross_entropy(hidden, model.lm_head.weight, given.to(hidden.device)) / count

@@ -22,9 +22,9 @@ from transformers.utils import can_return_tuple
 from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
 from vllm_fox.hf.autocast import for_projections
 from vllm_fox.hf.generation import PackingGenerationMixin, RecomputingMixin
-from vllm_fox.hf.inputs import kept_positions, tokens_of, wants_hidden_states
+from vllm_fox.hf.inputs import tokens_of, wants_hidden_states
 from vllm_fox.hf.line import NO_LABEL, Line
-from vllm_fox.hf.loss import training_loss
+from vllm_fox.hf.loss import logits_and_loss
 
 from .alpha_sigmoid import SoftStep, soft_step
 from .dropping_attention import dropping_attention, ragged_dropping_attention
@@ -456,19 +456,9 @@ class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, RecomputingMixin, Packing
             return_dict=True,
             line=line,
         )
-        hidden = outputs.last_hidden_state
-        loss: Any = training_loss(self, hidden, labels, shift_labels, num_items_in_batch)
-        logits: Any = None
-        if loss is None:
-            logits = self.lm_head(hidden[:, kept_positions(logits_to_keep)])
-            if labels is not None or shift_labels is not None:
-                loss = self.loss_function(
-                    logits=logits,
-                    labels=labels,
-                    vocab_size=self.config.vocab_size,
-                    num_items_in_batch=num_items_in_batch,
-                    shift_labels=shift_labels,
-                )
+        logits, loss = logits_and_loss(
+            self, outputs.last_hidden_state, labels, shift_labels, num_items_in_batch, logits_to_keep
+        )
         if gamma and loss is not None:
             share: Any = 1.0
             if num_items_in_batch is not None:
