@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.gradients import assert_near_float32, real_tokens
+from tests.support.gradients import assert_near_float32, bound, real_tokens
 from vllm_fox.hf import ForgettingTransformerForCausalLM
+from vllm_fox.hf.fused import fuses
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,3 +78,43 @@ def test_wrong_positions_are_named_without_gradients(fox_tiny: Path) -> None:
     backwards = torch.arange(63, -1, -1, device="cuda")[None]
     with torch.no_grad(), pytest.raises(ValueError, match="position_ids has 63 at a token whose number is 0"):
         model(input_ids=ids, position_ids=backwards)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "bfloat16 weights"])
+def test_fused_and_plain_layers_have_the_gradients_of_float64(fox_tiny: Path, weights: torch.dtype) -> None:
+    """Layers in evaluation mode compute in plain PyTorch, whatever the loss does, and so does float64."""
+    ids = real_tokens(fox_tiny, 4096).cuda().view(2, -1)
+
+    def gradients(dtype: torch.dtype, fused: bool) -> tuple[float, torch.Tensor]:
+        model: Any = ForgettingTransformerForCausalLM.from_pretrained(fox_tiny, dtype=dtype)
+        model.cuda().train()
+        model.model.train(fused)
+        assert fuses(model.model.norm, model.model.norm.weight) == (fused and dtype != torch.float64)
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.item(), torch.cat([weight.grad.double().flatten() for weight in model.parameters()])
+
+    exact, want = gradients(torch.float64, True)
+    allowed = bound(4, torch.bfloat16)
+    for fused in (True, False):
+        loss, found = gradients(weights, fused)
+        distance = ((found - want).norm() / want.norm()).item()
+        print(f"fused {fused}: loss {loss:.6f} of {exact:.6f}, gradients {distance:.4f}, allowed {allowed:.4f}")
+        assert distance <= allowed
+        assert abs(loss - exact) <= allowed * exact
+
+
+def test_fused_layers_in_float32(fox_tiny: Path) -> None:
+    """Without bfloat16's roundings a fault of a fused form would show at once."""
+    ids = real_tokens(fox_tiny, 2048).cuda()[None]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model: Any = ForgettingTransformerForCausalLM.from_pretrained(fox_tiny, dtype=dtype)
+        model.cuda().train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append(torch.cat([weight.grad.double().flatten() for weight in model.parameters()]))
+    distance = ((found[0] - found[1]).norm() / found[1].norm()).item()
+    print(distance)
+    # Attention's kernels multiply float32 by TF32 or better.
+    assert distance <= bound(4, torch.float32) * 2**13

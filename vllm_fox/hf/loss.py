@@ -9,6 +9,7 @@ from torch import library, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .autocast import for_projections
+from .fused import fused
 from .inputs import kept_positions
 from .line import NO_LABEL
 
@@ -39,21 +40,26 @@ def _with_gradients(
     total = torch.zeros((), dtype=wide, device=hidden.device)
     grad_hidden, grad_weight = _room(hidden, of_hidden), _room(weight, of_weight).to(wide).zero_()
     rows = max(MIN_ROWS, -(-hidden.numel() // len(weight)))
+    of_block = fused(_block) if hidden.is_cuda and hidden.dtype != torch.float64 else _block
     for at in range(0, len(hidden), rows):
-        x, label = hidden[at : at + rows], labels[at : at + rows, None]
-        logits = (x @ weight.T).to(wide)
-        counts, index = label != NO_LABEL, label.clamp(min=0)
-        logits -= logits.logsumexp(-1, keepdim=True)
-        own = logits.gather(1, index)
-        total -= own.masked_fill(~counts, 0).sum()
-        if of_hidden or of_weight:
-            logits.exp_().scatter_(1, index, own.exp() - 1).masked_fill_(~counts, 0)
-            grad = logits.to(x.dtype)
-            if of_hidden:
-                torch.mm(grad, weight, out=grad_hidden[at : at + rows])
-            if of_weight:
-                grad_weight += grad.T @ x
+        x = hidden[at : at + rows]
+        losses, grad = of_block(x @ weight.T, labels[at : at + rows])
+        total += losses.sum()
+        if of_hidden:
+            torch.mm(grad, weight, out=grad_hidden[at : at + rows])
+        if of_weight:
+            grad_weight += grad.T @ x
     return total, grad_hidden, grad_weight.to(weight.dtype)
+
+
+def _block(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses [n] of logits [n, vocab], in float32 or wider, and their gradients in the logits' dtype."""
+    counts, wide = labels != NO_LABEL, logits.to(torch.promote_types(logits.dtype, torch.float32))
+    lse, index = wide.logsumexp(-1), labels.clamp(min=0)[:, None]
+    losses = torch.where(counts, lse - wide.gather(1, index)[:, 0], 0.0)
+    own = torch.arange(wide.shape[1], device=wide.device) == index
+    grad = torch.where(counts[:, None], (wide - lse[:, None]).exp() - own.to(wide.dtype), 0.0)
+    return losses, grad.to(logits.dtype)
 
 
 def _room(x: torch.Tensor, wanted: bool) -> torch.Tensor:

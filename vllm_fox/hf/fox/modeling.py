@@ -20,6 +20,7 @@ from vllm_fox.families.fox.architecture import OFFICIAL, Architecture
 from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, with_rounding
 from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
 from vllm_fox.hf.autocast import for_projections
+from vllm_fox.hf.fused import fused, fuses
 from vllm_fox.hf.generation import PackingGenerationMixin
 from vllm_fox.hf.line import Line
 from vllm_fox.hf.line_model import LineForCausalLM, LineModelMixin
@@ -54,6 +55,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., n] to the normed x [..., n]."""
+        return fused(RMSNorm._normed)(self, x) if fuses(self, x) else self._normed(x)
+
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
         return self.wide(x).flatten(-2).to(x.dtype)
 
 
@@ -253,6 +257,10 @@ class ForgettingTransformerBlock(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, line: Line, cache: ForgettingCache | None = None) -> torch.Tensor:
         """Map x [N, hidden] to the output [N, hidden]."""
+        compute = fused(ForgettingTransformerBlock._compute) if fuses(self, x) else type(self)._compute
+        return compute(self, x, line, cache)
+
+    def _compute(self, x: torch.Tensor, line: Line, cache: ForgettingCache | None) -> torch.Tensor:
         x = x + self.attn(for_projections(self.attn_norm(x)), line, cache)
         return x + self.mlp(for_projections(self.mlp_norm(x)))
 

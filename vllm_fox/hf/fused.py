@@ -1,0 +1,28 @@
+"""What torch.compile makes fewer kernels of in training on a GPU, without being asked to.
+
+Operation by operation, PyTorch reads and writes every element anew, and the host starts a kernel for each. The same
+functions run as they are elsewhere, in float64, in evaluation, and where a caller's own torch.compile holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+@cache
+def fused(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Compile a function for the first length that it meets, and once more for all others."""
+    return torch.compile(function)
+
+
+def fuses(module: nn.Module, x: torch.Tensor) -> bool:
+    """Return whether ``module`` computes by :func:`fused`, given its input."""
+    return module.training and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
