@@ -54,8 +54,8 @@ class Distillation(nn.Module):
         self.budget = budget
         self._compare: Compare = torch.compile(compare, dynamic=False) if compiled else compare
 
-    def forward(self, ids: torch.Tensor, share: float) -> torch.Tensor:
-        """Return the loss of windows [B, T], given the share of tokens to evict."""
+    def forward(self, ids: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """Return the loss of windows [B, T], given the share of tokens to evict, a number."""
         mean, evicted, excess = divergence(self.model, ids, self._compare)
         missing = (share - evicted.mean()).clamp(min=0.0)
         return mean + self.budget * (missing + FIRMNESS * missing.square()) + CLEARNESS * excess.mean()

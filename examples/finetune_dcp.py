@@ -145,7 +145,7 @@ def finetune(args: argparse.Namespace, dense: GPT2LMHeadModel | None) -> None:
         found = [model(input_ids=ids, labels=ids, **how).loss.float() for ids in windows]
         return {"validation_loss": torch.stack(found).mean().item()}
 
-    def dense_loss(model: Any, ids: torch.Tensor, step: int, **how: Any) -> torch.Tensor:
+    def dense_loss(model: Any, ids: torch.Tensor, **how: Any) -> torch.Tensor:
         loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False, **how).loss
         return loss
 
@@ -187,7 +187,13 @@ def finetune(args: argparse.Namespace, dense: GPT2LMHeadModel | None) -> None:
     baseline = (partial(dense_loss, **near), partial(losses, **near))
     functions = baseline if plain else (sparse_loss, sparse_figures)
     trained = train(
-        args, accelerator, corpus, model, *functions, rate_of=lambda name: args.int_rate if "int" in name else 1.0
+        args,
+        accelerator,
+        corpus,
+        model,
+        *functions,
+        inputs_of=lambda ids, step: () if plain else (step,),
+        rate_of=lambda name: args.int_rate if "int" in name else 1.0,
     )
     export(accelerator, trained, args, args.output / "model")
     accelerator.end_training()

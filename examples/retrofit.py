@@ -260,15 +260,16 @@ def retrofit(args: argparse.Namespace, model: EvictingDecoderForCausalLM) -> Non
     accelerator, corpus = begin(args, fixed, args.checkpoint / "tokenizer.json")
     save_learned_only(accelerator)
 
-    def loss_of(wrapped: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
-        loss: torch.Tensor
-        if args.predictor:
-            loss = wrapped(ids)
-        else:
-            # Noise that follows from the windows alone: whichever process computes them, and after whatever break.
-            torch.manual_seed(zlib.crc32(ids.cpu().numpy().tobytes(), args.seed + step))
-            loss = wrapped(ids, wanted_share(step, args))
+    def loss_of(wrapped: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = wrapped(*inputs)
         return loss
+
+    def inputs_of(ids: torch.Tensor, step: int) -> tuple[torch.Tensor, ...]:
+        if args.predictor:
+            return ()
+        # Noise that follows from the windows alone: whichever process computes them, and after whatever break.
+        torch.manual_seed(zlib.crc32(ids.cpu().numpy().tobytes(), args.seed + step))
+        return (torch.full((), wanted_share(step, args), device=ids.device),)
 
     def figures(wrapped: Any) -> dict[str, float]:
         """What is worth knowing while it learns: a predictor has no threshold yet."""
@@ -283,7 +284,9 @@ def retrofit(args: argparse.Namespace, model: EvictingDecoderForCausalLM) -> Non
     record_run(args, fixed, accelerator)
     if args.predictor:
         learner.to(accelerator.device).start_at_mean(windows[0][:1])
-    trained = train(args, accelerator, corpus, learner, loss_of, figures)
+    # Checkpointing looks at the device's generator, which a capture does not allow.
+    captured = not (args.predictor or args.checkpointing)
+    trained = train(args, accelerator, corpus, learner, loss_of, figures, inputs_of=inputs_of, captured=captured)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(trained).model.eval()
         with torch.no_grad():

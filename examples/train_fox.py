@@ -86,20 +86,21 @@ def pretrain(args: argparse.Namespace, config: FoxConfig) -> None:
     check_disk(args, sum(p.numel() for p in model.parameters()))
     record_run(args, fixed, accelerator)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # No layer draws random numbers, and a capture does not allow to look at their generator.
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
-    def loss_of(model: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
+    def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
         return loss
 
     def validate(model: Any) -> dict[str, float]:
-        losses = [loss_of(model, ids, 0).float() for ids in held_out(accelerator, corpus, args)]
+        losses = [loss_of(model, ids).float() for ids in held_out(accelerator, corpus, args)]
         values = {"validation_loss": torch.stack(losses).mean().item()}
         if args.pruning:  # one window tells enough about the gates
             values["live_share"] = live_shares(model, next(held_out(accelerator, corpus, args))).mean().item()
         return values
 
-    trained = train(args, accelerator, corpus, model, loss_of, validate)
+    trained = train(args, accelerator, corpus, model, loss_of, validate, captured=True)
     export(accelerator, trained, args, args.output / "model")
     accelerator.end_training()
     folder = printable(args.output / "model")

@@ -76,15 +76,15 @@ def pretrain(args: argparse.Namespace) -> None:
     check_disk(args, sum(p.numel() for p in model.parameters()))
     record_run(args, fixed, accelerator)
 
-    def loss_of(model: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
+    def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
         return loss
 
     def validate(model: Any) -> dict[str, float]:
-        losses = [loss_of(model, ids, 0).float() for ids in held_out(accelerator, corpus, args)]
+        losses = [loss_of(model, ids).float() for ids in held_out(accelerator, corpus, args)]
         return {"validation_loss": torch.stack(losses).mean().item()}
 
-    trained = train(args, accelerator, corpus, model, loss_of, validate)
+    trained = train(args, accelerator, corpus, model, loss_of, validate, captured=True)
     export(accelerator, trained, args, args.output / "model")
     accelerator.end_training()
     folder = printable(args.output / "model")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from captured_gradients import CapturedGradients
 from command_line import (
     Parser,
     integer,
@@ -29,6 +30,7 @@ from command_line import (
     refuse,
     seed_number,
 )
+from data_parallel import average_gradients
 from safetensors import SafetensorError, safe_open
 from text_corpus import END, Corpus, prepare, window_order
 from tokenizers import Tokenizer
@@ -94,7 +96,7 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument("--weight-decay", type=non_negative_float, default=0.1)
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument(
-        "--compile", action="store_true", help="the layers, by torch.compile: twice as fast on a GPU"
+        "--compile", action="store_true", help="by torch.compile, and on a GPU in one CUDA graph a step"
     )
     parser.add_argument(
         "--eval-every", type=non_negative_int, default=100, help="steps between validations; 0: none"
@@ -156,6 +158,8 @@ def begin(
     corpus = Corpus.open(data)
     # Not only the same batches, the same sums: a run that went on cannot be told from one that never stopped.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Nothing reads memory that it has not written, so nothing need be written to make it the same.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # What is all but dropped weighs so little that a CPU would compute with it many times slower.
     torch.set_flush_denormal(True)
     set_seed(args.seed)
@@ -352,7 +356,10 @@ def make_optimizers(
             params = [p for p in mine if (id(p) in decaying) == decays]
             groups.append({"params": params, "weight_decay": args.weight_decay * decays, "rate": rate})
     groups = [group for group in groups if group["params"]]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
+    on_gpu = not args.cpu
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=on_gpu)
+    ]
     if matrices:
         # Its steps are scaled to be as large as AdamW's, so one learning rate serves both.
         muon = torch.optim.Muon(
@@ -377,9 +384,11 @@ def train(
     accelerator: Accelerator,
     corpus: Corpus,
     model: Any,
-    loss_of: Callable[[Any, torch.Tensor, int], torch.Tensor],
+    loss_of: Callable[..., torch.Tensor],
     validate: Callable[[Any], dict[str, float]],
     *,
+    inputs_of: Callable[[torch.Tensor, int], tuple[Any, ...]] = lambda ids, step: (),
+    captured: bool = False,
     name: str = "",
     rate_of: Callable[[str], float] = lambda name: 1.0,
 ) -> Any:
@@ -387,8 +396,11 @@ def train(
 
     Args:
         model: on the CPU.
-        loss_of: mean loss of the wrapped model on windows [B, T], at a step.
+        loss_of: mean loss of the wrapped model on windows [B, T], given these and what ``inputs_of`` returns.
         validate: figures of the wrapped model in evaluation mode; "validation_loss" is one.
+        inputs_of: what the loss of windows depends on besides, at a step.
+        captured: with --compile, whether each process captures its gradients in a CUDA graph, unless weights are
+            sharded. Then all inputs are tensors on the device, which the loss never waits for.
         name: of the run's part, if it has several: begins the names of its files.
         rate_of: see :func:`make_optimizers`.
 
@@ -402,7 +414,25 @@ def train(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {len(corpus.train):,} tokens, "
         f"{accelerator.num_processes} processes on {accelerator.device.type}"
     )
-    model, *optimizers = accelerator.prepare(model, *optimizers)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded:
+        # accelerate would compute with weights rounded to bfloat16, and add their gradients up in bfloat16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        model.forward = torch.autocast(accelerator.device.type, torch.bfloat16, not args.cpu)(model.forward)
+        model, *optimizers = accelerator.prepare(model, *optimizers)
+    else:
+        # Not wrapped, in any number of processes: the gradients are averaged once a step.
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
+    count = args.batch // accelerator.num_processes // args.micro_batch
+
+    def backward(*inputs: Any) -> torch.Tensor:
+        loss = loss_of(model, *inputs) / count
+        accelerator.backward(loss)
+        return loss.detach()
+
+    captured = captured and args.compile and not sharded and accelerator.device.type == "cuda"
+    gradients = CapturedGradients(backward, model.parameters()) if captured else backward
     checkpoints = Checkpoints(args.output / f"{name}checkpoints", accelerator)
     checkpoints.folder.mkdir(exist_ok=True)
     done = checkpoints.restore()
@@ -421,13 +451,14 @@ def train(
             total = torch.zeros((), device=accelerator.device)
             for piece in pieces:
                 ids = torch.stack([torch.from_numpy(corpus.window(n, args.context)) for n in piece])
-                loss = loss_of(model, ids.to(accelerator.device), step) / len(pieces)
-                accelerator.backward(loss)
-                total += loss.detach()
+                ids = ids.to(accelerator.device)
+                total += gradients(ids, *inputs_of(ids, step))
+            if accelerator.num_processes > 1 and not sharded:
+                average_gradients(model.parameters())
             norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=not captured)
             values = {"loss": accelerator.reduce(total, "mean").item(), "gradient_norm": float(norm)}
             finished = step + 1
             rate = f"--{name.replace('_', '-')}lr"

@@ -17,8 +17,8 @@ def test_a_missed_share_costs_its_square_too(monkeypatch: pytest.MonkeyPatch) ->
     found = torch.tensor(0.5), torch.tensor([0.6, 0.8]), torch.zeros(2)
     monkeypatch.setattr(adapter_distillation, "divergence", lambda *_: found)
     learner = adapter_distillation.Distillation(model, budget=2.0)
-    assert learner(torch.zeros(1, 4), 0.9).item() == pytest.approx(0.5 + 2 * (0.2 + 200 * 0.04))
-    assert learner(torch.zeros(1, 4), 0.65).item() == pytest.approx(0.5)
+    assert learner(torch.zeros(1, 4), torch.tensor(0.9)).item() == pytest.approx(0.5 + 2 * (0.2 + 200 * 0.04))
+    assert learner(torch.zeros(1, 4), torch.tensor(0.65)).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("sure", [-60.0, 60.0])
@@ -34,7 +34,7 @@ def test_decisions_that_are_too_sure_are_pulled_back(sure: float, monkeypatch: p
     learner = adapter_distillation.Distillation(model, budget=1.0)
     ids = torch.randint(32, (1, 24))
     adapters = [layer.self_attn.dms_proj_alpha.weight for layer in model.model.layers]
-    learner(ids, 0.5).backward()
+    learner(ids, torch.tensor(0.5)).backward()
     for adapter in adapters:
         assert adapter.grad is not None and adapter.grad.abs().max() > 0
         adapter.data -= 1e-3 * adapter.grad
@@ -43,7 +43,7 @@ def test_decisions_that_are_too_sure_are_pulled_back(sure: float, monkeypatch: p
     model.zero_grad()
     for adapter in adapters:
         adapter.data.zero_()
-    learner(ids, 0.5).backward()
+    learner(ids, torch.tensor(0.5)).backward()
     assert all(adapter.grad is not None and adapter.grad.abs().max() < 1e-9 for adapter in adapters)
 
 
