@@ -1,7 +1,8 @@
 """Training with and without ACP, and the peers' kernels, on one GPU.
 
 python -m benchmarks.training kernels --gates gates.safetensors      # forward + backward of one layer, and peers
-python -m benchmarks.training steps runs/fox                         # tokens/s of a trained model by context
+python -m benchmarks.training steps runs/fox --compile --as-started  # whole steps, each way to train, by context
+python -m benchmarks.training steps runs/fox --layers 24 --checkpointing         # random weights
 python -m benchmarks.training curves runs/fox runs/fox-unpruned      # the losses of two runs, one --no-pruning
 python -m benchmarks.training patterns runs/fox --plot docs/forgetting.png
 python -m benchmarks.training positions runs/fox                     # loss by position, live share by length
@@ -13,17 +14,29 @@ gradients, and to what is learnt with them, is benchmarks.precision's.
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from captured_gradients import CapturedGradients  # of examples/, which benchmarks.options makes importable
 
-from benchmarks.options import Parser, existing_file, integer, positive_int, read_records, training_run
+from benchmarks.options import (
+    Parser,
+    existing_file,
+    integer,
+    positive_float,
+    positive_int,
+    read_records,
+    training_run,
+)
 from benchmarks.peers import (
     PREFILL,
     Prefill,
@@ -93,12 +106,18 @@ def load(run: Path, pruning: bool, context: int | None = None) -> Any:
     """A run's model in float32, as it was trained."""
     # By its class: the official package, once imported, takes AutoModel's place for this type.
     model: Any = ForgettingTransformerForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
-    model.config.log_pruning_tolerance = -10.0 if pruning else None
+    return fresh(model, pruning, context)
+
+
+def fresh(model: Any, pruning: bool, context: int | None = None) -> Any:
+    """A copy of a model that reads as many tokens as ``context`` says."""
+    config = copy.deepcopy(model.config)
+    config.log_pruning_tolerance = -10.0 if pruning else None
     if context is not None:
-        model.config.max_position_embeddings = context
-    fresh = type(model)(model.config)
-    fresh.load_state_dict(model.state_dict())
-    return fresh
+        config.max_position_embeddings = context
+    found = type(model)(config)
+    found.load_state_dict(model.state_dict())
+    return found
 
 
 def text(run: Path, tokens: int) -> torch.Tensor:
@@ -114,82 +133,203 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    def forward(self, input_ids: torch.Tensor, **bounds: Any) -> torch.Tensor:
+        loss: torch.Tensor = self.model(input_ids=input_ids, labels=input_ids, use_cache=False, **bounds).loss
         return loss
 
 
-def systems(args: argparse.Namespace, context: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """What trains the run's model, as loss of token windows; and what is missing, and why."""
-    found: dict[str, Any] = {}
+@dataclass
+class System:
+    """A way to train a model, for :func:`one_step`."""
+
+    model: torch.nn.Module  # its output is the loss of token windows
+    captured: bool = False
+    packed: int = 0
+    """Tokens of the texts that stand in one row, instead of windows; 0: none."""
+
+    def __post_init__(self) -> None:
+        self.model.cuda()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
+        for weight in self.model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        self.optimizer.step()  # makes its state
+        self.optimizer.zero_grad()
+        self.run: Callable[..., torch.Tensor] = self._backward
+        if self.captured:
+            self.run = CapturedGradients(self._backward, self.model.parameters())
+
+    def _backward(self, part: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss: torch.Tensor = self.model(part, **self._bounds(part)) / self.parts
+        loss.backward()
+        return loss.detach()
+
+    def _bounds(self, part: torch.Tensor) -> dict[str, Any]:
+        if not self.packed:
+            return {}
+        bounds = torch.arange(0, part.numel() + 1, self.packed, dtype=torch.int32)
+        names = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        return names | {"max_length_q": self.packed, "max_length_k": self.packed}
+
+    def step(self, batch: torch.Tensor, windows: int) -> torch.Tensor:
+        """Train on a batch [B, T], ``windows`` at once; returns its mean loss."""
+        pieces = [part.reshape(1, -1) if self.packed else part for part in batch.split(windows)]
+        self.parts = len(pieces)
+        losses = [self.run(part) for part in pieces]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.captured)
+        return torch.stack(losses).sum()
+
+
+def geometry(args: argparse.Namespace) -> Any:
+    """A model with the run's vocabulary and random weights, whose heads forget half of the past in 2 to 5,600
+    tokens. A trained model's gates leave less of it, and the losses mean nothing."""
+    config = ForgettingTransformerForCausalLM.from_pretrained(args.run / "model").config
+    config.num_hidden_layers, config.hidden_size, config.num_heads = args.layers, args.hidden, args.heads
+    config.num_kv_heads = None
+    config.log_pruning_tolerance = -10.0
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model: Any = ForgettingTransformerForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.attn.fgate_proj.bias.copy_(torch.linspace(1, 9, args.heads))
+    return model
+
+
+def systems(args: argparse.Namespace, context: int) -> tuple[dict[str, System], dict[str, str]]:
+    """What trains the run's model, and what is missing, and why."""
+
+    def ours(pruning: bool = True) -> Loss:
+        model = fresh(args.random, pruning, context) if args.random else load(args.run, pruning, context)
+        if args.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        return Loss(model).train()
+
+    found: dict[str, System] = {}
+    model: Any
     for name, pruning in (("ours, ACP", True), ("ours, no ACP", False)):
-        found[name] = Loss(load(args.run, pruning, context))
+        model = ours(pruning)
         if args.compile:
-            compile_layers(found[name])
+            compile_layers(model)
+        found[name] = System(model, captured=args.compile)
+    if args.packed:
+        model = ours()
+        if args.compile:
+            compile_layers(model)
+        found["ours, packed"] = System(model, packed=context)
+    if args.as_started:
+        found["ours, no flag"] = System(ours())
+        plain = ours()
+        plain.model.model.eval()  # in evaluation mode layers compute in plain PyTorch
+        if not args.checkpointing:
+            found["ours, plain"] = System(plain)
     try:
-        model = found["ours, ACP"].model
-        found["official, ACP"] = official_model(model.config, model.state_dict())
+        model = cast(Loss, found["ours, ACP"].model).model
+        official: Any = official_model(model.config, model.state_dict())
     except ImportError as error:
         return found, {"official, ACP": str(error)}
+    if args.checkpointing:
+        official.gradient_checkpointing_enable({"use_reentrant": False})
+    found["official, ACP"] = System(official.train())
     return found, {}
 
 
-def one_step(
-    loss_of: Any, optimizer: torch.optim.Optimizer, batch: torch.Tensor, windows: int
-) -> tuple[float, float]:
-    """Seconds of a step over a batch [B, T], ``windows`` at once, and its mean loss."""
+def one_step(system: System, batch: torch.Tensor, windows: int) -> tuple[float, float, float]:
+    """Seconds of a step over a batch [B, T], ``windows`` at once, its mean loss, and the GiB that it takes at most
+    beside weights and the optimizer's state."""
     torch.cuda.synchronize()
-    start, total = time.perf_counter(), 0.0
-    for part in batch.split(windows):
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = loss_of(part)
-        (loss * len(part) / len(batch)).backward()
-        total += loss.detach() * len(part) / len(batch)
-    optimizer.step()
-    optimizer.zero_grad()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    total = system.step(batch, windows)
     torch.cuda.synchronize()
-    return time.perf_counter() - start, float(total)
+    taken = time.perf_counter() - start
+    return taken, float(total), (torch.cuda.max_memory_allocated() - held) / 2**30
+
+
+def busy_seconds(system: System, batch: torch.Tensor, windows: int) -> float:
+    """Return how long kernels run in a step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        system.step(batch, windows)
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
+def operations(model: Any, batch: torch.Tensor, live: float) -> tuple[float, float]:
+    """Return the floating-point operations of a step by the usual count, with the pairs that live, and with all.
+
+    Six for each weight of a matrix and token, and in attention twelve for each pair, head and dimension of a head.
+    """
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embeddings" not in name)
+    if model.config.tie_word_embeddings:
+        matrices += model.lm_head.weight.numel()
+    sequences, length = batch.shape
+    pairs = sequences * length * (length + 1) / 2 * model.config.num_hidden_layers * model.config.hidden_size
+    found = 6.0 * matrices * batch.numel()
+    return found + 12 * pairs * live, found + 12 * pairs
 
 
 def steps(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of whole training steps, systems in turns, and the share of pairs that live."""
-    figures = {}
+    args.random = geometry(args) if args.layers else None
+    figures: dict[str, Any] = {}
     for context in args.lengths:
-        models, absent = systems(args, context)
+        torch.compiler.reset()  # every length is compiled for as if it were the first
+        found, absent = systems(args, context)
         batch = text(args.run, max(STEP_TOKENS, context)).view(-1, context).cuda()
-        optimizers, rates, losses = {}, {name: [] for name in models}, {}  # type: ignore[var-annotated]
-        for name, model in models.items():
-            model.cuda().train()
-            optimizers[name] = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        windows = max(1, args.micro_tokens // context)
+        rates: dict[str, list[float]] = {name: [] for name in found}
+        losses: dict[str, float] = {}
+        peaks: dict[str, float] = {}
         for repeat in range(args.repeats + 2):
             for name in list(rates):
                 try:
-                    taken, losses[name] = one_step(
-                        models[name], optimizers[name], batch, max(1, args.micro_tokens // context)
-                    )
+                    taken, losses[name], peak = one_step(found[name], batch, windows)
                 except Exception as error:  # whatever a peer's code raises, the others are still to be timed
                     if name.startswith("ours"):
                         raise
                     absent[name] = f"{type(error).__name__}: {error}"[:200]
                     del rates[name]
                     continue
+                # A replayed graph uses memory that it took for itself when it was captured, in the first step.
+                peaks[name] = max(peaks.get(name, 0.0), peak) if found[name].captured else peak
                 if repeat >= 2:
                     rates[name].append(batch.numel() / taken)
-        shares = live_shares(load(args.run, True, context).cuda().eval(), batch[:1])
+        busy = {name: busy_seconds(found[name], batch, windows) for name in rates}
+        model = args.random or load(args.run, True, context)
+        live = live_shares(model.cuda().eval(), batch[:1]).mean().item()
+        counted = operations(model, batch, live)
         speed = {name: statistics.median(rate) for name, rate in rates.items()}
         figures[str(context)] = {
-            "live_share": shares.mean().item(),
+            "live_share": live,
             "compiled": args.compile,
+            "checkpointing": args.checkpointing,
+            "parameters": sum(p.numel() for p in model.parameters()),
             "tokens_per_second": speed,
+            "all_tokens_per_second": rates,
+            "busy_seconds": busy,
+            "operations": dict(zip(("live pairs", "all pairs"), counted)),
             "losses": losses,
+            "step_gib": peaks,
             "absent": absent,
         }
-        print(f"{context:,} tokens: {100 * shares.mean().item():.1f} % of pairs live")
+        print(f"{context:,} tokens: {100 * live:.1f} % of pairs live")
         for name, rate in speed.items():
-            ratio = speed["ours, ACP"] / rate
-            print(f"  {name:16}{rate:12,.0f} tokens/s (ours with ACP {ratio:.2f}x), loss {losses[name]:.4f}")
+            seconds = batch.numel() / rate
+            of_peak = " and ".join(f"{count / seconds / args.peak_tflops / 1e10:.0f}" for count in counted)
+            print(
+                f"  {name:16}{rate:12,.0f} tokens/s (ours with ACP {speed['ours, ACP'] / rate:.2f}x), "
+                f"{1e3 * seconds:.1f} ms, GPU busy {100 * busy[name] / seconds:.0f} %, {of_peak} % of its peak "
+                f"with live and all pairs, loss {losses[name]:.4f}, {peaks[name]:.1f} GiB"
+            )
         for name, why in absent.items():
             print(f"  {name:16} absent: {why}")
+        if args.save:
+            save(args.save, {"command": "steps", "figures": figures})
+        del found, model
+        gc.collect()  # a captured system refers to itself
+        torch.cuda.empty_cache()
     return figures
 
 
@@ -290,7 +430,14 @@ def main() -> None:
     two.add_argument("--lengths", type=positive_int, nargs="+", default=[4096, 8192, 16384, 32768])
     two.add_argument("--micro-tokens", type=positive_int, default=32768)
     two.add_argument("--repeats", type=positive_int, default=5)
-    two.add_argument("--compile", action="store_true", help="ours, by torch.compile")
+    two.add_argument("--compile", action="store_true", help="ours as examples/train_fox.py --compile computes")
+    two.add_argument("--packed", action="store_true", help="also ours with a piece's windows packed into a row")
+    two.add_argument("--checkpointing", action="store_true", help="layers are computed again in the backward pass")
+    two.add_argument("--layers", type=positive_int, help="of a model of random weights instead of the run's")
+    two.add_argument("--hidden", type=positive_int, default=2048)
+    two.add_argument("--heads", type=positive_int, default=32)
+    two.add_argument("--peak-tflops", type=positive_float, default=989.0, help="of the card in bfloat16")
+    two.add_argument("--as-started", action="store_true", help="also ours without a flag, and in plain PyTorch")
     three = commands.add_parser("curves")
     three.add_argument("runs", type=training_run, nargs=2)
     three.add_argument("--plot")
