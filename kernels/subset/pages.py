@@ -112,20 +112,27 @@ class SubsetPages:
     def device(self) -> torch.device:
         return self.k.device
 
-    def keys(self, page: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """K of tokens as float32: [\\*page, H, d]."""
-        return self._scaled(self.k, page, offset, 0)
+    def keys(self, *at: torch.Tensor) -> torch.Tensor:
+        """K as float32 of tokens at (page, offset), [\\*page, H, d], or of whole pages: [\\*page, N, H, d]."""
+        return self._scaled(self.k, at, 0)
 
-    def values(self, page: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """V of tokens as float32: [\\*page, H, d]."""
-        return self._scaled(self.v, page, offset, 1)
+    def values(self, *at: torch.Tensor) -> torch.Tensor:
+        """V as float32 of tokens at (page, offset), [\\*page, H, d], or of whole pages: [\\*page, N, H, d]."""
+        return self._scaled(self.v, at, 1)
 
-    def _scaled(self, stored: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, which: int) -> torch.Tensor:
+    def _scaled(self, stored: torch.Tensor, at: tuple[torch.Tensor, ...], which: int) -> torch.Tensor:
         if self.scales is None:
-            return stored[page, offset].float()
+            return picked(stored, *at).float()
         # PyTorch has no indexing of float8.
-        raw = stored.view(torch.uint8)[page, offset].view(stored.dtype).float()
-        return raw * self.scales[page, offset, :, which].float()[..., None]
+        raw = picked(stored.view(torch.uint8), *at).view(stored.dtype).float()
+        return raw * picked(self.scales, *at)[..., which].float()[..., None]
+
+
+def picked(stored: torch.Tensor, *at: torch.Tensor) -> torch.Tensor:
+    """``stored[at]``. On a CPU index_select copies whole pages, where indexing copies number by number."""
+    if len(at) > 1:
+        return stored[at]
+    return stored.index_select(0, at[0].flatten()).view(*at[0].shape, *stored.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -145,12 +152,14 @@ class Evictions:
     lag: int
 
 
-def rows_of(batch: Batch) -> Iterator[tuple[int, slice, int]]:
-    """Rows with queries: (row, its tokens, tokens of the request after the step)."""
+def rows_of(batch: Batch, least: int) -> Iterator[tuple[int, slice, int]]:
+    """Rows with so many queries or more: (row, its tokens, tokens of the request after the step)."""
+    if least > 1 and batch.work is None:
+        return
     start = 0
     lengths = batch.seq_lens.tolist()
     for row, (count, length) in enumerate(zip(batch.query_lens_host, lengths, strict=True)):
-        if count:
+        if count >= least:
             yield row, slice(start, start + count), length
         start += count
 
@@ -174,6 +183,36 @@ def places(pages: SubsetPages, table: PageTable, slot: torch.Tensor, length: int
     flat = ids[:, None] * size + torch.arange(size, device=device)
     flat[-1, (length - 1) % size + 1 :] = -1
     return flat
+
+
+@dataclass(frozen=True)
+class HeldPages:
+    """The pages of R requests in S streams, oldest first, as many (W) as the one with most has.
+
+    Attributes:
+        ids: [R, S, W]; a request with fewer has page 0, which is padding, behind its newest one.
+        written: [R, S, W, N] whether a token of the request has been written to a place.
+        first: [R, S] the oldest page that is held.
+    """
+
+    ids: torch.Tensor
+    written: torch.Tensor
+    first: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, table: PageTable, size: int, slots: torch.Tensor, lengths: torch.Tensor, streams: torch.Tensor
+    ) -> HeldPages:
+        """Look them up, for slots [R] and tokens of the requests [R], int64, and streams [S]."""
+        slots, lengths = slots[:, None], lengths[:, None]
+        newest = (lengths - 1) // size
+        first = torch.minimum(table.first_live[slots, streams].long(), newest)
+        steps = torch.arange(int((newest - first).max()) + 1, device=first.device)
+        page = first[..., None] + steps
+        ids = table.page_ids(slots[..., None], torch.minimum(page, newest[..., None]), streams[:, None])
+        ids = ids.masked_fill_(page > newest[..., None], 0)
+        left = lengths[..., None] - page * size
+        return cls(ids, torch.arange(size, device=first.device) < left[..., None], first)
 
 
 def lower_ends(pages: SubsetPages, table: PageTable, batch: Batch, row: int, ends: torch.Tensor) -> None:

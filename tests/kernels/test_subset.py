@@ -375,6 +375,20 @@ def test_ragged_batches(data: st.DataObject) -> None:
             layers.pool.close(slot)
 
 
+def test_pages_stay_empty_when_drafts_are_rejected() -> None:
+    """A request that has fewer settled tokens than before keeps its first live page, whatever others empty."""
+    drafts = 6
+    layers = Layers((0.0,), heads=1, dim=24, int_dim=0, window=1, decisions="all", drafts=drafts)
+    texts = [inputs_of(layers, 105, row) for row in range(2)]
+    slots = [layers.open() for _ in texts]
+    layers.step([(slots[0], texts[0][:, :104]), (slots[1], texts[1][:, :40])])
+    before = layers.table.first_live.clone()
+    layers.lengths[slots[0]] = 97
+    layers.step([(slots[0], texts[0][:, 97:98]), (slots[1], texts[1][:, 40:80])])
+    after = layers.table.first_live
+    assert (after[slots[0]] == before[slots[0]]).all() and (after[slots[1]] > before[slots[1]]).all()
+
+
 @settings(max_examples=3 if INTERPRETED else 25, deadline=None)
 @given(data=st.data())
 def test_rejected_drafts_evict_nothing(data: st.DataObject) -> None:

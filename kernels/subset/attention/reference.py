@@ -6,9 +6,10 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from ...paged import Batch, PageTable
-from ..pages import SubsetPages, places, query_blocks, rows_of
+from ..pages import HeldPages, SubsetPages, picked, places, query_blocks, rows_of
 from .workspace import SeenTokens
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def subset_attention(
             used here.
     """
     size, streams = pages.page_size, q.shape[1]
-    for (row, tokens, length), nth in product(rows_of(batch), range(streams)):
+    if batch.has_decode:
+        _single(pages, table, batch, layer, q, scale, out)
+    for (row, tokens, length), nth in product(rows_of(batch, 2), range(streams)):
         at = places(pages, table, batch.slots[row], length, layer * streams + nth).flatten()
         at = at[at >= 0]
         page, offset = at // size, at % size
@@ -52,3 +55,26 @@ def subset_attention(
             logits = torch.einsum("ihgd,jhd->hgij", q[block, nth].float(), k) * scale
             weights = logits.masked_fill(~visible[:, seen], float("-inf")).softmax(-1)
             out[block, nth] = torch.einsum("hgij,jhd->ihgd", weights, v).to(out.dtype)
+
+
+def _single(
+    pages: SubsetPages, table: PageTable, batch: Batch, layer: int, q: torch.Tensor, scale: float, out: torch.Tensor
+) -> None:
+    """Rows with one query, all streams at once."""
+    rows, streams = batch.single_rows, torch.arange(q.shape[1], device=q.device) + layer * q.shape[1]
+    token, length = batch.query_start[rows].long(), batch.seq_lens[rows].long()
+    held = HeldPages.of(table, pages.page_size, batch.slots[rows].long(), length, streams)
+    seen = picked(pages.end, held.ids) >= length[:, None, None, None]
+    seen &= held.written
+    k, v = pages.keys(held.ids), pages.values(held.ids)
+    # Other places may hold anything. They are few where requests hold about as many pages.
+    others = seen.flatten().logical_not().nonzero().squeeze(1)
+    for x in (k, v):
+        x.flatten(0, 3).index_fill_(0, others, 0.0)
+    # [R * S, H, G or W * N, d]
+    k, v = (x.flatten(0, 1).flatten(1, 2).transpose(1, 2) for x in (k, v))
+    mask = seen.flatten(2).flatten(0, 1)[:, None, None]
+    result = scaled_dot_product_attention(
+        q.index_select(0, token).flatten(0, 1).float(), k, v, attn_mask=mask, scale=scale
+    )
+    out[token] = result.view(-1, *q.shape[1:]).to(out.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...paged import Batch, PageTable
-from ..pages import SubsetPages, places, rows_of
+from ..pages import HeldPages, SubsetPages, picked
 
 
 def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1, unsettled: int = 0) -> None:
@@ -27,29 +27,36 @@ def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1,
             if these were not written yet: a later step may write others to their places, and a rejected token drops
             nothing.
     """
-    size, streams = pages.page_size, table.first_live.shape[1]
+    lengths = (batch.seq_lens.long() - unsettled).clamp(min=0)
+    before = (lengths - batch.query_start.diff()).clamp(min=0)
+    due = (batch.slots != 0) & (lengths // period != before // period)
+    if not due.any():
+        return
+    slots, lengths, size = batch.slots[due].long(), lengths[due], pages.page_size
+    streams = torch.arange(table.first_live.shape[1], device=table.device)
+    held = HeldPages.of(table, size, slots, lengths, streams)
+    dropped = held.written & (picked(pages.end, held.ids) <= lengths[:, None, None, None])
+    live = held.written & ~dropped
+    # Of the first n pages: their live tokens, and the places for them in all later pages.
+    moving, passed = live.sum(-1).cumsum(-1), dropped.sum(-1).cumsum(-1)
+    room = passed[..., -1:] - passed
+    newest = (lengths[:, None] - 1) // size - held.first
+    nth = torch.arange(held.ids.shape[-1], device=table.device)
+    emptied = ((moving <= room) & (nth < newest[..., None])).sum(-1, keepdim=True)
+    if not emptied.any():
+        return
+    leaves = (nth < emptied)[..., None]
+    source = live & leaves
+    target = dropped & ~leaves
+    target &= target.flatten(2).cumsum(-1).view_as(target) <= source.sum((-2, -1))[..., None, None]
+    # Both lists go from request to request, from stream to stream, and from the oldest place to the newest.
+    every = held.ids[..., None] * size + torch.arange(size, device=table.device)
+    source, target = every[source], every[target]
     fields = [pages.k.view(torch.uint8), pages.v.view(torch.uint8), pages.int_k, pages.begin, pages.end]
     if pages.scales is not None:
         fields.append(pages.scales)
-    for row, tokens, length in rows_of(batch):
-        slot, new = batch.slots[row], tokens.stop - tokens.start
-        length = max(length - unsettled, 0)
-        if int(slot) == 0 or length // period == max(length - new, 0) // period:
-            continue
-        for stream in range(streams):
-            at = places(pages, table, slot, length, stream)
-            page, offset = at.clamp(min=0) // size, at.clamp(min=0) % size
-            dropped = (at >= 0) & (pages.end[page, offset] <= length)
-            live = (at >= 0) & ~dropped
-            # Of the first n pages: their live tokens, and the places for them in all later pages.
-            moving = live.sum(1).cumsum(0)
-            room = dropped.sum() - dropped.sum(1).cumsum(0)
-            emptied = int((moving <= room)[:-1].sum())
-            if not emptied:
-                continue
-            source = at[:emptied][live[:emptied]]
-            target = at[emptied:][dropped[emptied:]][: len(source)]
-            for field in fields:
-                field[target // size, target % size] = field[source // size, source % size]
-            newest = (length - 1) // size
-            table.first_live[slot, stream] = newest + 1 - len(at) + emptied
+    for field in fields:
+        field[target // size, target % size] = field[source // size, source % size]
+    # A request may have had more settled tokens before, and its first live page may stand behind those of now.
+    at = slots[:, None], streams
+    table.first_live[at] = torch.maximum(table.first_live[at], (held.first + emptied.squeeze(-1)).int())

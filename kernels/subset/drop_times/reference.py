@@ -7,7 +7,7 @@ from itertools import product
 import torch
 
 from ...paged import Batch, PageTable
-from ..pages import NEVER, SubsetPages, places, query_blocks, rows_of
+from ..pages import NEVER, HeldPages, SubsetPages, picked, places, query_blocks, rows_of
 
 
 def drop_times(
@@ -37,7 +37,9 @@ def drop_times(
             themselves.
     """
     size, streams = pages.page_size, int_q.shape[1]
-    for (row, tokens, length), nth in product(rows_of(batch), range(streams)):
+    if batch.has_decode:
+        _single(pages, table, batch, layer, int_q, bias, below)
+    for (row, tokens, length), nth in product(rows_of(batch, 2), range(streams)):
         at = places(pages, table, batch.slots[row], length, layer * streams + nth).flatten()
         at = at[at >= 0]
         page, offset = at // size, at % size
@@ -55,3 +57,36 @@ def drop_times(
                 end = torch.minimum(end, below[row, nth, begin].long())
             below[row, nth, begin] = end.int()
         pages.end[page, offset] = end.int()
+
+
+def _single(
+    pages: SubsetPages,
+    table: PageTable,
+    batch: Batch,
+    layer: int,
+    int_q: torch.Tensor,
+    bias: torch.Tensor,
+    below: torch.Tensor | None,
+) -> None:
+    """Rows with one query, all streams at once."""
+    rows, streams = batch.single_rows, torch.arange(int_q.shape[1], device=int_q.device) + layer * int_q.shape[1]
+    length = batch.seq_lens[rows].long()
+    held = HeldPages.of(table, pages.page_size, batch.slots[rows].long(), length, streams)
+    query = (length.int() - 1)[:, None, None, None]
+    before, begin = picked(pages.end, held.ids), picked(pages.begin, held.ids)
+    live = held.written & (before > query)
+    queries = int_q.index_select(0, batch.query_start[rows]).float() * int_q.shape[-1] ** -0.5
+    k = picked(pages.int_k, held.ids).float()
+    products = k.flatten(2, 3) @ queries[..., None]
+    scores = products.view_as(before) + bias.float()[:, None, None]
+    drops = live & (scores <= 0) & (begin < query)
+    end = torch.where(drops, torch.minimum(before, query), before)
+    if below is not None:
+        # What is not live stands for the query itself, which nothing has dropped.
+        _, count, longest = below.shape
+        start = (rows[:, None] * count + torch.arange(count, device=rows.device)) * longest
+        at = start[..., None, None] + torch.where(live, begin, query)
+        if layer:
+            end = torch.where(live, torch.minimum(end, below.take(at)), end)
+        below.put_(at, torch.where(live, end, NEVER))
+    pages.end.index_copy_(0, held.ids.flatten(), end.flatten(0, 2))

@@ -36,10 +36,7 @@ def subset_write(
             decided about stands at the place of its position, as tokens do until they have left the newest page.
     """
     size, device = pages.page_size, k.device
-    query_start, seq_lens = batch.query_start.long(), batch.seq_lens.long()
-    lens = query_start.diff()
-    row = torch.repeat_interleave(torch.arange(batch.num_rows, device=device), lens)
-    position = (seq_lens - lens)[row] + torch.arange(batch.num_tokens, device=device) - query_start[row]
+    row, position = batch.row_of, batch.position
     streams = layer * k.shape[1] + torch.arange(k.shape[1], device=device)
     ids = table.page_ids(batch.slots[row][:, None], (position // size)[:, None], streams)
     at = ids, (position % size)[:, None]  # [T, S]
