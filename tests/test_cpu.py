@@ -29,3 +29,33 @@ def test_it_is_there_before_torch_and_vllm() -> None:
     code = "import sys, vllm_fox.cpu; print(sorted({'torch', 'vllm', 'numpy'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_freed_memory_is_kept() -> None:
+    """Memory that was freed is used again without a page fault. The setting lasts, so another process is asked."""
+    code = """
+import ctypes, resource
+from vllm_fox.cpu import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        blocks = [libc.malloc(4 << 20) for _ in range(4)]
+        for block in blocks:
+            libc.memset(block, 1, 4 << 20)
+        for block in blocks:
+            libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+by_itself = faults()
+keep_freed_memory()
+faults()
+print(by_itself, faults())
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    by_itself, kept = map(int, run.stdout.split())
+    assert kept < by_itself / 10, run.stdout

@@ -6,11 +6,14 @@ before. ``examples/serve.sh`` exports the same. On a GPU the two that begin with
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import MutableMapping
 
 KV_CACHE_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 """GiB of KV cache, which overrides ``--kv-cache-memory-bytes``."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 CPU_DEFAULTS = {
     # vLLM's own choice is most of the machine's memory.
@@ -43,3 +46,15 @@ def prepare_cpu_environment(
             environment.setdefault(name, value)
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's allocator keep what tensors of up to 32 MiB have freed, for the tensors of the next layer.
+
+    By itself it gives freed megabytes back to the system, which then hands them out again page by page, filled with
+    zeros. That takes longer than what is computed in them. Other allocators are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 1 << 29)
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)

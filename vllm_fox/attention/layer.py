@@ -14,6 +14,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from vllm_fox.cpu import keep_freed_memory
 from vllm_fox.kernels.leaf import use_triton
 from vllm_fox.kernels.paged import Batch, PageTable
 from vllm_fox.pages.spec import PageFormat, make_spec
@@ -188,6 +189,8 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
             layer._state, layer._is_last = state, layer is layers[-1]
         if use_triton(table.entries.device):
             layers[0]._warm_up(state)
+        if table.entries.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def state(self) -> State:
