@@ -77,6 +77,7 @@ NOT_RUN = {
     "pip install": "the network",
     "pipx install": "the network",
     "python -m benchmarks.cluster_sim": "a run of benchmarks.serving that was saved on a GPU",
+    "python -m benchmarks.cpu": "minutes",
     "python -m benchmarks.dcp": "the extra bench, and a trained run",
     "python -m benchmarks.dcp_kernels": "a GPU",
     "python -m benchmarks.dcp_serving": "a GPU",
