@@ -220,9 +220,9 @@ def systems(args: argparse.Namespace, context: int) -> tuple[dict[str, System], 
         found["ours, packed"] = System(model, packed=context)
     if args.as_started:
         found["ours, no flag"] = System(ours())
-        plain = ours()
-        plain.model.model.eval()  # in evaluation mode layers compute in plain PyTorch
         if not args.checkpointing:
+            plain = ours()
+            plain.model.model.eval()  # in evaluation mode layers compute in plain PyTorch
             found["ours, plain"] = System(plain)
     try:
         model = cast(Loss, found["ours, ACP"].model).model
@@ -437,7 +437,7 @@ def main() -> None:
     two.add_argument("--hidden", type=positive_int, default=2048)
     two.add_argument("--heads", type=positive_int, default=32)
     two.add_argument("--peak-tflops", type=positive_float, default=989.0, help="of the card in bfloat16")
-    two.add_argument("--as-started", action="store_true", help="also ours without a flag, and in plain PyTorch")
+    two.add_argument("--as-started", action="store_true", help="also ours without a flag, and with plain layers")
     three = commands.add_parser("curves")
     three.add_argument("runs", type=training_run, nargs=2)
     three.add_argument("--plot")

@@ -33,11 +33,20 @@ class CapturedGradients:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Return the loss of inputs on the device, and add its gradients."""
+        """Return the loss of inputs on the device, and add its gradients.
+
+        Raises:
+            ValueError: an input has another shape than in the first call.
+            RuntimeError: a weight has another gradient than the one that the graph adds to.
+        """
         if self._graph is None:
             self._graph = self._capture(inputs)
         for mine, given in zip(self._inputs, inputs, strict=True):
+            if given.shape != mine.shape:
+                raise ValueError(f"an input has shape {list(given.shape)}: {list(mine.shape)} was captured.")
             mine.copy_(given)
+        if any(weight.grad is not gradient for weight, gradient in self._gradients):
+            raise RuntimeError("a weight has another gradient: set it to zero with zero_grad(set_to_none=False).")
         self._graph.replay()
         return self._loss.clone()  # the next call writes to it
 
@@ -49,8 +58,10 @@ class CapturedGradients:
             for _ in range(WARM_UP):
                 self._backward(*self._inputs)
         current.wait_stream(side)
-        for weight in self._weights:
-            weight.grad = torch.zeros_like(weight)  # a graph adds to what is there
+        # A graph adds to what is there. Weights that the loss does not depend on stay without a gradient.
+        self._gradients = [(w, torch.zeros_like(w)) for w in self._weights if w.grad is not None]
+        for weight, gradient in self._gradients:
+            weight.grad = gradient
         graph = torch.cuda.CUDAGraph()
         # The threads that watch over exchanges with other processes may go on meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

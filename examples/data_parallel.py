@@ -1,4 +1,4 @@
-"""Gradients of processes that each compute a part of a step with weights of their own, which stay the same."""
+"""What processes exchange that each compute a part of a step with all weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from torch import distributed
 
 BUCKET = 2**26
 """Numbers that are exchanged at once, at most, but for a weight that has more."""
+
+
+def share_weights(model: torch.nn.Module) -> None:
+    """Give all processes the first one's weights and buffers, in place."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            distributed.broadcast(tensor.data, 0)
 
 
 def average_gradients(weights: Iterable[torch.nn.Parameter]) -> None:

@@ -186,13 +186,17 @@ def finetune(args: argparse.Namespace, dense: GPT2LMHeadModel | None) -> None:
     record_run(args, fixed, accelerator)
     baseline = (partial(dense_loss, **near), partial(losses, **near))
     functions = baseline if plain else (sparse_loss, sparse_figures)
+
+    def inputs_of(ids: torch.Tensor, step: int) -> tuple[int, ...]:
+        return () if plain else (step,)
+
     trained = train(
         args,
         accelerator,
         corpus,
         model,
         *functions,
-        inputs_of=lambda ids, step: () if plain else (step,),
+        inputs_of=inputs_of,
         rate_of=lambda name: args.int_rate if "int" in name else 1.0,
     )
     export(accelerator, trained, args, args.output / "model")

@@ -177,7 +177,9 @@ def save_learned_only(accelerator: Accelerator) -> None:
     def load_learned(models: list[Any], folder: str) -> None:
         while models:  # what is left in the list is loaded by accelerate, as a whole
             whole = accelerator.unwrap_model(models.pop())
-            whole.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=False)
+            loaded = whole.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=False)
+            if loaded.unexpected_keys:
+                raise KeyError(f"Unexpected key {loaded.unexpected_keys[0]}.")
 
     accelerator.register_save_state_pre_hook(drop_frozen)
     accelerator.register_load_state_pre_hook(load_learned)
@@ -268,8 +270,8 @@ def retrofit(args: argparse.Namespace, model: EvictingDecoderForCausalLM) -> Non
         if args.predictor:
             return ()
         # Noise that follows from the windows alone: whichever process computes them, and after whatever break.
-        torch.manual_seed(zlib.crc32(ids.cpu().numpy().tobytes(), args.seed + step))
-        return (torch.full((), wanted_share(step, args), device=ids.device),)
+        torch.manual_seed(zlib.crc32(ids.numpy().tobytes(), args.seed + step))
+        return (torch.full((), wanted_share(step, args), device=accelerator.device),)
 
     def figures(wrapped: Any) -> dict[str, float]:
         """What is worth knowing while it learns: a predictor has no threshold yet."""

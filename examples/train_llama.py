@@ -84,7 +84,7 @@ def pretrain(args: argparse.Namespace) -> None:
         losses = [loss_of(model, ids).float() for ids in held_out(accelerator, corpus, args)]
         return {"validation_loss": torch.stack(losses).mean().item()}
 
-    trained = train(args, accelerator, corpus, model, loss_of, validate, captured=True)
+    trained = train(args, accelerator, corpus, model, loss_of, validate)
     export(accelerator, trained, args, args.output / "model")
     accelerator.end_training()
     folder = printable(args.output / "model")

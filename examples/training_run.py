@@ -30,7 +30,7 @@ from command_line import (
     refuse,
     seed_number,
 )
-from data_parallel import average_gradients
+from data_parallel import average_gradients, share_weights
 from safetensors import SafetensorError, safe_open
 from text_corpus import END, Corpus, prepare, window_order
 from tokenizers import Tokenizer
@@ -96,7 +96,7 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument("--weight-decay", type=non_negative_float, default=0.1)
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument(
-        "--compile", action="store_true", help="by torch.compile, and on a GPU in one CUDA graph a step"
+        "--compile", action="store_true", help="by torch.compile, faster on a GPU: docs/training.md says how"
     )
     parser.add_argument(
         "--eval-every", type=non_negative_int, default=100, help="steps between validations; 0: none"
@@ -262,7 +262,14 @@ class Checkpoints:
         if self.accelerator.num_processes > 1:
             broadcast_object_list(done)
         if done[0]:
-            self.accelerator.load_state(str(self.folder / f"step-{done[0]}"))
+            folder = self.folder / f"step-{done[0]}"
+            try:
+                self.accelerator.load_state(str(folder))
+            except (RuntimeError, KeyError) as error:
+                raise SystemExit(
+                    f"{folder} has other weights than this run: {str(error).splitlines()[0]} If several processes "
+                    "of an earlier version wrote it, go on with that version, or give another --output."
+                ) from None
         return done[0]
 
 
@@ -398,9 +405,9 @@ def train(
         model: on the CPU.
         loss_of: mean loss of the wrapped model on windows [B, T], given these and what ``inputs_of`` returns.
         validate: figures of the wrapped model in evaluation mode; "validation_loss" is one.
-        inputs_of: what the loss of windows depends on besides, at a step.
+        inputs_of: what the loss depends on besides, given windows on the CPU and the number of a step.
         captured: with --compile, whether each process captures its gradients in a CUDA graph, unless weights are
-            sharded. Then all inputs are tensors on the device, which the loss never waits for.
+            sharded. Then what ``inputs_of`` returns are tensors on the device, and the loss must not wait for it.
         name: of the run's part, if it has several: begins the names of its files.
         rate_of: see :func:`make_optimizers`.
 
@@ -436,6 +443,9 @@ def train(
     checkpoints = Checkpoints(args.output / f"{name}checkpoints", accelerator)
     checkpoints.folder.mkdir(exist_ok=True)
     done = checkpoints.restore()
+    together = accelerator.num_processes > 1 and not sharded
+    if together:
+        share_weights(model)
     log = Log(args.output / f"{name}log.jsonl", done, accelerator.is_main_process)
     accelerator.init_trackers(f"{name}tensorboard")
     stop = Interruption()
@@ -451,9 +461,8 @@ def train(
             total = torch.zeros((), device=accelerator.device)
             for piece in pieces:
                 ids = torch.stack([torch.from_numpy(corpus.window(n, args.context)) for n in piece])
-                ids = ids.to(accelerator.device)
-                total += gradients(ids, *inputs_of(ids, step))
-            if accelerator.num_processes > 1 and not sharded:
+                total += gradients(ids.to(accelerator.device), *inputs_of(ids, step))
+            if together:
                 average_gradients(model.parameters())
             norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:

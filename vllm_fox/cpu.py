@@ -49,7 +49,7 @@ def prepare_cpu_environment(
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's allocator keep what tensors of up to 32 MiB have freed, for the tensors of the next layer.
+    """Have glibc's allocator keep what tensors of less than 32 MiB have freed, for the tensors of the next layer.
 
     By itself it gives freed megabytes back to the system, which then hands them out again page by page, filled with
     zeros. That takes longer than what is computed in them. Other allocators are left as they are.

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import training_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from whole_files import CONTENTS, list_contents
 
 from benchmarks.engines import engine, generate, greedy
 from tests.support.training_scripts import ROOT, Script, forks, log
@@ -66,6 +67,20 @@ def test_two_processes_share_a_step(text: Path, whole: Path, tmp_path: Path) -> 
     # Before training makes differences larger: sums in another order, in float32.
     assert log(tmp_path)[0]["loss"] == pytest.approx(log(whole)[0]["loss"], rel=1e-6)
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_of_other_weights_is_named(text: Path, whole: Path, tmp_path: Path) -> None:
+    """Such as one whose names have a prefix."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    shutil.rmtree(output / "checkpoints" / "step-30")
+    checkpoint = output / "checkpoints" / "step-28"
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({f"module.{name}": weight for name, weight in weights.items()}, checkpoint / "model.safetensors")
+    (checkpoint / CONTENTS).unlink()
+    list_contents(checkpoint)
+    (error,) = FOX.errors([arguments(text, output)])
+    assert "step-28 has other weights than this run" in error and "earlier version" in error
 
 
 def test_compiled_or_with_another_optimizer(text: Path, whole: Path, tmp_path: Path) -> None:

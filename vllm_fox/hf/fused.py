@@ -1,7 +1,7 @@
 """What torch.compile makes fewer kernels of in training on a GPU, without being asked to.
 
 Operation by operation, PyTorch reads and writes every element anew, and the host starts a kernel for each. The same
-functions run as they are elsewhere, in float64, in evaluation, and where a caller's own torch.compile holds them.
+functions run as they are elsewhere, in float64, in layers in evaluation, and in layers that a caller compiles.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ def fused(function: Callable[Given, Result]) -> Callable[Given, Result]:
     return torch.compile(function)
 
 
+def can_fuse(x: torch.Tensor) -> bool:
+    """Return whether what is computed of a tensor gains by :func:`fused`."""
+    return x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+
+
 def fuses(module: nn.Module, x: torch.Tensor) -> bool:
-    """Return whether ``module`` computes by :func:`fused`, given its input."""
-    return module.training and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    """Return whether ``module`` computes by :func:`fused`, given its input.
+
+    The replicas of torch.nn.DataParallel do not: they are new modules in every step.
+    """
+    return module.training and can_fuse(x) and not getattr(module, "_is_replica", False)

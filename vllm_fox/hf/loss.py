@@ -9,7 +9,7 @@ from torch import library, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .autocast import for_projections
-from .fused import fused
+from .fused import can_fuse, fused
 from .inputs import kept_positions
 from .line import NO_LABEL
 
@@ -40,7 +40,7 @@ def _with_gradients(
     total = torch.zeros((), dtype=wide, device=hidden.device)
     grad_hidden, grad_weight = _room(hidden, of_hidden), _room(weight, of_weight).to(wide).zero_()
     rows = max(MIN_ROWS, -(-hidden.numel() // len(weight)))
-    of_block = fused(_block) if hidden.is_cuda and hidden.dtype != torch.float64 else _block
+    of_block = fused(_block) if can_fuse(hidden) else _block
     for at in range(0, len(hidden), rows):
         x = hidden[at : at + rows]
         losses, grad = of_block(x @ weight.T, labels[at : at + rows])

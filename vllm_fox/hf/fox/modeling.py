@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., n] to the normed x [..., n]."""
-        return fused(RMSNorm._normed)(self, x) if fuses(self, x) else self._normed(x)
+        return fused(type(self)._normed)(self, x) if fuses(self, x) else self._normed(x)
 
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
         return self.wide(x).flatten(-2).to(x.dtype)
@@ -257,8 +257,9 @@ class ForgettingTransformerBlock(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, line: Line, cache: ForgettingCache | None = None) -> torch.Tensor:
         """Map x [N, hidden] to the output [N, hidden]."""
-        compute = fused(ForgettingTransformerBlock._compute) if fuses(self, x) else type(self)._compute
-        return compute(self, x, line, cache)
+        if cache is None and fuses(self, x):  # caches are of generation, where every step is another length
+            return fused(type(self)._compute)(self, x, line, None)
+        return self._compute(x, line, cache)
 
     def _compute(self, x: torch.Tensor, line: Line, cache: ForgettingCache | None) -> torch.Tensor:
         x = x + self.attn(for_projections(self.attn_norm(x)), line, cache)
