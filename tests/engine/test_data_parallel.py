@@ -128,5 +128,7 @@ def test_a_dead_engine_is_an_error_not_a_hang(server: Server) -> None:
     for client in clients:
         client.join(limit - time.monotonic())
     assert len(ends) == len(clients), "a client still waits"
-    assert all(end == "abort" or isinstance(end, Exception) for end in ends), ends
+    # The other engine may come to the end of an answer before.
+    assert all(end in ("abort", "length") or isinstance(end, Exception) for end in ends), ends
+    assert any(isinstance(end, Exception) for end in ends), ends
     assert server.process.wait(max(0.0, limit - time.monotonic())) is not None
