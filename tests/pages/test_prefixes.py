@@ -108,10 +108,12 @@ class PrefixMachine(RuleBasedStateMachine):
         """Pages are handed out and written, put into the cache, and the device notes live ranges for the report."""
         columns = self.pool.hand_out()
         for rank, freed in enumerate(self.pool.take_freed()):
+            free = set(self.pool.free_ids(rank).tolist())
             self.poisoned[rank] |= set(freed.tolist())
-            self.poisoned[rank] -= set(columns.ids[:, self.pool.columns[rank]].ravel().tolist())
+            # Pages that a request begins with and no longer sees may have made room for those that it gets.
+            self.poisoned[rank] -= set(columns.ids[:, self.pool.columns[rank]].ravel().tolist()) - free
             self.poisoned[rank] -= set(self.under_way(rank))
-            assert self.poisoned[rank] == set(self.pool.free_ids(rank).tolist())
+            assert self.poisoned[rank] == free
         adopted = len(columns.ids) - sum(map(len, self.promised.values()))
         ids = iter(columns.ids[adopted:])
         for slot, new in self.promised.items():
