@@ -107,17 +107,19 @@ class PrefixMachine(RuleBasedStateMachine):
     def step(self, reported: bool, offered: bool) -> None:
         """Pages are handed out and written, put into the cache, and the device notes live ranges for the report."""
         columns = self.pool.hand_out()
+        adopted = len(columns.ids) - sum(map(len, self.promised.values()))
         for rank, freed in enumerate(self.pool.take_freed()):
+            ids = columns.ids[:, self.pool.columns[rank]]
             free = set(self.pool.free_ids(rank).tolist())
             self.poisoned[rank] |= set(freed.tolist())
             # Pages that a request begins with and no longer sees may have made room for those that it gets.
-            self.poisoned[rank] -= set(columns.ids[:, self.pool.columns[rank]].ravel().tolist()) - free
+            self.poisoned[rank] -= set(ids[:adopted].ravel().tolist()) - free
+            self.poisoned[rank] -= set(ids[adopted:].ravel().tolist())
             self.poisoned[rank] -= set(self.under_way(rank))
             assert self.poisoned[rank] == free
-        adopted = len(columns.ids) - sum(map(len, self.promised.values()))
-        ids = iter(columns.ids[adopted:])
+        handed_out = iter(columns.ids[adopted:])
         for slot, new in self.promised.items():
-            for page, got in zip(new, itertools.islice(ids, len(new))):
+            for page, got in zip(new, itertools.islice(handed_out, len(new))):
                 self.texts[slot] += (page,)
                 for stream in range(WIDTH):
                     self.written[stream_of(stream), int(got[stream])] = (self.texts[slot], stream)
