@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 from command_line import (
     Parser,

@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from captured_gradients import CapturedGradients  # of examples/, which benchmarks.options makes importable
+from captured_gradients import CapturedGradients
 
 from benchmarks.options import (
     Parser,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import record
+from tests.support import ROOT
 from tests.support.command_lines import check_ranges, refused, scripts
 
 PRECISION = ["precision", "learning", "checkpoint", "text", "--output=o"]
@@ -19,6 +23,15 @@ def test_every_number_has_a_range(script: str, monkeypatch: pytest.MonkeyPatch) 
     if script in ("cached_pages", "dcp", "live_pages"):
         pytest.importorskip("matplotlib")
     assert check_ranges(f"benchmarks.{script}", monkeypatch)
+
+
+def test_a_benchmark_finds_the_examples_by_itself() -> None:
+    """The tests' own search path has them, and a user's has not."""
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    help_of = [sys.executable, "-m", "benchmarks.training", "--help"]
+    shown = subprocess.run(help_of, cwd=ROOT, env=bare, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("usage: training.py")
 
 
 @pytest.mark.parametrize(
