@@ -128,7 +128,8 @@ def test_table_updates_and_reports_wait_for_nothing() -> None:
             report = tables.report(update, lambda slots, pages, before: pages[:, None] + before)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert report.starts[0].tolist() == [[0] * 6, [3] * 6, [5] * 6]
+    # What a step reports of a boundary is where the slot's live range begins in the next: at 5, and then at 5 + 5.
+    assert report.starts[0].tolist() == [[10] * 6, [13] * 6, [15] * 6]
     chunks = tables.table.chunk_of[slot].long()
     entries = tables.table.entries[chunks].permute(0, 2, 1).reshape(-1, 6)[:71]
     assert sorted(entries.flatten().tolist()) == sorted(pool.held_ids(slot, 0).tolist())

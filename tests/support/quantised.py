@@ -211,7 +211,8 @@ def quantised_at_load(folder: Path) -> Path:
         largest[product(name)] = max(largest.get(product(name), 0.0), tensor.abs().max().item())
     for name, tensor in quantised.items():
         scale = torch.tensor(largest[product(name)]) / 448
-        weights[name] = (tensor / scale).to(torch.float8_e4m3fn).double() * scale.double()
+        # vLLM multiplies by the reciprocal, which decides where a number lies in the middle of two.
+        weights[name] = (tensor * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double()
     shutil.copytree(folder, plain)
     save_file(
         {name: tensor.double() for name, tensor in weights.items()}, plain / "model.safetensors", {"format": "pt"}
