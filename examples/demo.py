@@ -181,6 +181,9 @@ def server_command(model: Checkpoint, port: int, *options: str) -> list[str]:
     command.append("--enable-prompt-tokens-details")  # says how many tokens were found in the cache
     if "cpu" in importlib.metadata.version("vllm"):
         command.append("--enforce-eager")  # compiling takes a CPU longer than the whole demo
+    else:
+        # What vLLM wants to find free on a GPU, where others may compute too.
+        command += ["--gpu-memory-utilization", "0.1"]
     return [*command, *options]
 
 
