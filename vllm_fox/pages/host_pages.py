@@ -13,7 +13,7 @@ from vllm_fox.kernels.page_copy import page_copy
 from .host_tier import Copies
 from .messages import Fetches
 
-STAGING_BYTES = 32 * 2**20
+STAGING_BYTES = 128 * 2**20
 """Device memory of each of two buffers, through which pages go out."""
 
 HOST_REGISTER_MAPPED = 2
