@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+_CONCATENATED = ("max_complex_pointwise_cat_inputs", "max_pointwise_cat_inputs")
+OPTIONS: dict[str, Any] = {name: 0 for name in _CONCATENATED if name in torch._inductor.list_options()}
+"""Options for Inductor.
+
+The gradients of what a matrix product made side by side are computed each by itself and written side by side.
+Otherwise a kernel would compute all of them at every place, and use one.
+"""
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -20,7 +29,7 @@ Result = TypeVar("Result")
 @cache
 def fused(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """Compile a function for the first length that it meets, and once more for all others."""
-    return torch.compile(function)
+    return torch.compile(function, options=OPTIONS)
 
 
 def can_fuse(x: torch.Tensor) -> bool:
@@ -34,3 +43,15 @@ def fuses(module: nn.Module, x: torch.Tensor) -> bool:
     The replicas of torch.nn.DataParallel do not: they are new modules in every step.
     """
     return module.training and can_fuse(x) and not getattr(module, "_is_replica", False)
+
+
+def recomputed(function: Callable[..., Result], *given: Any) -> Result:
+    """Call a function that works element by element, whose results torch.compile is to compute again.
+
+    Its backward pass then finds them from the function's arguments, which are kept anyway, while it reads those.
+    Left to itself, torch.compile would keep all that a matrix product takes.
+    """
+    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        return function(*given)
+    result: Result = checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
+    return result

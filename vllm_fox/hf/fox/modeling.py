@@ -20,8 +20,9 @@ from vllm_fox.families.fox.architecture import OFFICIAL, Architecture
 from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, with_rounding
 from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
 from vllm_fox.hf.autocast import for_projections
-from vllm_fox.hf.fused import fused, fuses
+from vllm_fox.hf.fused import fused, fuses, recomputed
 from vllm_fox.hf.generation import PackingGenerationMixin
+from vllm_fox.hf.joint import joint
 from vllm_fox.hf.line import Line
 from vllm_fox.hf.line_model import LineForCausalLM, LineModelMixin
 from vllm_fox.kernels import forgetting_attention
@@ -119,15 +120,17 @@ class ForgettingSelfAttention(nn.Module):
         arch, dim = self.arch, self.arch.head_dim
         layer = None if cache is None else cache.layer(self.layer)
         past = layer if layer is not None and layer.is_initialized else None
-        q = self.q_proj(x).unflatten(-1, (-1, dim))
-        k, last_k = self._shifted(self.k_proj, x, line, None if past is None else past.last[0])
-        v, last_v = self._shifted(self.v_proj, x, line, None if past is None else past.last[1])
-        if arch.qk_norm != "none":
-            # Under autocast x is wider than what projections return.
-            q, k = (norm.wide(y.flatten(-2)).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        projected = self._projections()
+        made = dict(zip(projected, joint(x, list(projected.values()))))
+        q, k, v = (made[name].unflatten(-1, (-1, dim)) for name in "qkv")
+        before_k, before_v = (None, None) if past is None else past.last
+        last_k, last_v = line.newest(k, before_k), line.newest(v, before_v)
+        q = recomputed(self._query, q)
+        k = recomputed(self._key, k, made.get("k shift"), line, before_k)
+        v = self._shifted(v, made.get("v shift"), line, before_v)
         if arch.rope_base is not None:
             q, k = (rotate(y, line.positions, arch.rope_base) for y in (q, k))
-        log_forget = self.log_forget(x)
+        log_forget = self._log_forget(made.get("gate"), x)
         if past is not None:
             q, k, v, log_forget = (line.unpack(y) for y in (q, k, v, log_forget))
             out = line.pack(past.attend(q, k, v, log_forget, line.real(), (last_k, last_v), dim**-0.5))
@@ -141,50 +144,76 @@ class ForgettingSelfAttention(nn.Module):
             if layer is not None:
                 k, v, log_forget = (line.unpack(y) for y in (k, v, log_forget))
                 layer.fill(k, v, log_forget, line.real(), (last_k, last_v))
-        return self.o_proj(self._gated(out, x))
+        return self.o_proj(recomputed(self._gated, out, made.get("output gate")))
+
+    def _projections(self) -> dict[str, nn.Module]:
+        """Return the layers that read ``x``."""
+        found: dict[str, nn.Module] = {"q": self.q_proj}
+        for name, projection in (("k", self.k_proj), ("v", self.v_proj)):
+            if isinstance(projection, ShiftedLinear):
+                found |= {name: projection.linear, f"{name} shift": projection.shift_proj}
+            else:
+                found[name] = projection
+        if self.arch.gate == "full":
+            found["gate"] = getattr(self, self._names["gate"])
+        if self.arch.output_gate is not None:
+            found["output gate"] = getattr(self, self._names["output"])
+        return found
+
+    def _query(self, y: torch.Tensor) -> torch.Tensor:
+        """Apply the norm of queries, if there is one, to y [N, H, d]."""
+        return y if self.arch.qk_norm == "none" else self.q_norm.wide(y.flatten(-2)).to(y.dtype)
+
+    def _key(
+        self, y: torch.Tensor, shift: torch.Tensor | None, line: Line, last: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply the token shift and the norm of keys, those that there are, to y [N, KV heads, d]."""
+        y = self._shifted(y, shift, line, last)
+        return y if self.arch.qk_norm == "none" else self.k_norm.wide(y.flatten(-2)).to(y.dtype)
 
     def _shifted(
-        self, projection: nn.Module, x: torch.Tensor, line: Line, last: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project x [N, hidden] to [N, KV heads, d], with the token shift if the projection has one.
+        self, y: torch.Tensor, shift: torch.Tensor | None, line: Line, last: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply the token shift to a projection y [N, KV heads, d].
 
         Args:
+            shift: [N, KV heads] logits of the weight of the token before; None if there is no shift.
             last: [B, KV heads, d] projection of the tokens before, not shifted; None at the beginning of sequences.
-
-        Returns:
-            The projection, and what the next token's shift needs as ``last``.
         """
-        y = (projection.linear if isinstance(projection, ShiftedLinear) else projection)(x)
-        y = y.unflatten(-1, (-1, self.arch.head_dim))
-        newest = line.newest(y, last)
-        if not isinstance(projection, ShiftedLinear):
-            return y, newest
+        if shift is None:
+            return y
         first = (line.offsets == 0)[:, None, None]
         before = F.pad(y[:-1], (0, 0, 0, 0, 1, 0))
         before = torch.where(first, 0.0 if last is None else last.to(y.dtype)[line.sequence], before)
         # Where a is close to 1, half precision would leave few digits of 1 - a.
-        a = projection.shift_proj(x).to(torch.promote_types(y.dtype, torch.float32)).sigmoid()[..., None]
-        return (a * before + (1 - a) * y).to(y.dtype), newest
+        a = shift.to(torch.promote_types(y.dtype, torch.float32)).sigmoid()[..., None]
+        return (a * before + (1 - a) * y).to(y.dtype)
 
     def log_forget(self, x: torch.Tensor) -> torch.Tensor:
         """Map normed x [N, hidden] to log f [N, H] in float32 or wider."""
+        full = self.arch.gate == "full"
+        return self._log_forget(getattr(self, self._names["gate"])(x) if full else None, x)
+
+    def _log_forget(self, gate: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        """Return log f [N, H] in float32 or wider, given the logits [N, H] of gates that depend on x."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.arch.gate == "none":
             return torch.zeros(len(x), self.arch.num_heads, dtype=wide, device=x.device)
-        if self.arch.gate == "full":
-            return F.logsigmoid(getattr(self, self._names["gate"])(x).to(wide))
+        if gate is not None:
+            return F.logsigmoid(gate.to(wide))
         return F.logsigmoid(self.fgate_bias.to(wide)).expand(len(x), -1)
 
-    def _gated(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Apply the output norm and the gate to ``out`` [N, H, d] in float32, and round once to [N, hidden]."""
+    def _gated(self, out: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """Apply the output norm and the gate [N, hidden] to ``out`` [N, H, d] in float32, and round once to
+        [N, hidden]."""
         out = out.flatten(-2)
-        if not self.arch.output_norm and self.arch.output_gate is None:
+        if not self.arch.output_norm and gate is None:
             return out
         wide = out.to(torch.promote_types(out.dtype, torch.float32))
         if self.arch.output_norm:
             wide = self.output_norm.wide(out).flatten(-2)
-        if self.arch.output_gate is not None:
-            gate = getattr(self, self._names["output"])(x).to(wide.dtype)
+        if gate is not None:
+            gate = gate.to(wide.dtype)
             wide = wide * (gate.sigmoid() if self.arch.output_gate == "sigmoid" else F.silu(gate))
         return wide.to(out.dtype)
 
@@ -240,9 +269,12 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [N, hidden] to the output [N, hidden]."""
-        gate, up = self.gate_proj(x).chunk(2, -1) if self.joint else (self.gate_proj(x), self.up_proj(x))
+        gate, up = self.gate_proj(x).chunk(2, -1) if self.joint else joint(x, (self.gate_proj, self.up_proj))
+        return self.down_proj(recomputed(self._gated, gate, up))
+
+    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
-        return self.down_proj((self.act(wide) * up).to(up.dtype))  # rounded once
+        return (self.act(wide) * up).to(up.dtype)  # rounded once
 
 
 class ForgettingTransformerBlock(GradientCheckpointingLayer):

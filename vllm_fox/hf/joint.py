@@ -1,0 +1,47 @@
+"""Several linear layers of the same input as one matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .autocast import for_projections
+
+ALIGNED = 16
+"""The number of rows of a joint matrix is a multiple of this. Matrix products of odd sizes are slow on a GPU."""
+
+
+def joint(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """Return what each of some linear layers makes of x [..., in]: tensors [..., out of the layer].
+
+    While torch.compile traces a training step, the layers that are plain ones become one product, and so do their
+    gradients. Then x is read once. The gradient of x is one sum in float32, where each layer by itself would round
+    a part of it and add that to the others. A product with a few outputs costs a GPU as much as one with hundreds.
+    """
+    compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    joined = [layer for layer in layers if compiled and isinstance(layer, nn.Linear) and _is_plain(layer)]
+    if len(joined) < 2:
+        return [layer(x) for layer in layers]
+    joined.sort(key=lambda layer: -len(layer.weight))  # so that the parts begin where a GPU reads fast
+    weights = [for_projections(layer.weight) for layer in joined]
+    sizes = [len(weight) for weight in weights]
+    sizes.append(-sum(sizes) % ALIGNED)
+    weights.append(weights[0].new_zeros(sizes[-1], x.shape[-1]))
+    parts = dict(zip(joined, F.linear(x, torch.cat(weights)).split(sizes, -1)))
+    return [_with_bias(parts[layer], layer.bias) if layer in parts else layer(x) for layer in layers]
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Return whether nothing but the layer's own weights decides what it computes, and these are being trained."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or not layer.training:
+        return False
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    # The weights of a layer that is sharded by itself are of another type.
+    return type(layer.weight) is nn.Parameter and layer.weight.requires_grad and not any(hooks)
+
+
+def _with_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return y if bias is None else (y + bias).to(y.dtype)
