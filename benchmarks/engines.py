@@ -55,6 +55,7 @@ def engine(model: str | Path, fox: dict[str, Any] | None = None, **options: Any)
         **options,
     }
     options["additional_config"] = {"fox": {"poison_free_pages": True, **(fox or {})}}
+    gc.collect()  # an engine that ended earlier may be garbage only now, and sleep mode allows one in a process
     llm = LLM(model=str(model), **options)
     try:
         yield llm

@@ -5,7 +5,8 @@ python -m benchmarks.soak examples/fox-tiny --minutes 5 --plot soak.png
 It starts `vllm serve MODEL` in float32 with little KV memory, and sends requests with Poisson arrivals: greedy and
 sampled ones of all lengths, chats, several answers, beam searches, structured output, streams that are closed after
 some tokens, and connections that are closed before the first. When the load is over and the server is idle, a
-sample of the greedy requests is asked for again, alone. The exit code is 1 if a request failed, an answer was
+sample of the greedy requests is asked for again, alone. Ctrl-C ends the load early, and what has run until then is
+judged; a second one ends everything. The exit code is 1 if a request failed, an answer was
 wrong, a page or a request was left over, or memory grew.
 """
 
@@ -17,6 +18,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -161,7 +163,15 @@ async def soak(
         load = Load(client, MODEL_NAME, text, context, args.most, args.again, args.seed)
         watch = Watch(server, load)
         coming = arrivals(args.seed, args.rate, 60 * args.minutes, context)
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            load.stop()
+            loop.remove_signal_handler(signal.SIGINT)
+
+        loop.add_signal_handler(signal.SIGINT, stop)
         await while_watched(watch, load.run(coming), args.every)
+        loop.remove_signal_handler(signal.SIGINT)
         seconds = load.now
         idle = {"after the load": await watch.idle()}
         compared, again = await ask_again(load, load.remembered.kept)

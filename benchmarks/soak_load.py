@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import re
@@ -199,6 +200,7 @@ class Load:
         self._client, self._model, self._text, self._context, self._most = client, model, text, context, most
         self._start = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = asyncio.Event()
 
     @property
     def now(self) -> float:
@@ -208,7 +210,10 @@ class Load:
         """Send every request when it arrives, and wait for the answers."""
         self._start = time.monotonic()
         for one in coming:
-            await asyncio.sleep(max(0.0, one.at - self.now))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), max(0.0, one.at - self.now))
+            if self._stopped.is_set():
+                break
             if len(self._tasks) >= self._most:
                 self.not_sent += 1
                 continue
@@ -216,6 +221,10 @@ class Load:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         await asyncio.gather(*self._tasks)
+
+    def stop(self) -> None:
+        """Send nothing more. The answers that are under way are still waited for."""
+        self._stopped.set()
 
     async def ask(
         self, prompt: list[int], most: int, outcome: Outcome, *, go_on: bool = False, salt: str | None = None

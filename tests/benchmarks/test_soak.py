@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,6 +25,7 @@ from benchmarks.soak_load import (
     TURNS,
     USER_TOKENS,
     Answer,
+    Load,
     Outcome,
     Reservoir,
     arrivals,
@@ -30,6 +33,7 @@ from benchmarks.soak_load import (
     kind_of_error,
 )
 from benchmarks.soak_verdict import by_kind, errors_of, failures, growth
+from tests.support import patience
 
 CONTEXT = 2048
 IDLE = {"requests_running": 0, "requests_waiting": 0, "pages_live": 0, "kv_usage": 0.0, "pages_cached": 7}
@@ -254,3 +258,20 @@ def test_each_failure_ends_the_command_with_1(
     monkeypatch.setattr(soak, "run", lambda _: [])
     soak.main()
     assert capsys.readouterr().out.startswith("verdict:")
+
+
+def test_a_load_that_is_stopped_sends_nothing_more() -> None:
+    """It ends at once, long before the last request would have come."""
+
+    async def run() -> float:
+        async with openai.AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0) as client:
+            load = Load(client, "model", range(1000), CONTEXT, most=8, again=4, seed=0)
+            late = (dataclasses.replace(one, at=one.at + 3600) for one in arrivals(0, 1.0, 60.0, CONTEXT))
+            running = asyncio.create_task(load.run(late))
+            await asyncio.sleep(0.05)
+            load.stop()
+            await asyncio.wait_for(running, patience(10))
+            assert not load.outcomes and not load.not_sent
+            return load.now
+
+    assert asyncio.run(run()) < 3600
