@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from .fused import OPTIONS
-
 
 def compile_layers(model: nn.Module, **options: Any) -> None:
     """Compile each layer of a model separately and in place, with torch.compile.
@@ -17,10 +15,8 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
 
     Args:
         model: any model whose layers are in a ModuleList.
-        options: options of :func:`torch.compile`. A backend or a mode brings its own options for Inductor.
+        options: options of :func:`torch.compile`.
     """
-    if not options.keys() & {"backend", "mode", "options"}:
-        options["options"] = OPTIONS
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for layer in layers:
             layer.compile(**options)

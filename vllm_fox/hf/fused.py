@@ -14,14 +14,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-_CONCATENATED = ("max_complex_pointwise_cat_inputs", "max_pointwise_cat_inputs")
-OPTIONS: dict[str, Any] = {name: 0 for name in _CONCATENATED if name in torch._inductor.list_options()}
-"""Options for Inductor.
-
-The gradients of what a matrix product made side by side are computed each by itself and written side by side.
-Otherwise a kernel would compute all of them at every place, and use one.
-"""
-
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
@@ -29,7 +21,7 @@ Result = TypeVar("Result")
 @cache
 def fused(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """Compile a function for the first length that it meets, and once more for all others."""
-    return torch.compile(function, options=OPTIONS)
+    return torch.compile(function)
 
 
 def can_fuse(x: torch.Tensor) -> bool:
