@@ -13,8 +13,12 @@ from vllm_fox.kernels.page_copy import page_copy
 from .host_tier import Copies
 from .messages import Fetches
 
-STAGING_BYTES = 128 * 2**20
-"""Device memory of each of two buffers, through which pages go out."""
+STAGING_BYTES, STAGING_SHARE = 256 * 2**20, 1 / 16
+"""Most device memory of each of two buffers, through which pages go out, and most of it as a share of the cache's.
+
+When a long conversation is kept no longer, all of its pages go out in one step. Those of 4,096 tokens of a model of
+24 layers with 24 heads can be hundreds of MiB.
+"""
 
 HOST_REGISTER_MAPPED = 2
 """CUDA's cudaHostRegisterMapped: kernels may read and write the memory."""
@@ -52,7 +56,8 @@ class HostPages:
             _pin(self, self._host)
             self._stream = torch.cuda.Stream(self._device)
             # A multiple of 4, so that the ids of every part are aligned as a kernel was compiled for.
-            rows = max(4, STAGING_BYTES // page_bytes // 4 * 4)
+            staging = min(STAGING_BYTES, int(STAGING_SHARE * pool.nbytes))
+            rows = max(4, staging // page_bytes // 4 * 4)
             self._buffers = [_Buffer(self._pages.new_empty(rows, self._pages.shape[1])) for _ in range(2)]
             self._rows = torch.arange(rows, dtype=torch.int32, device=self._device)
             # Compile the kernel now, on pages that are padding: nothing is compiled while serving.
