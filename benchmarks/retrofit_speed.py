@@ -106,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         refuse("No CUDA GPU was found, and on a CPU the figures would mean nothing.")
-    from train_llama import make_config  # of examples/, which benchmarks.options makes importable
+    from train_llama import make_config
 
     config = make_config(args)
     ids = torch.randint(args.vocab, (args.windows, args.context), device="cuda")

@@ -5,9 +5,11 @@ python -m benchmarks.soak examples/fox-tiny --minutes 5 --plot soak.png
 It starts `vllm serve MODEL` in float32 with little KV memory, and sends requests with Poisson arrivals: greedy and
 sampled ones of all lengths, chats, several answers, beam searches, structured output, streams that are closed after
 some tokens, and connections that are closed before the first. When the load is over and the server is idle, a
-sample of the greedy requests is asked for again, alone. Ctrl-C ends the load early, and what has run until then is
-judged; a second one ends everything. The exit code is 1 if a request failed, an answer was
-wrong, a page or a request was left over, or memory grew.
+sample of the greedy requests is asked for again, alone. The exit code is 1 if a request failed, an answer was
+wrong, a page or a request was left over, or memory grew; and if the run was too short to show that.
+
+Ctrl-C ends the load early, or the comparison of answers if the load is over. What has run until then is judged and
+saved. A second one ends everything.
 """
 
 from __future__ import annotations
@@ -124,10 +126,14 @@ async def while_watched(watch: Watch, work: Awaitable[None], every: float) -> No
         task.result()
 
 
-async def ask_again(load: Load, answers: list[Answer]) -> tuple[dict[str, Any], list[Outcome]]:
-    """Ask for each answer alone, without the prefix cache, and compare."""
+async def ask_again(
+    load: Load, answers: list[Answer], enough: asyncio.Event
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """Ask for each answer alone, without the prefix cache, and compare, until there are enough."""
     rows, outcomes = list[dict[str, Any]](), list[Outcome]()
     for number, loaded in enumerate(answers):
+        if enough.is_set():
+            break
         outcome = Outcome("again", load.now)
         outcomes.append(outcome)
         try:
@@ -163,23 +169,24 @@ async def soak(
         load = Load(client, MODEL_NAME, text, context, args.most, args.again, args.seed)
         watch = Watch(server, load)
         coming = arrivals(args.seed, args.rate, 60 * args.minutes, context)
-        loop = asyncio.get_running_loop()
+        enough = asyncio.Event()
 
-        def stop() -> None:
-            load.stop()
-            loop.remove_signal_handler(signal.SIGINT)
+        def interrupt() -> None:
+            if load.was_stopped or enough.is_set():
+                raise KeyboardInterrupt
+            (enough.set if load.is_over else load.stop)()
 
-        loop.add_signal_handler(signal.SIGINT, stop)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
         await while_watched(watch, load.run(coming), args.every)
-        loop.remove_signal_handler(signal.SIGINT)
         seconds = load.now
         idle = {"after the load": await watch.idle()}
-        compared, again = await ask_again(load, load.remembered.kept)
+        compared, again = await ask_again(load, load.remembered.kept, enough)
         idle["at the end"] = await watch.idle()
     assert watch.first is not None and watch.last is not None
     samples, asked = watch.samples, load.outcomes + again
     figures = {
         "seconds": seconds,
+        "ended_early": load.was_stopped or enough.is_set(),
         "requests": len(load.outcomes),
         "not_sent": load.not_sent,
         "by_kind": by_kind(load.outcomes),
@@ -213,7 +220,7 @@ def run(args: argparse.Namespace) -> list[str]:
     Raises:
         SystemExit: the server did not start, or it has ended.
     """
-    import demo  # of examples/, which benchmarks.options makes importable
+    import demo
 
     log = args.log or Path(tempfile.mkdtemp(prefix="vllm-fox-soak-"), "server.log")
     print(f"model: {args.model}\nserver log: {log}", flush=True)
@@ -244,7 +251,9 @@ def run(args: argparse.Namespace) -> list[str]:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint")
-    parser.add_argument("--minutes", type=positive_float, required=True, help="how long requests arrive")
+    parser.add_argument(
+        "--minutes", type=positive_float, required=True, help="how long requests arrive; Ctrl-C ends it early"
+    )
     parser.add_argument("--rate", type=positive_float, default=2.0, help="arrivals per second, besides bursts")
     parser.add_argument("--seed", type=seed_number, default=0, help="of arrivals, lengths and texts")
     parser.add_argument("--kv-contexts", type=positive_float, default=1.5, help="KV memory, in longest requests")
@@ -265,7 +274,10 @@ def main() -> None:
         prepare("--plot", args.plot)
         if importlib.util.find_spec("matplotlib") is None:
             refuse("--plot needs matplotlib: install vllm-fox[bench].")
-    wrong = run(args)
+    try:
+        wrong = run(args)
+    except KeyboardInterrupt:
+        raise SystemExit("soak: ended by Ctrl-C, with nothing judged or saved.") from None
     if wrong:
         print("\n".join(wrong))
         raise SystemExit("verdict: FAILED")

@@ -182,6 +182,7 @@ class Load:
 
     Attributes:
         tokens: of the prompts that were sent.
+        is_over: whether every request has ended.
     """
 
     def __init__(
@@ -201,6 +202,7 @@ class Load:
         self._start = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = asyncio.Event()
+        self.is_over = False
 
     @property
     def now(self) -> float:
@@ -212,7 +214,7 @@ class Load:
         for one in coming:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), max(0.0, one.at - self.now))
-            if self._stopped.is_set():
+            if self.was_stopped:
                 break
             if len(self._tasks) >= self._most:
                 self.not_sent += 1
@@ -221,10 +223,15 @@ class Load:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         await asyncio.gather(*self._tasks)
+        self.is_over = True
 
     def stop(self) -> None:
         """Send nothing more. The answers that are under way are still waited for."""
         self._stopped.set()
+
+    @property
+    def was_stopped(self) -> bool:
+        return self._stopped.is_set()
 
     async def ask(
         self, prompt: list[int], most: int, outcome: Outcome, *, go_on: bool = False, salt: str | None = None
@@ -273,7 +280,7 @@ class Load:
             for _ in range(TURNS):
                 said += self._cut(rng, min(USER_TOKENS, self._context // 16))
                 answer = await self._one(one, said, rng)
-                if answer is None:
+                if answer is None or self.was_stopped:
                     return
                 said = said + answer.tokens
         else:

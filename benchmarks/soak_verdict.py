@@ -141,7 +141,7 @@ def table(figures: Mapping[str, Any]) -> str:
             (f"growth over the last third, MiB: {name}", f"{mib:+.1f} ± {error:.1f}")
             for name, (mib, error) in growth["processes"].items()
         ),
-        ("the tokens of its requests, MiB", f"{growth['least']:.1f}"),
+        ("the tokens of its requests, MiB", "-" if math.isnan(growth["least"]) else f"{growth['least']:.1f}"),
         ("greedy answers asked for again", compared["answers"]),
         ("of these with other tokens", compared["other_tokens"]),
         ("largest difference of a token, nats", f"{compared['largest']:.2e}"),

@@ -90,23 +90,16 @@ def test_layers_stay_apart_outside_of_training(evaluation: bool) -> None:
 
 
 def test_the_joint_matrix_has_an_even_size() -> None:
-    sizes = list[torch.Size]()
+    sizes = list[int]()
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        def run(*given: torch.Tensor) -> Any:
-            class Watch(torch.fx.Interpreter):
-                def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-                    if "linear" in str(target):
-                        sizes.append(args[1].shape)
-                    return super().call_function(target, args, kwargs)
-
-            return Watch(graph).run(*given)
-
-        return run
+        (product,) = [node for node in graph.graph.nodes if "linear" in str(node.target)]
+        sizes.append(product.meta["example_value"].shape[-1])
+        return graph.forward
 
     torch._dynamo.reset()
     torch.compile(Layers(), backend=backend)(torch.randn(7, 24, dtype=torch.float64))
-    ((rows, _),) = sizes
+    (rows,) = sizes
     assert rows >= 72 and rows % ALIGNED == 0
 
 
@@ -139,3 +132,65 @@ def test_what_is_computed_again_is_not_kept() -> None:
     # Inductor multiplies and adds in another order, in float32.
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_no_copy_of_the_weights_is_kept() -> None:
+    """Without autocast the layers' own weights are there in the backward pass."""
+    torch._dynamo.reset()
+    module, kept = Layers(), list[int]()
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        made = torch.compile(module)(torch.ones(7, 24, dtype=torch.float64, requires_grad=True))
+    torch.stack([y.sum() for y in made]).sum().backward()
+    assert kept and max(kept) <= max(weight.numel() for weight in module.parameters())
+
+
+def doubled(layer: nn.Linear) -> None:
+    own = layer.forward
+    layer.forward = lambda x: 2 * own(x)  # type: ignore[method-assign]
+
+
+def test_a_layer_that_is_replaced_later_computes_by_itself() -> None:
+    """By an attribute, as accelerate does it."""
+    module, x = Layers(), torch.randn(7, 24, dtype=torch.float64)
+    call = compiled(module, [])
+    call(x)
+    layer: Any = module.layers[1]
+    doubled(layer)
+    for one, other in zip(call(x), module(x), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_hook_of_all_modules_is_called() -> None:
+    module, x = Layers(), torch.randn(7, 24, dtype=torch.float64)
+
+    def tripled(layer: nn.Module, given: Any, y: Any) -> Any:
+        return 3 * y if isinstance(layer, nn.Linear) else y
+
+    hook = nn.modules.module.register_module_forward_hook(tripled)
+    try:
+        for one, other in zip(compiled(module, [])(x), module(x), strict=True):
+            torch.testing.assert_close(one, other)
+    finally:
+        hook.remove()
+
+
+class Again(nn.Module):
+    """Layers, and what is computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = Layers()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([recomputed(nn.functional.silu, y) for y in self.own(x)], -1)
+
+
+def test_a_model_can_be_exported() -> None:
+    module, x = Again(), torch.randn(7, 24, dtype=torch.float64)
+    exported = torch.export.export(module, (x,), strict=True)
+    torch.testing.assert_close(exported.module()(x), module(x))

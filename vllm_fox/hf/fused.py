@@ -37,13 +37,19 @@ def fuses(module: nn.Module, x: torch.Tensor) -> bool:
     return module.training and can_fuse(x) and not getattr(module, "_is_replica", False)
 
 
-def recomputed(function: Callable[..., Result], *given: Any) -> Result:
-    """Call a function that works element by element, whose results torch.compile is to compute again.
+def traced_with_gradients() -> bool:
+    """Return whether torch.compile traces what gradients will be asked of, in a training step as a rule."""
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiled and torch.is_grad_enabled()
 
-    Its backward pass then finds them from the function's arguments, which are kept anyway, while it reads those.
-    Left to itself, torch.compile would keep all that a matrix product takes.
+
+def recomputed(function: Callable[..., Result], *given: Any) -> Result:
+    """Call a function whose results torch.compile is to compute again in the backward pass.
+
+    It finds them from the function's arguments, which are kept anyway. Left to itself, torch.compile would keep all
+    that a matrix product takes. The function works element by element, so that this costs little.
     """
-    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+    if not traced_with_gradients():
         return function(*given)
     result: Result = checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
     return result

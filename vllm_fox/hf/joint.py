@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .autocast import for_projections
+from .fused import recomputed, traced_with_gradients
 
 ALIGNED = 16
 """The number of rows of a joint matrix is a multiple of this. Matrix products of odd sizes are slow on a GPU."""
+PLAIN = nn.Linear.forward
+"""What a plain layer computes. Libraries that replace it do so later."""
 
 
 def joint(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
@@ -21,8 +25,8 @@ def joint(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
     gradients. Then x is read once. The gradient of x is one sum in float32, where each layer by itself would round
     a part of it and add that to the others. A product with a few outputs costs a GPU as much as one with hundreds.
     """
-    compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()
-    joined = [layer for layer in layers if compiled and isinstance(layer, nn.Linear) and _is_plain(layer)]
+    traced = traced_with_gradients()
+    joined = [layer for layer in layers if traced and isinstance(layer, nn.Linear) and _is_plain(layer)]
     if len(joined) < 2:
         return [layer(x) for layer in layers]
     joined.sort(key=lambda layer: -len(layer.weight))  # so that the parts begin where a GPU reads fast
@@ -30,17 +34,25 @@ def joint(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
     sizes = [len(weight) for weight in weights]
     sizes.append(-sum(sizes) % ALIGNED)
     weights.append(weights[0].new_zeros(sizes[-1], x.shape[-1]))
-    parts = dict(zip(joined, F.linear(x, torch.cat(weights)).split(sizes, -1)))
+    # The matrix is made again in the backward pass, or a copy of all weights would be kept until then.
+    together = recomputed(_together, *weights)
+    parts = dict(zip(joined, F.linear(x, together).split(sizes, -1)))
     return [_with_bias(parts[layer], layer.bias) if layer in parts else layer(x) for layer in layers]
 
 
 def _is_plain(layer: nn.Linear) -> bool:
     """Return whether nothing but the layer's own weights decides what it computes, and these are being trained."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or not layer.training:
-        return False
+    replaced = type(layer) is not nn.Linear or type(layer).forward is not PLAIN
+    replaced = replaced or not isinstance(layer.forward, MethodType)  # torch.compile notices if this changes
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    hooked = any(hooks) or nn.modules.module._has_any_global_hook()
     # The weights of a layer that is sharded by itself are of another type.
-    return type(layer.weight) is nn.Parameter and layer.weight.requires_grad and not any(hooks)
+    trained = layer.training and type(layer.weight) is nn.Parameter and layer.weight.requires_grad
+    return trained and not replaced and not hooked
+
+
+def _together(*weights: torch.Tensor) -> torch.Tensor:
+    return torch.cat(weights)
 
 
 def _with_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
