@@ -1,7 +1,8 @@
 """Leaf functions, a folder for each operation: ``GROUP/NAME``, and ``table_update``, which all groups share.
 
 ``reference.py`` is the plain PyTorch form and reads like the formula; faster implementations stand beside
-it with the same signature, and ``__init__.py`` picks one. Nothing here knows vLLM.
+it with the same signature, in Triton for a GPU and in C++ for a CPU, and ``__init__.py`` picks one. Nothing here
+knows vLLM.
 
 All but ``forgetting.training`` and ``subset.training`` work on the pages of a server's KV cache. Those two take
 whole sequences.

@@ -1,4 +1,4 @@
-"""Which implementation of a leaf function runs: Triton on a GPU, plain PyTorch elsewhere."""
+"""Which implementation of a leaf function runs: Triton on a GPU, C++ or plain PyTorch on a CPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
+
+from .native import can_compile
 
 
 class OnDevice(Protocol):
@@ -26,8 +28,9 @@ Result = TypeVar("Result")
 def leaf(
     reference: Callable[Concatenate[First, Others], Result],
     kernel: Callable[[], Callable[Concatenate[First, Others], Result]],
+    cpu: Callable[Concatenate[First, Others], Result] | None = None,
 ) -> Callable[Concatenate[First, Others], Result]:
-    """A leaf function that runs one of two implementations, by the device of its first argument.
+    """A leaf function that runs one of its implementations, by the device of its first argument.
 
     A type checker refuses implementations of which one does not take what the other does, by name and type.
 
@@ -35,6 +38,7 @@ def leaf(
         reference: the plain PyTorch implementation, which documents the function.
         kernel: returns the Triton implementation. It is called when that is first needed, so that Triton is not
             imported before.
+        cpu: the implementation in C++, where there is one.
 
     Returns:
         The function, with the signature and the docstring of ``reference``.
@@ -43,7 +47,10 @@ def leaf(
 
     @wraps(reference)
     def run(first: First, /, *args: Others.args, **kwargs: Others.kwargs) -> Result:
-        implementation = load() if use_triton(first.device) else reference
+        if use_triton(first.device):
+            implementation = load()
+        else:
+            implementation = cpu if cpu is not None and use_native(first.device) else reference
         return implementation(first, *args, **kwargs)
 
     return run
@@ -69,6 +76,11 @@ def use_triton(device: torch.device) -> bool:
     On CPU they do so only under ``TRITON_INTERPRET=1``, Triton's interpreter, which is for tests.
     """
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_native(device: torch.device) -> bool:
+    """Whether tensors on ``device`` go to the functions in C++, where there are such: on a CPU with a compiler."""
+    return device.type == "cpu" and can_compile()
 
 
 @cache

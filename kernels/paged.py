@@ -17,6 +17,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from .native import NativeBatch, NativeTable
+
 TABLE_CHUNK = 16
 """The page table itself is allocated in chunks of so many entries, one a page, per stream."""
 
@@ -43,6 +45,13 @@ class PageTable:
     @property
     def device(self) -> torch.device:
         return self.entries.device
+
+    @cached_property
+    def native(self) -> NativeTable:
+        """The table as C++ takes it, on a CPU."""
+        chunks, streams = self.chunk_of.shape[1], self.first_live.shape[1]
+        filled: NativeTable = NativeTable.keeping(self.chunk_of, chunks, self.entries, streams, self.first_live)
+        return filled
 
     def page_ids(self, slots: torch.Tensor, page: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
         """Page ids at broadcast (slots, page index, stream); any integer dtype, result int64."""
@@ -151,7 +160,14 @@ class Batch:
     def has_decode(self) -> bool:
         return 1 in self.query_lens_host
 
-    # What plain PyTorch needs in every layer. Kernels find it out for themselves.
+    # What a CPU needs in every layer. Kernels find it out for themselves.
+    @cached_property
+    def native(self) -> NativeBatch:
+        """The batch as C++ takes it, on a CPU."""
+        parts = (x.contiguous() for x in (self.query_start, self.seq_lens, self.slots))
+        filled: NativeBatch = NativeBatch.keeping(*parts, self.num_rows)
+        return filled
+
     @cached_property
     def single_rows(self) -> torch.Tensor:
         """The rows with one query, int64."""

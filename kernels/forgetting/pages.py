@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from ..float8 import FP8
+from ..native import Part
 
 HEAD_DIMS = (32, 64, 128, 256)
 """Head sizes d that the kernels of forgetting attention are made for."""
@@ -96,6 +99,12 @@ class ForgettingPageFormat:
         )
 
 
+class NativePages(ctypes.Structure):
+    """``Pages`` of pages.hpp."""
+
+    _fields_ = [("k", Part), ("v", Part), ("gates", Part), ("last", Part), ("kept", ctypes.c_int64)]
+
+
 @dataclass(frozen=True, eq=False)
 class ForgettingPages:
     """The page pool as typed views (P pages, N tokens a page, G gates, d head size).
@@ -124,6 +133,12 @@ class ForgettingPages:
     @property
     def device(self) -> torch.device:
         return self.k.device
+
+    @cached_property
+    def native(self) -> NativePages:
+        """The pages as C++ takes them, on a CPU."""
+        parts = (Part.of(x) for x in (self.k, self.v, self.gates, self.last))
+        return NativePages(*parts, 0 if self.last is None else self.last.shape[1])
 
     def keys(self, ids: torch.Tensor) -> torch.Tensor:
         """K of the pages ``ids`` as float32: [\\*ids, N, d]."""

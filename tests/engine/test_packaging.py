@@ -96,6 +96,8 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel: Path) -> None:
         inside = path.relative_to(ROOT).as_posix()
         expected.add(f"vllm_fox/{inside}" if inside.startswith("kernels/") else inside)
     expected |= {path.relative_to(ROOT).as_posix() for path in (folder / "maps" / "page").iterdir()}
+    for ending in ("cpp", "hpp"):
+        expected |= {f"vllm_fox/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob(f"*.{ending}")}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected

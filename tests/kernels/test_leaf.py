@@ -32,5 +32,14 @@ def test_twin_and_kernel_have_the_same_signature(name: str) -> None:
         assert functions(twin)[function] == functions(kernel)[function], function
 
 
+@pytest.mark.parametrize("name", [name for name in LEAVES if (ROOT / name.replace(".", "/") / "cpu.py").exists()])
+def test_twin_and_cpp_have_the_same_signature(name: str) -> None:
+    twin, cpp = (import_module(f"vllm_fox.{name}.{part}") for part in ("reference", "cpu"))
+    own = [f for f in vars(cpp).values() if inspect.isfunction(f) and f.__module__ == cpp.__name__]
+    assert own
+    for function in own:
+        assert inspect.signature(function) == inspect.signature(getattr(twin, function.__name__))
+
+
 def test_all_leaves_are_found() -> None:
     assert len(LEAVES) == 12

@@ -15,7 +15,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_fox.cpu import keep_freed_memory
-from vllm_fox.kernels.leaf import use_triton
+from vllm_fox.kernels.leaf import use_native, use_triton
 from vllm_fox.kernels.paged import Batch, PageTable
 from vllm_fox.pages.spec import PageFormat, make_spec
 
@@ -95,7 +95,7 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
         """Compute again what the layer derives from weights. It is called whenever they have changed."""
 
     def warm_up_variants(self, inputs: list[torch.Tensor], batch: Batch, state: State, out: torch.Tensor) -> None:
-        """Compile kernels that the given batch of padding does not run, but other batches may need."""
+        """Compile Triton kernels that the given batch of padding does not run, but other batches may need."""
 
     # What the model calls.
 
@@ -187,7 +187,7 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
         state = cls.make_state(layers, table, max_rows)
         for layer in layers:
             layer._state, layer._is_last = state, layer is layers[-1]
-        if use_triton(table.entries.device):
+        if use_triton(table.entries.device) or use_native(table.entries.device):
             layers[0]._warm_up(state)
         if table.entries.device.type == "cpu":
             keep_freed_memory()
@@ -210,8 +210,10 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
     def _warm_up(self, state: State) -> None:
         """Run the kernels on rows of padding (slot 0), which neither write pages nor move live ranges.
 
-        Kernels are compiled for a model's constants, not for a batch's sizes, so one small batch of each kind is
-        enough: one with a single query per row, and one with several.
+        Plain PyTorch, which serves the formats that C++ does not know, writes to the page of padding.
+
+        Kernels, and functions in C++, are compiled for a model's constants, not for a batch's sizes. So
+        one small batch of each kind is enough: one with a single query per row, and one with several.
         """
         for tokens in (1, 2):
             device = state.table.entries.device
@@ -220,7 +222,8 @@ class PagedAttention(nn.Module, AttentionLayerBase, Generic[State]):
             out = torch.empty_like(inputs[0])
             state.begin_step(batch)
             self.impl.forward(inputs, batch, state, out)
-            self.warm_up_variants(inputs, batch, state, out)
+            if use_triton(device):
+                self.warm_up_variants(inputs, batch, state, out)
             state.end_step(batch)
 
 

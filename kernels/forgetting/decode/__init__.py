@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...leaf import LazyKernel, leaf, use_triton
-from . import reference
+from . import cpu, reference
 
 if TYPE_CHECKING:
     from ...shares.plan import DecodePlan
@@ -58,6 +58,6 @@ def make_workspace(
     )
 
 
-decode_attention = leaf(reference.decode_attention, lambda: _kernel.decode_attention)
+decode_attention = leaf(reference.decode_attention, lambda: _kernel.decode_attention, cpu.decode_attention)
 
 __all__ = ["decode_attention", "make_workspace"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...leaf import LazyKernel, leaf, use_triton
 from ...paged import PrefillWork
-from . import reference
+from . import cpu, reference
 
 if TYPE_CHECKING:
     from . import kernel as _kernel
@@ -33,6 +33,6 @@ def make_workspace(work: PrefillWork, heads: int, groups: int) -> PrefillPlan | 
     return PrefillPlan(work, heads, groups)
 
 
-prefill_attention = leaf(reference.prefill_attention, lambda: _kernel.prefill_attention)
+prefill_attention = leaf(reference.prefill_attention, lambda: _kernel.prefill_attention, cpu.prefill_attention)
 
 __all__ = ["make_workspace", "prefill_attention"]

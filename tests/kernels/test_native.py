@@ -1,0 +1,109 @@
+"""The leaf functions in C++, and what runs where there is no compiler.
+
+The other tests of this folder hold against the formula what runs by default, which is C++ on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.one_layer import OneLayer, StepInputs
+from tests.support import ROOT
+from tests.support.harness import random_inputs
+from vllm_fox.kernels import native
+from vllm_fox.kernels.forgetting.decode import cpu, reference
+from vllm_fox.kernels.paged import Batch
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="for a CPU"
+)
+
+
+def test_a_compiler_is_there() -> None:
+    """Else the other tests would hold plain PyTorch against the formula twice."""
+    assert native.can_compile()
+
+
+@pytest.mark.parametrize("file, least", [("test_forgetting.py", 60), ("test_subset.py", 60)])
+def test_plain_pytorch_without_a_compiler(file: str, least: int) -> None:
+    """The leaf-function tests once more, in a process of its own: what runs is decided once."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", f"tests/kernels/{file}"],
+        cwd=ROOT,
+        env=os.environ | {native.COMPILER: ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    summary = run.stdout.strip().splitlines()[-1]
+    assert int(summary.split(" passed")[0].split()[-1]) >= least, summary
+
+
+@pytest.mark.parametrize(
+    "compiler, said", [("", "No C++ compiler was found"), ("false", "runs in plain PyTorch, since"), ("g++", "")]
+)
+def test_a_compiler_that_fails_is_done_without(compiler: str, said: str, tmp_path: Path) -> None:
+    """With an empty cache; a sentence says why."""
+    code = "from vllm_fox.kernels.native import can_compile; print(can_compile())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {native.COMPILER: compiler, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == str(not said)
+    assert said in run.stderr
+    assert bool(list((tmp_path / "vllm-fox").glob("*.so")) if not said else []) == (not said)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code = "from vllm_fox.kernels.native import can_compile; print(can_compile())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "True"
+
+
+def decoding(lengths: list[int], dtype: torch.dtype) -> tuple[OneLayer, StepInputs, Batch]:
+    """A layer whose requests of these lengths have one query each, all of it before attention done."""
+    layer = OneLayer(heads=3, groups=2, dtype=dtype, shift=True, threshold=-60.0, num_slots=8)
+    slots = [layer.open() for _ in lengths]
+    for slot, length in zip(slots, lengths, strict=True):
+        if length > 1:
+            layer.step([(slot, random_inputs(length - 1, heads=3, groups=2, shift=True, seed=length))])
+    last = [(slot, random_inputs(1, heads=3, groups=2, shift=True, seed=slot)) for slot in slots]
+    inputs, batch = layer.prepare(last)
+    out = torch.empty_like(inputs.q)
+    layer.impl.forward(inputs.flat(), batch, layer.state, out.flatten(1))
+    return layer, inputs, batch
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("lengths", [[1], [40], [200, 1, 17, 16, 64, 200]])
+@pytest.mark.parametrize("live", ["pruned", "newest page only", "more dead than there is"])
+def test_decode_equals_plain_pytorch(live: str, lengths: list[int], dtype: torch.dtype, tolerance: float) -> None:
+    """One request and ragged ones.
+
+    The sums are float32 in both. Outputs in bfloat16 are rounded by 2**-9 at most, so they differ by 2**-8 at most.
+    """
+    layer, inputs, batch = decoding(lengths, dtype)
+    if live != "pruned":
+        beyond = 1000 if live == "more dead than there is" else 0
+        for slot, length in layer.lengths.items():
+            layer.table.first_live[slot] = (length - 1) // layer.page_size + beyond
+    given, expected = (torch.full_like(inputs.q, float("nan")) for _ in range(2))
+    for run, out in ((cpu, given), (reference, expected)):
+        run.decode_attention(layer.pages, layer.table, batch, 0, inputs.q, layer.impl.scale, out, None)
+    assert (given.double() - expected.double()).norm() < tolerance * expected.double().norm()
