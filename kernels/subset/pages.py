@@ -11,12 +11,15 @@ with its group (H = 1), or anything between.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from ..float8 import FP8
+from ..native import Part
 from ..paged import QUERY_BLOCK, Batch, PageTable
 
 SCALE_DTYPE = torch.bfloat16
@@ -80,6 +83,12 @@ class SubsetPageFormat:
         )
 
 
+class NativePages(ctypes.Structure):
+    """``Pages`` of pages.hpp."""
+
+    _fields_ = [(name, Part) for name in ("k", "v", "int_k", "begin", "end")]
+
+
 @dataclass(frozen=True, eq=False)
 class SubsetPages:
     """The page pool as typed views: P pages of N tokens, H KV heads of size d a stream, interaction keys of size r.
@@ -111,6 +120,11 @@ class SubsetPages:
     @property
     def device(self) -> torch.device:
         return self.k.device
+
+    @cached_property
+    def native(self) -> NativePages:
+        """The pages as C++ takes them, on a CPU."""
+        return NativePages(*(Part.of(x) for x in (self.k, self.v, self.int_k, self.begin, self.end)))
 
     def keys(self, *at: torch.Tensor) -> torch.Tensor:
         """K as float32 of tokens at (page, offset), [\\*page, H, d], or of whole pages: [\\*page, N, H, d]."""

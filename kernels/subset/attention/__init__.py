@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...leaf import LazyKernel, leaf, use_triton
 from ..pages import SubsetPages
-from . import reference
+from . import cpu, reference
 from .workspace import SeenTokens
 
 if TYPE_CHECKING:
@@ -52,6 +52,6 @@ def make_workspace(
     )
 
 
-subset_attention = leaf(reference.subset_attention, lambda: _kernel.subset_attention)
+subset_attention = leaf(reference.subset_attention, lambda: _kernel.subset_attention, cpu.subset_attention)
 
 __all__ = ["make_workspace", "subset_attention"]

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 from ...leaf import LazyKernel, leaf
-from . import reference
+from . import cpu, reference
 
 if TYPE_CHECKING:
     from . import kernel as _kernel
 else:
     _kernel = LazyKernel(__name__)
 
-compact = leaf(reference.compact, lambda: _kernel.compact)
+compact = leaf(reference.compact, lambda: _kernel.compact, cpu.compact)
 
 __all__ = ["compact"]

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 from ...leaf import LazyKernel, leaf
-from . import reference
+from . import cpu, reference
 
 if TYPE_CHECKING:
     from . import kernel as _kernel
 else:
     _kernel = LazyKernel(__name__)
 
-drop_times = leaf(reference.drop_times, lambda: _kernel.drop_times)
+drop_times = leaf(reference.drop_times, lambda: _kernel.drop_times, cpu.drop_times)
 
 __all__ = ["drop_times"]

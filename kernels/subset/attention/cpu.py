@@ -1,0 +1,40 @@
+"""Attention over the tokens that a stream has not dropped, in C++."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...native import NUMBERS, call, function
+from ...paged import Batch, PageTable
+from ..pages import SubsetPages
+from . import reference
+from .workspace import SeenTokens
+
+if TYPE_CHECKING:
+    from ...shares.plan import DecodePlan
+
+
+def subset_attention(
+    pages: SubsetPages,
+    table: PageTable,
+    batch: Batch,
+    layer: int,
+    q: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    workspace: DecodePlan | SeenTokens | None,
+) -> None:
+    """See :func:`.reference.subset_attention`; ``out`` is contiguous."""
+    if pages.k.dtype not in NUMBERS:
+        reference.subset_attention(pages, table, batch, layer, q, scale, out, workspace)
+        return
+    sizes, folder = {"D": q.shape[4], "PAGE": pages.page_size}, Path(__file__).parent
+    held, rest = (pages.native, table.native, batch.native), (layer, *q.shape[1:4], q.contiguous(), scale, out)
+    if batch.has_decode:
+        call(function("decode_attention", folder, pages.k.dtype, **sizes), *held, *rest)
+    if batch.work is not None:
+        rows, tiles = batch.work.rows.contiguous(), batch.work.tiles.contiguous()
+        call(function("prefill_attention", folder, pages.k.dtype, **sizes), *held, rows, tiles, len(tiles), *rest)

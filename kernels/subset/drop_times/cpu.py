@@ -1,0 +1,33 @@
+"""Which query drops which token, in C++."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ...native import NUMBERS, call, function
+from ...paged import Batch, PageTable
+from ..pages import SubsetPages
+from . import reference
+
+
+def drop_times(
+    pages: SubsetPages,
+    table: PageTable,
+    batch: Batch,
+    layer: int,
+    int_q: torch.Tensor,
+    bias: torch.Tensor,
+    below: torch.Tensor | None,
+) -> None:
+    """See :func:`.reference.drop_times`; ``below`` is contiguous."""
+    if pages.int_k.dtype not in NUMBERS:
+        reference.drop_times(pages, table, batch, layer, int_q, bias, below)
+        return
+    _, streams, dim = int_q.shape
+    run = function("drop_times", Path(__file__).parent, pages.int_k.dtype, R=dim, PAGE=pages.page_size)
+    call(
+        run, pages.native, table.native, batch.native, layer, streams, int_q.contiguous(), bias.float(), below,
+        0 if below is None else below.shape[2],
+    )  # fmt: skip
