@@ -34,7 +34,7 @@ ANSWER_S = 60
 PROMPT = "def add(a, b):\n    "
 TOKENS = 12
 LONG = {"prompt": "import os\n", "max_tokens": CONTEXT - 48, "temperature": 0, "extra_body": {"ignore_eos": True}}
-"""A request of so many steps that it cannot be over in a second."""
+"""A request of so many steps that it cannot be over in half a second."""
 TOO_LONG = "x = 1\n" * CONTEXT
 
 
@@ -232,7 +232,7 @@ def test_top_watches_a_running_server(servers: dict[str, Server], capsys: pytest
 
 def test_requests_that_time_out_are_aborted(server: Server) -> None:
     before = metrics(server.program.port)["fox_kv_pages_allocated"]
-    client, sent, _ = counting(server.url, retries=2, timeout=1)
+    client, sent, _ = counting(server.url, retries=2, timeout=0.4)
     with pytest.raises(openai.APITimeoutError):
         client.completions.create(model=server.name, **LONG)
     assert len(sent) == 3
