@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from .native import can_compile
+from .native import can_compile, knows
 
 
 class OnDevice(Protocol):
@@ -38,7 +38,7 @@ def leaf(
         reference: the plain PyTorch implementation, which documents the function.
         kernel: returns the Triton implementation. It is called when that is first needed, so that Triton is not
             imported before.
-        cpu: the implementation in C++, where there is one.
+        cpu: the implementation in C++, where there is one. It runs if it knows the ``dtype`` of the first argument.
 
     Returns:
         The function, with the signature and the docstring of ``reference``.
@@ -49,8 +49,10 @@ def leaf(
     def run(first: First, /, *args: Others.args, **kwargs: Others.kwargs) -> Result:
         if use_triton(first.device):
             implementation = load()
+        elif cpu is not None and use_native(first.device) and knows(first):
+            implementation = cpu
         else:
-            implementation = cpu if cpu is not None and use_native(first.device) else reference
+            implementation = reference
         return implementation(first, *args, **kwargs)
 
     return run

@@ -57,20 +57,21 @@ def can_compile() -> bool:
     return True
 
 
-def function(name: str, folder: Path, dtype: torch.dtype, **sizes: int) -> Callable[..., None]:
-    """The function ``name`` of ``cpu.cpp`` in a leaf's folder, for stored numbers of a dtype and given sizes.
+def knows(first: object) -> bool:
+    """Whether the sources know the numbers that a leaf function's first argument stores."""
+    return getattr(first, "dtype", None) in NUMBERS
 
-    For a dtype that the sources do not know, numbers are bytes there: a function may still move them.
-    """
-    library = _library(folder, NUMBERS.get(dtype, "uint8_t"), tuple(sizes.items()))
-    found: Callable[..., None] = getattr(library, name)
+
+def function(name: str, beside: str, dtype: torch.dtype, **sizes: int) -> Callable[..., None]:
+    """The function ``name`` of the ``cpu.cpp`` beside a file, for stored numbers of a dtype and given sizes."""
+    found: Callable[..., None] = getattr(_library(beside, NUMBERS[dtype], tuple(sizes.items())), name)
     return found
 
 
 @cache
-def _library(folder: Path, number: str, sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+def _library(beside: str, number: str, sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     defines = [f"-DNUMBER={number}", *(f"-D{name}={size}" for name, size in sizes)]
-    return ctypes.CDLL(str(_build(folder / "cpu.cpp", tuple(defines))))
+    return ctypes.CDLL(str(_build(Path(beside).with_name("cpu.cpp"), tuple(defines))))
 
 
 @cache

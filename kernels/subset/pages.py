@@ -121,6 +121,11 @@ class SubsetPages:
     def device(self) -> torch.device:
         return self.k.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of stored K and V."""
+        return self.k.dtype
+
     @cached_property
     def native(self) -> NativePages:
         """The pages as C++ takes them, on a CPU."""

@@ -275,3 +275,25 @@ def test_a_load_that_is_stopped_sends_nothing_more() -> None:
             return load.now
 
     assert asyncio.run(run()) < 3600
+
+
+def test_a_chat_that_is_stopped_has_no_next_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turn under way is finished."""
+    asked = list[int]()
+
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0) as client:
+            load = Load(client, "model", range(100_000), CONTEXT, most=8, again=4, seed=0)
+
+            async def ask(prompt: list[int], most: int, outcome: Outcome, **options: Any) -> Answer:
+                asked.append(len(prompt))
+                load.stop()
+                return Answer(prompt, most)
+
+            monkeypatch.setattr(load, "ask", ask)
+            chat = next(one for one in arrivals(0, 5.0, 60.0, CONTEXT) if one.kind == "chat")
+            await load.run(iter([dataclasses.replace(chat, at=0.0)]))
+            assert load.is_over and [one.error for one in load.outcomes] == [None]
+
+    asyncio.run(run())
+    assert len(asked) == 1

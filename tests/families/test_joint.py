@@ -149,18 +149,17 @@ def test_no_copy_of_the_weights_is_kept() -> None:
     assert kept and max(kept) <= max(weight.numel() for weight in module.parameters())
 
 
-def doubled(layer: nn.Linear) -> None:
-    own = layer.forward
-    layer.forward = lambda x: 2 * own(x)  # type: ignore[method-assign]
-
-
-def test_a_layer_that_is_replaced_later_computes_by_itself() -> None:
-    """By an attribute, as accelerate does it."""
+@pytest.mark.parametrize("of_all", [False, True], ids=["one layer's", "all layers'"])
+def test_a_forward_that_is_replaced_later_is_called(of_all: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an attribute of the layer, as accelerate does it, or of the class."""
     module, x = Layers(), torch.randn(7, 24, dtype=torch.float64)
     call = compiled(module, [])
     call(x)
-    layer: Any = module.layers[1]
-    doubled(layer)
+    own, layer = nn.Linear.forward, module.layers[1]
+    if of_all:
+        monkeypatch.setattr(nn.Linear, "forward", lambda layer, given: 2 * own(layer, given))
+    else:
+        monkeypatch.setattr(layer, "forward", lambda given: 2 * own(layer, given))
     for one, other in zip(call(x), module(x), strict=True):
         torch.testing.assert_close(one, other)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ...native import NUMBERS, call, function
+from ...native import call, function
 from ...paged import Batch, PageTable
 from ..pages import ForgettingPages
-from . import reference
 
 if TYPE_CHECKING:
     from .plan import PrefillPlan
@@ -29,13 +27,10 @@ def prefill_attention(
     workspace: PrefillPlan | None,
 ) -> None:
     """See :func:`.reference.prefill_attention`; ``out`` is contiguous."""
-    if pages.k.dtype not in NUMBERS:
-        reference.prefill_attention(pages, table, batch, layer, threshold, q, scale, bounded, out, workspace)
-        return
     assert batch.work is not None
     _, heads, groups, dim = q.shape
     rows, tiles = batch.work.rows.contiguous(), batch.work.tiles.contiguous()
-    run = function("prefill_attention", Path(__file__).parent, pages.k.dtype, D=dim, PAGE=pages.page_size)
+    run = function("prefill_attention", __file__, pages.dtype, D=dim, PAGE=pages.page_size)
     call(
         run, pages.native, table.native, batch.native, rows, tiles, len(tiles), layer, heads, groups,
         threshold.contiguous(), q.contiguous(), scale, out,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ...native import NUMBERS, call, function
+from ...native import call, function
 from ...paged import Batch, PageTable
 from ..pages import SubsetPages
-from . import reference
 from .workspace import SeenTokens
 
 if TYPE_CHECKING:
@@ -28,13 +26,10 @@ def subset_attention(
     workspace: DecodePlan | SeenTokens | None,
 ) -> None:
     """See :func:`.reference.subset_attention`; ``out`` is contiguous."""
-    if pages.k.dtype not in NUMBERS:
-        reference.subset_attention(pages, table, batch, layer, q, scale, out, workspace)
-        return
-    sizes, folder = {"D": q.shape[4], "PAGE": pages.page_size}, Path(__file__).parent
+    sizes = {"D": q.shape[4], "PAGE": pages.page_size}
     held, rest = (pages.native, table.native, batch.native), (layer, *q.shape[1:4], q.contiguous(), scale, out)
     if batch.has_decode:
-        call(function("decode_attention", folder, pages.k.dtype, **sizes), *held, *rest)
+        call(function("decode_attention", __file__, pages.dtype, **sizes), *held, *rest)
     if batch.work is not None:
         rows, tiles = batch.work.rows.contiguous(), batch.work.tiles.contiguous()
-        call(function("prefill_attention", folder, pages.k.dtype, **sizes), *held, rows, tiles, len(tiles), *rest)
+        call(function("prefill_attention", __file__, pages.dtype, **sizes), *held, rows, tiles, len(tiles), *rest)

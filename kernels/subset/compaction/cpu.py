@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from ...native import call, function
@@ -14,12 +12,10 @@ from ..pages import SubsetPages
 def compact(pages: SubsetPages, table: PageTable, batch: Batch, period: int = 1, unsettled: int = 0) -> None:
     """See :func:`.reference.compact`."""
     stored = [pages.k, pages.v, pages.int_k, pages.begin, pages.end]
-    if pages.scales is not None:
-        stored.append(pages.scales)
     pool = torch.empty(0, dtype=torch.uint8).set_(pages.k.untyped_storage())
     # Tokens move as bytes, whatever their format is.
     fields = [[x.storage_offset() * x.element_size(), x[0, 0].numel() * x.element_size()] for x in stored]
-    run = function("compact", Path(__file__).parent, pages.k.dtype, PAGE=pages.page_size)
+    run = function("compact", __file__, pages.dtype, PAGE=pages.page_size)
     call(
         run, pages.native, table.native, batch.native, pool, pages.k.stride(0) * pages.k.element_size(),
         torch.tensor(fields), len(fields), period, unsettled,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from ...native import NUMBERS, call, function
+from ...native import call, function
 from ...paged import Batch, PageTable
 from ..pages import SubsetPages
-from . import reference
 
 
 def drop_times(
@@ -22,11 +19,8 @@ def drop_times(
     below: torch.Tensor | None,
 ) -> None:
     """See :func:`.reference.drop_times`; ``below`` is contiguous."""
-    if pages.int_k.dtype not in NUMBERS:
-        reference.drop_times(pages, table, batch, layer, int_q, bias, below)
-        return
     _, streams, dim = int_q.shape
-    run = function("drop_times", Path(__file__).parent, pages.int_k.dtype, R=dim, PAGE=pages.page_size)
+    run = function("drop_times", __file__, pages.dtype, R=dim, PAGE=pages.page_size)
     call(
         run, pages.native, table.native, batch.native, layer, streams, int_q.contiguous(), bias.float(), below,
         0 if below is None else below.shape[2],
