@@ -103,6 +103,7 @@ def test_both_engines_answer_as_one_would(server: Server) -> None:
 def test_a_dead_engine_is_an_error_not_a_hang(server: Server) -> None:
     """vLLM ends the server when one of its engines dies; a request under way on the other is aborted before."""
     ends: dict[int, list[str | Exception]] = {0: [], 1: []}
+    streaming = threading.Semaphore(0)
 
     def stream(prompt: str, rank: int) -> None:
         try:
@@ -115,20 +116,26 @@ def test_a_dead_engine_is_an_error_not_a_hang(server: Server) -> None:
                 extra_body={"ignore_eos": True},
                 extra_headers={"X-data-parallel-rank": str(rank)},
             )
+            next(answer)
+            streaming.release()
             *_, last = answer
             ends[rank].append(str(last.choices[0].finish_reason))
         except openai.OpenAIError as error:
             ends[rank].append(error)
 
+    # Stopped, it cannot come to the end of an answer before it is killed, however late that is on a busy machine.
+    doomed, *_ = processes_under(server.process.pid, "EngineCore_DP1")
+    doomed.suspend()
     clients = [
-        threading.Thread(target=stream, args=(prompt, number % 2), daemon=True)
-        for number, prompt in enumerate(PROMPTS[:4])
+        threading.Thread(target=stream, args=(prompt, rank), daemon=True)
+        for prompt, rank in zip(PROMPTS[:4], (1, 1, 0, 0), strict=True)
     ]
     for client in clients:
         client.start()
-    time.sleep(2)
-    processes_under(server.process.pid, "EngineCore_DP1")[0].kill()
     limit = time.monotonic() + patience(END_S)
+    for _ in range(2):
+        assert streaming.acquire(timeout=limit - time.monotonic()), ends
+    doomed.kill()
     for client in clients:
         client.join(limit - time.monotonic())
     assert [len(found) for found in ends.values()] == [2, 2], "a client still waits"
