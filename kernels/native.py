@@ -7,6 +7,7 @@ on the machine that runs them, for its processor and for the sizes of a model, a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -49,10 +50,9 @@ def can_compile() -> bool:
         logger.warning("No C++ compiler was found, so attention on this CPU runs in plain PyTorch: install g++.")
         return False
     try:
-        _build(ROOT / "common.hpp", ("-x", "c++", "-DNUMBER=float"))
+        _load(ROOT / "common.hpp", ("-x", "c++", "-DNUMBER=float"))
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        logger.warning("Attention on this CPU runs in plain PyTorch, since %s fails: %s", _compiler(), said)
+        logger.warning("Attention on this CPU runs in plain PyTorch, since %s fails: %s", _compiler(), _said(error))
         return False
     return True
 
@@ -63,15 +63,26 @@ def knows(first: object) -> bool:
 
 
 def function(name: str, beside: str, dtype: torch.dtype, **sizes: int) -> Callable[..., None]:
-    """The function ``name`` of the ``cpu.cpp`` beside a file, for stored numbers of a dtype and given sizes."""
+    """The function ``name`` of the ``cpu.cpp`` beside a file, for stored numbers of a dtype and given sizes.
+
+    Raises:
+        RuntimeError: the file cannot be compiled or loaded, though others can: the disk is full, say.
+    """
     found: Callable[..., None] = getattr(_library(beside, NUMBERS[dtype], tuple(sizes.items())), name)
     return found
 
 
 @cache
 def _library(beside: str, number: str, sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    source = Path(beside).with_name("cpu.cpp")
     defines = [f"-DNUMBER={number}", *(f"-D{name}={size}" for name, size in sizes)]
-    return ctypes.CDLL(str(_build(Path(beside).with_name("cpu.cpp"), tuple(defines))))
+    try:
+        return _load(source, tuple(defines))
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            f"{_compiler()} cannot compile {source} into {_folder()}: {_said(error)} Mend that, or set {COMPILER} "
+            "to another compiler, or to nothing for attention in plain PyTorch."
+        ) from None
 
 
 @cache
@@ -111,22 +122,28 @@ def _folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="vllm-fox-"))
 
 
-def _build(source: Path, arguments: tuple[str, ...]) -> Path:
-    """The compiled file of a source, which is compiled if that has not been done yet."""
+def _load(source: Path, arguments: tuple[str, ...]) -> ctypes.CDLL:
+    """The library of a source, which is compiled if that has not been done yet."""
     read = [source, *sorted(ROOT.rglob("*.hpp"))]
     key = hashlib.sha256()
     for part in (_machine(), *FLAGS, *arguments, *(path.read_text() for path in read)):
         key.update(part.encode() + b"\0")
     target = _folder() / f"{key.hexdigest()[:32]}.so"
-    if not target.exists():
-        compiler = _compiler()
-        assert compiler is not None
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            new = Path(scratch) / target.name
-            command = [compiler, *FLAGS, *arguments, str(source), "-o", str(new)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            new.rename(target)
-    return target
+    if target.exists():
+        with contextlib.suppress(OSError):  # a power cut has torn it: it is compiled anew
+            return ctypes.CDLL(str(target))
+    compiler = _compiler()
+    assert compiler is not None
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        new = Path(scratch) / target.name
+        command = [compiler, *FLAGS, *arguments, str(source), "-o", str(new)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        new.rename(target)
+    return ctypes.CDLL(str(target))
+
+
+def _said(error: OSError | subprocess.CalledProcessError) -> str:
+    return (getattr(error, "stderr", None) or str(error)).strip()
 
 
 class Part(ctypes.Structure):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+
+import pytest
 
 from tests.support import ROOT
 from vllm_fox.cpu import CPU_DEFAULTS, prepare_cpu_environment
@@ -31,8 +34,15 @@ def test_it_is_there_before_torch_and_vllm() -> None:
     assert run.stdout.strip() == "[]"
 
 
-def test_freed_memory_is_kept() -> None:
-    """Memory that was freed is used again without a page fault. The setting lasts, so another process is asked."""
+@pytest.mark.parametrize(
+    "name, value",
+    [("", ""), ("MALLOC_MMAP_THRESHOLD_", "65536"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536")],
+)
+def test_freed_memory_is_kept(name: str, value: str) -> None:
+    """Memory that was freed is used again without a page fault, unless the user has said otherwise.
+
+    The setting lasts, so another process is asked.
+    """
     code = """
 import ctypes, resource
 from vllm_fox.cpu import keep_freed_memory
@@ -56,6 +66,8 @@ keep_freed_memory()
 faults()
 print(by_itself, faults())
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = os.environ | ({name: value} if name else {})
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     by_itself, kept = map(int, run.stdout.split())
-    assert kept < by_itself / 10, run.stdout
+    assert (kept < by_itself / 10) == (not name), run.stdout

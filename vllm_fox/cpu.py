@@ -13,7 +13,8 @@ from collections.abc import MutableMapping
 KV_CACHE_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 """GiB of KV cache, which overrides ``--kv-cache-memory-bytes``."""
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+MALLOC_OPTIONS = {"MALLOC_TRIM_THRESHOLD_": (-1, 1 << 29), "MALLOC_MMAP_THRESHOLD_": (-3, 1 << 25)}
+"""Environment variables of glibc's allocator: the number of each in <malloc.h>, and the bytes that suit tensors."""
 
 CPU_DEFAULTS = {
     # vLLM's own choice is most of the machine's memory.
@@ -52,9 +53,11 @@ def keep_freed_memory() -> None:
     """Have glibc's allocator keep what tensors of less than 32 MiB have freed, for the tensors of the next layer.
 
     By itself it gives freed megabytes back to the system, which then hands them out again page by page, filled with
-    zeros. That takes longer than what is computed in them. Other allocators are left as they are.
+    zeros. That takes longer than what is computed in them. What an environment variable of the user says stays so,
+    and other allocators are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, 1 << 29)
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    chosen = MALLOC_OPTIONS.keys() & os.environ.keys() or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if mallopt is not None and not chosen:
+        for option, bytes_kept in MALLOC_OPTIONS.values():
+            mallopt(option, bytes_kept)

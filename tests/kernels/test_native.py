@@ -76,6 +76,24 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -
     assert run.stdout.strip() == "True"
 
 
+def test_a_source_that_does_not_compile_is_one_sentence(tmp_path: Path) -> None:
+    """Though the compiler works: with what it said, and what to do."""
+    (tmp_path / "cpu.cpp").write_text("#error out of luck")
+    with pytest.raises(RuntimeError, match=r"cannot compile .*out of luck[\s\S]*or set VLLM_FOX_CXX to another"):
+        native.function("run", str(tmp_path / "cpu.py"), torch.float32)
+
+
+def test_a_torn_file_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_folder", lambda: tmp_path)
+    (tmp_path / "cpu.cpp").write_text('extern "C" int seven() { return 7; }')
+    for _ in range(2):
+        native._library.cache_clear()
+        assert native.function("seven", str(tmp_path / "cpu.py"), torch.float32)() == 7
+        (compiled,) = tmp_path.glob("*.so")
+        compiled.unlink()
+        compiled.write_bytes(b"\x7fELF")
+
+
 def decoding(lengths: list[int], dtype: torch.dtype) -> tuple[OneLayer, StepInputs, Batch]:
     """A layer whose requests of these lengths have one query each, all of it before attention done."""
     layer = OneLayer(heads=3, groups=2, dtype=dtype, shift=True, threshold=-60.0, num_slots=8)
