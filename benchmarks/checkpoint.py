@@ -33,13 +33,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from benchmarks.options import Parser, positive_int, read_record, refuse, settle_all, write_whole
 from vllm_fox.families.fox.architecture import Architecture, expected_weights, resolve_intermediate_size
 from vllm_fox.families.fox.config import FoxConfig
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 STATISTICS = Path(__file__).parent / "data" / "gate_statistics.json"
 
@@ -181,11 +184,11 @@ def llama_intermediate(geometry: Geometry) -> int:
     )
 
 
-def write_llama(folder: Path, geometry: Geometry) -> None:
-    """config.json only."""
+def llama_config(geometry: Geometry) -> LlamaConfig:
+    """Of the same sizes as the FoX."""
     from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=geometry.vocab,
         hidden_size=geometry.hidden,
         intermediate_size=llama_intermediate(geometry),
@@ -194,10 +197,15 @@ def write_llama(folder: Path, geometry: Geometry) -> None:
         num_key_value_heads=geometry.heads,
         max_position_embeddings=geometry.max_positions,
         tie_word_embeddings=False,
+        initializer_range=STD,
+        dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
     )
-    config.dtype = torch.bfloat16
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
+
+
+def write_llama(folder: Path, geometry: Geometry) -> None:
+    """config.json only."""
+    llama_config(geometry).save_pretrained(folder)
 
 
 def llama_parameters(geometry: Geometry) -> int:

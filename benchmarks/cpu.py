@@ -1,10 +1,11 @@
-"""Ours beside vLLM's dense models of the same size on a CPU: FoX and Llama, sparse GPT-2 (DCP) and GPT-2.
+"""Ours beside vLLM's dense models of the same size on a CPU: FoX, sparse GPT-2 (DCP) and a Llama that evicts.
 
     python -m benchmarks.cpu
     python -m benchmarks.cpu --pairs fox --dtypes float32 --contexts 1024
 
-All have 4 layers, hidden size 256 and random weights. The two models of a pair have an engine each, in a process of
-its own; both stay until the pair is done and are measured in turn, so that a slow spell of the machine meets both.
+All have 4 layers, hidden size 256 and random weights. The Llama evicts seven of eight tokens behind a window of
+256. The two models of a pair have an engine each, in a process of its own; both stay until the pair is done and are
+measured in turn, so that a slow spell of the machine meets both.
 """
 
 from __future__ import annotations
@@ -23,17 +24,42 @@ from typing import Any
 
 import psutil
 
-from benchmarks.checkpoint import Geometry, ready, write_fox, write_gpt2, write_llama, write_sparse_gpt2
+from benchmarks.checkpoint import (
+    Geometry,
+    llama_config,
+    ready,
+    write_fox,
+    write_gpt2,
+    write_llama,
+    write_sparse_gpt2,
+)
 from benchmarks.engine_process import EngineProcess
+from benchmarks.eviction import evicting_config
 from benchmarks.options import Parser, integer, positive_int
 from benchmarks.record import save
 from vllm_fox.cpu import prepare_cpu_environment
 
 SIZES = Geometry(layers=4, hidden=256, heads=8, vocab=4096)
 
+WINDOW, KEPT = 256, 1 / 8
+"""Of the Llama that evicts: tokens of its window, and the share of the tokens behind it that are kept."""
+
+
+def write_evicting_llama(folder: Path, geometry: Geometry) -> None:
+    """config.json and model.safetensors."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    llama = llama_config(geometry)
+    LlamaForCausalLM(llama).bfloat16().save_pretrained(folder)
+    evicting_config(llama, window=WINDOW, kept=KEPT).save_pretrained(folder)
+
+
 PAIRS: dict[str, dict[str, Callable[[Path, Geometry], None]]] = {
     "fox": {"FoX": write_fox, "Llama": write_llama},
     "dcp": {"DCP": write_sparse_gpt2, "GPT-2": write_gpt2},
+    "evicting": {"evicting": write_evicting_llama, "Llama": write_llama},
 }
 """Ours and the dense one of each pair, and what writes them."""
 
@@ -122,13 +148,14 @@ def report(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     print("".join(f"{head:>17}" for head in heads))
     table = []
     settings = dict.fromkeys((row["pair"], row["dtype"], row["context"], row["requests"]) for row in rows)
-    for pair, dtype, context, requests in settings:
+    for setting in settings:
+        pair, dtype, context, requests = setting
         own, dense = PAIRS[pair]
         mine, theirs = (
             [
                 row
                 for row in rows
-                if (row["model"], row["dtype"], row["context"], row["requests"]) == (name, dtype, context, requests)
+                if (row["pair"], row["dtype"], row["context"], row["requests"]) == setting and row["model"] == name
             ]
             for name in (own, dense)
         )

@@ -41,7 +41,10 @@ from benchmarks.record import save, saved
 from vllm_fox.cpu import KV_CACHE_SPACE, prepare_cpu_environment
 
 if TYPE_CHECKING:
+    from transformers import LlamaConfig, Qwen3Config
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_fox.families.evicting.config import EvictingDecoderConfig
 
 SYSTEMS = ("dense", "dense-fp8", "evicting", "evicting-fp8")
 PARTS = ("alone", "eight", "full")
@@ -77,11 +80,6 @@ class Geometry:
     max_positions: int
     tied: bool
 
-    @property
-    def neuron_std(self) -> float:
-        """Standard deviation of a query's numbers: QK-norm makes it 1."""
-        return 1.0 if self.kind == "qwen3" else STD * math.sqrt(self.hidden)
-
 
 GEOMETRIES = {
     "qwen3-8b": Geometry("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, 40960, False),
@@ -93,46 +91,59 @@ GEOMETRIES = {
 # Checkpoints: config.json only, for vLLM's load_format="dummy".
 
 
-def _fields(size: Geometry) -> dict[str, Any]:
-    return {
-        "vocab_size": size.vocab,
-        "hidden_size": size.hidden,
-        "intermediate_size": size.intermediate,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head_dim,
-        "max_position_embeddings": size.max_positions,
-        "tie_word_embeddings": size.tied,
-    }
-
-
-def write_dense(folder: Path, size: Geometry) -> None:
-    """config.json of a Qwen3 or Llama."""
+def dense_config(size: Geometry) -> LlamaConfig | Qwen3Config:
+    """Of a Qwen3 or Llama."""
     from transformers import LlamaConfig, Qwen3Config
 
-    config = (Qwen3Config if size.kind == "qwen3" else LlamaConfig)(**_fields(size))
-    config.dtype = torch.bfloat16
-    config.architectures = ["Qwen3ForCausalLM" if size.kind == "qwen3" else "LlamaForCausalLM"]
-    config.save_pretrained(folder)
+    return (Qwen3Config if size.kind == "qwen3" else LlamaConfig)(
+        vocab_size=size.vocab,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        max_position_embeddings=size.max_positions,
+        tie_word_embeddings=size.tied,
+        dtype=torch.bfloat16,
+        architectures=["Qwen3ForCausalLM" if size.kind == "qwen3" else "LlamaForCausalLM"],
+    )
 
 
-def write_evicting(folder: Path, size: Geometry, window: int, kept: float) -> None:
-    """config.json of one that evicts all but a share ``kept`` of the tokens behind a window."""
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "dtype",
+)
+"""Fields of a config that dense and evicting decoders share."""
+
+
+def evicting_config(dense: LlamaConfig | Qwen3Config, window: int, kept: float) -> EvictingDecoderConfig:
+    """Of a decoder with random weights that evicts all but a share ``kept`` of the tokens behind a window."""
     from vllm_fox.families.evicting.config import EvictingDecoderConfig
 
-    offset = SCALE * size.neuron_std * NormalDist().inv_cdf(kept)
+    qk_norm = dense.model_type == "qwen3"
+    # Of the neuron that decides: QK-norm makes it 1.
+    deviation = 1.0 if qk_norm else STD * math.sqrt(dense.hidden_size)
     eviction = {
         "method": "dms_borrowed_neuron",
         "window": window,
         "shift": 1,
         "scale": SCALE,
-        "offset": offset,
+        "offset": SCALE * deviation * NormalDist().inv_cdf(kept),
     }
-    config = EvictingDecoderConfig(**_fields(size), qk_norm=size.kind == "qwen3", eviction=eviction)
-    config.dtype = torch.bfloat16
-    config.architectures = ["EvictingDecoderForCausalLM"]
-    config.save_pretrained(folder)
+    sizes = {name: getattr(dense, name) for name in SIZES}
+    return EvictingDecoderConfig(
+        **sizes, architectures=["EvictingDecoderForCausalLM"], qk_norm=qk_norm, eviction=eviction
+    )
 
 
 def randomise(worker: Any) -> None:
@@ -224,10 +235,12 @@ async def _measured(engine: AsyncLLM, args: argparse.Namespace, part: str, conte
 def models(args: argparse.Namespace) -> dict[str, Path]:
     """The folder of each system's model."""
     size, folder = GEOMETRIES[args.geometry], Path(args.models)
-    dense = ready(folder / f"{args.geometry}-dense", lambda path, _: write_dense(path, size), size)
-    name = f"{args.geometry}-evicting-{args.window}-{args.kept:g}"
+    config = dense_config(size)
+    dense = ready(folder / f"{args.geometry}-dense", lambda path, _: config.save_pretrained(path), size)
     evicting = ready(
-        folder / name, lambda path, _: write_evicting(path, size, window=args.window, kept=args.kept), size
+        folder / f"{args.geometry}-evicting-{args.window}-{args.kept:g}",
+        lambda path, _: evicting_config(config, window=args.window, kept=args.kept).save_pretrained(path),
+        size,
     )
     return {system: dense if system.startswith("dense") else evicting for system in args.systems}
 
