@@ -20,7 +20,7 @@ ENTRIES = (ROOT / "docs" / "faq.md").read_text().split("\n## ")[1:]
 def said() -> str:
     """All strings of the package, with … for what is put into them, and all sentences of the docs but the FAQ."""
     texts = []
-    for path in sorted((ROOT / "vllm_fox").rglob("*.py")):
+    for path in sorted(path for folder in ("vllm_fox", "kernels") for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value.replace("%s", "…"))

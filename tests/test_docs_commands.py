@@ -67,6 +67,7 @@ NOT_RUN = {
     "git push": "a repository to push to",
     "git tag": "a maintainer's key",
     "git verify-tag": "a signed tag",
+    "hf download": "the network",
     "make audit": "a database of advisories on the network",
     "make clean": "an environment that is not the one which the tests run in",
     "make demo": "an installation in the checkout, and minutes; tests/examples/test_demo.py tests its parts",

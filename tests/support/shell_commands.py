@@ -42,7 +42,7 @@ PROGRAMS = (
 """What a line must begin with to be a command, unless it begins with a dollar sign."""
 START = re.compile(rf"(?:\w+=\S+ +)*(?:{'|'.join(map(re.escape, PROGRAMS))})(?= |$)")
 WITH_COMMANDS = {
-    *("accelerate", "apt-get", "git", "make", "pip", "pipx", "ray", "vllm", "vllm-fox"),
+    *("accelerate", "apt-get", "git", "hf", "make", "pip", "pipx", "ray", "vllm", "vllm-fox"),
     ".venv-release/bin/twine",
 }
 """Programs whose first argument says what is done."""
