@@ -33,8 +33,11 @@ LENGTH = 700
 
 
 def assert_serves(llm: LLM, folder: Path, tokens: list[int]) -> None:
-    # Logits of up to 300 are rounded by 2e-5 each in float32, and add up over four layers.
-    torch.testing.assert_close(found(llm, tokens), wanted(folder, tokens), atol=2e-3, rtol=0)
+    # Attention's logits of up to 300 make much of rounding. In float32 transformers computes the same sums in another
+    # order, so its error says how much; the largest of 700 such errors is within a factor of 3 of another.
+    exact = wanted(folder, tokens)
+    rounding = (wanted(folder, tokens, torch.float32) - exact).abs().max().item()
+    torch.testing.assert_close(found(llm, tokens), exact, atol=3 * rounding, rtol=0)
 
 
 def in_buckets(llm: LLM, folder: Path, size: int = 3) -> Callable[[Any], None]:

@@ -39,9 +39,9 @@ def all_others(weights: Weights) -> None:
         weight.mul_(1 + 0.05 * torch.randn(weight.shape, generator=rng))
 
 
-def wanted(folder: Path, tokens: list[int]) -> torch.Tensor:
-    """Log-probabilities of a text's tokens by the transformers model, in float64."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+def wanted(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Log-probabilities of a text's tokens by the transformers model."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with torch.no_grad():
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0, :-1].double().log_softmax(-1)
     return logits.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 
 @dataclass
@@ -65,18 +67,24 @@ class HeadProjection(nn.Module):
     """Several projections of one input, each split by head, computed as one matrix product.
 
     Decode spends its time on reading weights and on waiting for kernels. One large product instead of many small
-    ones saves time on both.
+    ones saves time on both. On a CPU vLLM packs the weight for its products once it is loaded, and empties ``weight``.
 
     Args:
         hidden_size: n, the size of the input.
         parts: maps a name to (the rank's share of heads, width of a head, whether it has a bias), in order.
+        weight_is_read: whether others read ``weight`` once it is loaded, so that it is not packed.
     """
 
     ALIGNMENT = 16
     """Rows are padded to a multiple of this: kernels then know that every token's outputs are aligned."""
 
-    def __init__(self, hidden_size: int, parts: dict[str, tuple[HeadShare, int, bool]]) -> None:
+    def __init__(
+        self, hidden_size: int, parts: dict[str, tuple[HeadShare, int, bool]], *, weight_is_read: bool = False
+    ) -> None:
         super().__init__()
+        packs = current_platform.is_cpu() and not weight_is_read
+        # By this name vLLM finds what is to be done with weights that have been loaded.
+        self.quant_method = UnquantizedLinearMethod() if packs else None
         self.shares = {name: share for name, (share, _, _) in parts.items()}
         self.sizes = {name: share.count * width for name, (share, width, _) in parts.items()}
         rows = sum(self.sizes.values())
@@ -109,7 +117,11 @@ class HeadProjection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Map x [T, n] to a [T, share's heads * width] for every part. These are slices of one tensor."""
-        pieces = nn.functional.linear(x, self.weight, self.bias).split([*self.sizes.values(), self.padding], -1)
+        if self.quant_method is None:
+            out = nn.functional.linear(x, self.weight, self.bias)
+        else:
+            out = self.quant_method.apply(self, x, self.bias)
+        pieces = out.split([*self.sizes.values(), self.padding], -1)
         return dict(zip(self.sizes, pieces))
 
 

@@ -132,7 +132,8 @@ class ForgettingSelfAttention(nn.Module):
             self.in_proj = HeadLinear(hidden, projections, quant, prefix=f"{prefix}.in_proj")
             self.gate_proj = HeadProjection(hidden, gates) if gates else None
         else:
-            self.in_proj = HeadProjection(hidden, projections | gates)
+            # Without QK-norm the bound of the logits follows from it.
+            self.in_proj = HeadProjection(hidden, projections | gates, weight_is_read=arch.qk_norm == "none")
         # Adapters put a layer of theirs in place of in_proj.
         self._sizes = dict(self.in_proj.sizes) if isinstance(self.in_proj, HeadLinear) else None
         self.o_proj = RowParallelLinear(hidden, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj")
