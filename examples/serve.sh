@@ -8,7 +8,7 @@
 #   --max-model-len 16384             longest request; pages are given up sooner for a smaller one
 #   --gpu-memory-utilization 0.9      share of the GPU for weights and KV cache
 #   --max-num-seqs 512                requests at once; forgetting leaves room for more than usual
-#   --tensor-parallel-size 2          must divide the number of KV heads
+#   --tensor-parallel-size 2          a divisor or a multiple of the number of KV heads
 #   --host 0.0.0.0 --api-key SECRET   to be reached from other machines
 #   --additional-config '{"fox": {"log_pruning_tolerance": -10, "release": true, "page_size": 64}}'
 set -euo pipefail

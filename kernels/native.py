@@ -47,7 +47,20 @@ ROOT = Path(__file__).resolve().parent
 def can_compile() -> bool:
     """Whether there is a compiler that compiles what all sources include. If not, plain PyTorch runs."""
     if _compiler() is None:
-        logger.warning("No C++ compiler was found, so attention on this CPU runs in plain PyTorch: install g++.")
+        chosen = os.environ.get(COMPILER)
+        if chosen is None:
+            logger.warning(
+                "No C++ compiler was found, so attention on this CPU runs in plain PyTorch: install g++."
+            )
+        elif chosen:
+            logger.warning(
+                "%s is %r, which is not on PATH, so attention on this CPU runs in plain PyTorch: name a compiler "
+                "that is there.",
+                COMPILER,
+                chosen,
+            )
+        else:
+            logger.info("Attention on this CPU runs in plain PyTorch, since %s is empty.", COMPILER)
         return False
     try:
         _load(ROOT / "common.hpp", ("-x", "c++", "-DNUMBER=float"))

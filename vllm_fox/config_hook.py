@@ -120,7 +120,8 @@ def _check_ranks(vllm_config: VllmConfig) -> None:
     heads, ranks = vllm_config.model_config.get_total_num_kv_heads(), parallel.tensor_parallel_size
     if heads % ranks and ranks % heads:
         raise ValueError(
-            f"--tensor-parallel-size {ranks} does not divide the model's {heads} KV heads: choose a divisor."
+            f"--tensor-parallel-size {ranks} does not divide the model's {heads} KV heads: choose a divisor or a "
+            "multiple."
         )
     layers = vllm_config.model_config.get_total_num_hidden_layers()
     if parallel.pipeline_parallel_size > layers:

@@ -33,8 +33,8 @@ LENGTH = 700
 
 
 def assert_serves(llm: LLM, folder: Path, tokens: list[int]) -> None:
-    # Attention's logits of up to 300 make much of rounding. In float32 transformers computes the same sums in another
-    # order, so its error says how much; the largest of 700 such errors is within a factor of 3 of another.
+    # Attention's logits of up to 300 make much of rounding. In float32 transformers computes the same sums in
+    # another order, so its error says how much; the largest of 700 such errors is within a factor of 3 of another.
     exact = wanted(folder, tokens)
     rounding = (wanted(folder, tokens, torch.float32) - exact).abs().max().item()
     torch.testing.assert_close(found(llm, tokens), exact, atol=3 * rounding, rtol=0)

@@ -46,10 +46,16 @@ def test_plain_pytorch_without_a_compiler(file: str, least: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "compiler, said", [("", "No C++ compiler was found"), ("false", "runs in plain PyTorch, since"), ("g++", "")]
+    "compiler, said, works",
+    [
+        ("", "", False),
+        ("nosuch", "VLLM_FOX_CXX is 'nosuch', which is not on PATH", False),
+        ("false", "runs in plain PyTorch, since", False),
+        ("g++", "", True),
+    ],
 )
-def test_a_compiler_that_fails_is_done_without(compiler: str, said: str, tmp_path: Path) -> None:
-    """With an empty cache; a sentence says why."""
+def test_a_compiler_that_fails_is_done_without(compiler: str, said: str, works: bool, tmp_path: Path) -> None:
+    """With an empty cache. A sentence says why, unless the user has asked for none."""
     code = "from vllm_fox.kernels.native import can_compile; print(can_compile())"
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -58,9 +64,23 @@ def test_a_compiler_that_fails_is_done_without(compiler: str, said: str, tmp_pat
         text=True,
         check=True,
     )
-    assert run.stdout.strip() == str(not said)
-    assert said in run.stderr
-    assert bool(list((tmp_path / "vllm-fox").glob("*.so")) if not said else []) == (not said)
+    assert run.stdout.strip() == str(works)
+    assert said in run.stderr and bool(run.stderr) == bool(said)
+    assert bool(list(tmp_path.glob("vllm-fox/*.so"))) == works
+
+
+def test_no_compiler_at_all_is_done_without(tmp_path: Path) -> None:
+    code = "from vllm_fox.kernels.native import can_compile; print(can_compile())"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", native.COMPILER)}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "False"
+    assert "No C++ compiler was found" in run.stderr
 
 
 def test_a_cache_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:

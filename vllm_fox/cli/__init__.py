@@ -1,4 +1,5 @@
 """The command ``vllm-fox``, with a module for each of its commands.
 
-Modules here import torch, transformers and vLLM inside functions, so that ``vllm-fox --help`` is there at once.
+A command's module imports torch, transformers, vLLM, and modules that import these, inside functions, so that
+``vllm-fox --help`` is there at once.
 """

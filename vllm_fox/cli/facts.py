@@ -25,11 +25,10 @@ from vllm_fox.families.fox.architecture import (
     is_derived_weight,
     may_be_quantised,
 )
-from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, with_rounding
+from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, serving_threshold, with_rounding
 from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
 from vllm_fox.families.fox.settings import FoxSettings
 from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
-from vllm_fox.kernels.acp import pruning_threshold
 from vllm_fox.kernels.forgetting.pages import ForgettingPageFormat
 from vllm_fox.kernels.subset.pages import SubsetPageFormat
 from vllm_fox.registration import register_configs
@@ -371,7 +370,7 @@ def _heads(
 
     for layer in range(arch.num_layers):
         bound = with_rounding(_logit_bound(arch, layer, read), dtype, dtype)
-        limit = pruning_threshold(bound, longest, tolerance)
+        limit = serving_threshold(bound, longest, tolerance)
         slowest, fastest = _log_gates(arch, layer, read)
         each = zip(bound.tolist(), limit.tolist(), slowest.tolist(), fastest.tolist(), strict=True)
         for head, (one, under, slow, fast) in enumerate(each):

@@ -42,4 +42,7 @@ def family_of(config: PretrainedConfig) -> Family:
     for family in all_families():
         if type(config) in family.configs:
             return family
-    raise ValueError(f"model_type is {config.model_type}: no family of vllm-fox has such models.")
+    raise ValueError(
+        f"model_type is {config.model_type}: no family of vllm-fox has such models. Give a "
+        "checkpoint of one, or install the package of its family."
+    )

@@ -1,4 +1,4 @@
-"""Small per-head parameters, split over tensor-parallel ranks by head."""
+"""Parameters and projections by head, split over tensor-parallel ranks by head."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class HeadProjection(nn.Module):
     """Several projections of one input, each split by head, computed as one matrix product.
 
     Decode spends its time on reading weights and on waiting for kernels. One large product instead of many small
-    ones saves time on both. On a CPU vLLM packs the weight for its products once it is loaded, and empties ``weight``.
+    ones saves time on both. On a CPU vLLM packs the weight for its products once it is loaded, and empties
+    ``weight``.
 
     Args:
         hidden_size: n, the size of the input.

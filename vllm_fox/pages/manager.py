@@ -331,7 +331,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
             return
         slots, epochs, starts = report.slots, report.epochs, report.starts
         if boundaries is not None:
-            slots, epochs, starts = self._learn_boundaries(boundaries, slots, epochs, starts)
+            slots, epochs, starts = self._learn_boundaries(boundaries, starts)
         else:
             starts = {rank: mine[: len(slots)] for rank, mine in starts.items()}
         if not slots.size:
@@ -465,7 +465,7 @@ class StreamPageManager(SingleTypeKVCacheManager):
             self._boundaries[self._step] = _Boundaries(every, self.pool.epoch[every], columns, lives, inside)
 
     def _learn_boundaries(
-        self, boundaries: _Boundaries, slots: np.ndarray, epochs: np.ndarray, starts: dict[int, np.ndarray]
+        self, boundaries: _Boundaries, starts: dict[int, np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
         """Note the live ranges of cached prefixes; return slots, epochs and starts at each slot's last boundary."""
         assert self.pool.prefixes is not None

@@ -26,18 +26,18 @@ COUNTERS = {
     "from_host": "KV pages of cached prefixes that came back from host memory.",
 }
 HOST_BYTES = {"to_host": "to", "from_host": "from"}
-"""Those of them that a counter of bytes counts too, and its label ``direction``."""
+"""Counters of pages whose bytes another counter counts too, and that counter's label ``direction``."""
 GAUGES = {
     "live": "KV pages that requests hold now.",
     "cached": "KV pages that only the prefix cache holds now. vLLM counts them as free.",
     "in_host": "KV pages of cached prefixes that host memory has now.",
 }
 HOST = ("to_host", "from_host", "in_host")
-"""Those of them that the log has only if there is something in host memory."""
+"""Counters and gauges that the log names only where there is something in host memory."""
 HOST_HITS = "host_hits"
-"""A counter too, of tokens."""
+"""Name of the counter of prompt tokens that were found in host memory and not on the device."""
 FREE = "free"
-"""A gauge too, but not 0 before the first step: until then there is none."""
+"""Name of the gauge of pages that nobody holds, which appears with the first step."""
 LAYER_GAUGES = {
     "live": "KV pages of a layer that running requests' live ranges have now. A page that several requests share "
     "counts for each.",

@@ -52,6 +52,14 @@ def config(method: str, **eviction: Any) -> EvictingDecoderConfig:
     )
 
 
+def test_a_text_that_is_refused_leaves_the_model_as_it_was() -> None:
+    model = EvictingDecoderForCausalLM(config("dms_adapter")).train()
+    with pytest.raises(ValueError, match="input_ids is"):
+        model.decisions(tokens(5)[0])
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_an_untrained_adapter_evicts_nothing() -> None:
     """It is the dense model, from which it can learn."""
     model = EvictingDecoderForCausalLM(config("dms_adapter"))

@@ -28,6 +28,14 @@ def tokens(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(97, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
+def test_a_text_that_is_refused_leaves_the_model_as_it_was() -> None:
+    model = make_sparse_gpt2().train()
+    with pytest.raises(ValueError, match="tokens"):
+        model.visible(tokens(model.config.block_size + 1))
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("propagate", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_logits_are_the_formulas(propagate: bool, bias: bool) -> None:

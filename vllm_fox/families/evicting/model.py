@@ -155,9 +155,10 @@ class EvictingDecoderForCausalLM(LlamaForCausalLM):
         if not self.has_weights:
             missing = sorted({name for name, _ in self.named_parameters() if DECISIONS in name} - loaded)
             if missing:
+                more = f", and {len(missing) - 1} more such" if len(missing) > 1 else ""
                 raise ValueError(
                     f"The checkpoint lacks {missing[0].replace(DECISIONS, '.self_attn.')}, which decides what is "
-                    f"evicted, and {len(missing) - 1} more such: convert it again."
+                    f"evicted{more}: convert it again."
                 )
             self.has_weights = True
         return loaded

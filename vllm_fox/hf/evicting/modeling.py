@@ -29,6 +29,7 @@ from vllm_fox.hf.autocast import for_projections
 from vllm_fox.hf.generation import PackingGenerationMixin, RecomputingMixin
 from vllm_fox.hf.line import Line
 from vllm_fox.hf.line_model import LineForCausalLM, LineModelMixin
+from vllm_fox.hf.watching import evaluating
 from vllm_fox.kernels.subset.training import fading_attention
 
 from .decisions import about, add_decisions, decision_logits, log_kept, noisy
@@ -275,10 +276,6 @@ class EvictingDecoderForCausalLM(
             decided = decided if layer.evicts else torch.full_like(decided, float("-inf"))
             found.append(decided.view(*input_ids.shape, -1).transpose(1, 2))
 
-        training, watching = self.training, [layer.register_forward_hook(record) for layer in layers]
-        self.eval()
-        self.model(input_ids)
-        self.train(training)
-        for watch in watching:
-            watch.remove()
+        with evaluating(self, [layer.register_forward_hook(record) for layer in layers]):
+            self.model(input_ids)
         return torch.stack(found)

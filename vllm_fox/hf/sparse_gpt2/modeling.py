@@ -25,6 +25,7 @@ from vllm_fox.hf.generation import PackingGenerationMixin, RecomputingMixin
 from vllm_fox.hf.inputs import tokens_of, wants_hidden_states
 from vllm_fox.hf.line import NO_LABEL, Line
 from vllm_fox.hf.loss import logits_and_loss
+from vllm_fox.hf.watching import evaluating
 
 from .alpha_sigmoid import SoftStep, soft_step
 from .dropping_attention import dropping_attention, ragged_dropping_attention
@@ -377,16 +378,11 @@ class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, RecomputingMixin, Packing
     @torch.no_grad()
     def visible(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return which earlier tokens of texts [B, T] each layer has kept for a query: [layers, B, T, T] bool."""
-        training, inputs = self.training, []
+        inputs: list[torch.Tensor] = []
         blocks: Any = self.transformer.h
-        watching = [
-            block.attn.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in blocks
-        ]
-        self.eval()
-        self.transformer(input_ids)
-        self.train(training)
-        for watch in watching:
-            watch.remove()
+        hooks = [block.attn.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in blocks]
+        with evaluating(self, hooks):
+            self.transformer(input_ids)
         kept = torch.stack([block.attn.kept(x) for block, x in zip(blocks, inputs, strict=True)])
         return (kept.cumprod(0) if self.config.propagate_in_depth else kept).bool().tril()
 
