@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .free_ids import FreeIds
 from .pool import PagePool
 from .prefixes import GONE, Hit, PrefixCache
 
@@ -92,10 +93,8 @@ class HostTier:
         self._pool, self._cache = pool, pool.prefixes
         self._cache.lower = self
         self._book = PrefixCache(pool.columns, num_columns)
-        # Stacks as those of the pool, low numbers on top.
         self.capacity = [blocks * streams for streams in pool.streams.tolist()]
-        self._free = [np.arange(capacity, 0, -1, dtype=np.int32) for capacity in self.capacity]
-        self._num_free = list(self.capacity)
+        self._free = [FreeIds(1, capacity) for capacity in self.capacity]
         self._saves: list[tuple[np.ndarray, np.ndarray]] = []  # ids and host pages [n, W] of each
         self._begun: list[_Fetch] = []
         self._under_way: deque[_Fetch] = deque()
@@ -105,7 +104,7 @@ class HostTier:
     @property
     def used_total(self) -> int:
         """Pages of host memory that hold something, summed over the ranks."""
-        return sum(self.capacity) - sum(self._num_free)
+        return sum(self.capacity) - sum(free.left for free in self._free)
 
     @property
     def is_fetching(self) -> bool:
@@ -126,7 +125,7 @@ class HostTier:
             host = np.full(ids.shape, GONE, dtype=np.int32)
             for rank, streams in enumerate(self._pool.columns):
                 mine = absent[:, streams]
-                host[:, streams][mine] = self._pop(rank, int(np.count_nonzero(mine)))
+                host[:, streams][mine] = self._free[rank].pop(int(np.count_nonzero(mine)))
             book.add(keys, host, first)
             columns = book.columns_of(keys)
             book.tighten(columns, book.lives(columns), first)
@@ -143,11 +142,11 @@ class HostTier:
 
     def _make_room(self, pages: Sequence[int], columns: int) -> bool:
         """Have so many host pages of each rank free, and so many columns; return False if there is no room."""
-        if any(count > free + idle for count, free, idle in zip(pages, self._num_free, self._book.idle)):
+        if any(count > free.left + idle for count, free, idle in zip(pages, self._free, self._book.idle)):
             return False
-        short = [count - free for count, free in zip(pages, self._num_free)]
-        for rank, ids in enumerate(self._book.evict(short, columns)):
-            self._push(rank, ids)
+        short = [count - free.left for count, free in zip(pages, self._free)]
+        for free, ids in zip(self._free, self._book.evict(short, columns)):
+            free.push(ids)
         return self._book.free_columns >= columns
 
     # Prefixes come back: what the manager calls.
@@ -239,8 +238,8 @@ class HostTier:
         self._fetching.clear()
         for fetch in self._under_way:
             fetch.wanted = False
-        for rank, ids in enumerate(self._book.clear()):
-            self._push(rank, ids)
+        for free, ids in zip(self._free, self._book.clear()):
+            free.push(ids)
 
     # Internal helpers.
 
@@ -251,19 +250,9 @@ class HostTier:
         for rank, streams in enumerate(self._pool.columns):
             self._book.leave_rows(rank, columns, pages[:, streams])
 
-    def _pop(self, rank: int, count: int) -> np.ndarray:
-        top = self._num_free[rank]
-        self._num_free[rank] = top - count
-        return self._free[rank][top - count : top].copy()
-
-    def _push(self, rank: int, ids: np.ndarray) -> None:
-        top = self._num_free[rank]
-        self._free[rank][top : top + len(ids)] = ids
-        self._num_free[rank] = top + len(ids)
-
     def free_ids(self, rank: int) -> np.ndarray:
         """Return the host pages that are free on ``rank`` (for checks and tests)."""
-        return self._free[rank][: self._num_free[rank]]
+        return self._free[rank].all()
 
     def held_ids(self, rank: int) -> np.ndarray:
         """Return the host pages of ``rank`` that hold something (for checks and tests)."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from vllm_fox.kernels.paged import TABLE_CHUNK
 
+from .free_ids import FreeIds
 from .prefixes import GONE, Hit, PrefixCache
 
 Int32 = np.ndarray
@@ -92,12 +93,10 @@ class PagePool:
         ends = np.cumsum(streams).tolist()
         self.columns = [slice(end - count, end) for end, count in zip(ends, streams)]
         self.capacity = [(num_blocks - 1) * n for n in streams]
-        # A stack for each rank, whose first num_free entries are the rank's free ids. Low ids are on top, so that a
-        # light load stays dense.
-        self._free = [np.arange(num_blocks * n - 1, n - 1, -1, dtype=np.int32) for n in streams]
-        # Plain numbers instead of arrays: there are few ranks, and a request's next page is asked for thousands of
-        # times a second.
-        self._per_block, self._num_free = list(streams), list(self.capacity)
+        self._free = [FreeIds(n, capacity) for n, capacity in zip(streams, self.capacity)]
+        # Plain numbers instead of an array: there are few ranks, and a request's next page is asked for thousands
+        # of times a second.
+        self._per_block = list(streams)
         # Pages per stream that are reserved for each slot, their sum, and the table chunks that they will need.
         self._reserved: dict[int, int] = {}
         self._num_reserved = self._chunks_reserved = 0
@@ -127,8 +126,8 @@ class PagePool:
     def _available(self) -> list[int]:
         """Pages of each rank that are free or cached."""
         if self.prefixes is None:
-            return self._num_free
-        return [free + idle for free, idle in zip(self._num_free, self.prefixes.idle)]
+            return [free.left for free in self._free]
+        return [free.left + idle for free, idle in zip(self._free, self.prefixes.idle)]
 
     @property
     def used(self) -> list[int]:
@@ -224,10 +223,8 @@ class PagePool:
             page += np.arange(total)
         chunk, offset = self._chunk_of[slot, page // TABLE_CHUNK], page % TABLE_CHUNK
         ids = np.empty((total, width), dtype=np.int32)
-        for rank, (free, streams, columns) in enumerate(zip(self._free, self._per_block, self.columns)):
-            top, taken = self._num_free[rank], total * streams
-            ids[:, columns] = free[top - taken : top].reshape(total, -1)
-            self._num_free[rank] = top - taken
+        for free, streams, columns in zip(self._free, self._per_block, self.columns):
+            ids[:, columns] = free.pop(total * streams).reshape(total, -1)
         self._entries[chunk, offset] = ids
         self.num_pages[slots] += counts
         self.live_pages[slots] += counts[:, None] * self.streams
@@ -240,7 +237,7 @@ class PagePool:
         """Give cached pages away until so many of each rank are free, and so many columns of the cache."""
         if self.prefixes is None:
             return
-        short = [count - free for count, free in zip(pages, self._num_free)]
+        short = [count - free.left for count, free in zip(pages, self._free)]
         if max(short) > 0 or columns > self.prefixes.free_columns:
             self._push_all(self.prefixes.evict(short, columns))
 
@@ -333,11 +330,9 @@ class PagePool:
         self._make_room(counts)
         ids = np.full(pages.shape, GONE, dtype=np.int32)
         for rank, (count, streams) in enumerate(zip(counts, self.columns)):
-            top = self._num_free[rank]
-            if count > top:
+            if count > self._free[rank].left:
                 raise OutOfPages(f"{count} pages of rank {rank}")
-            ids[:, streams][pages[:, streams]] = self._free[rank][top - count : top]
-            self._num_free[rank] = top - count
+            ids[:, streams][pages[:, streams]] = self._free[rank].pop(count)
         return ids
 
     def give_back(self, ids: np.ndarray) -> None:
@@ -527,10 +522,8 @@ class PagePool:
         self._push(rank, ids)
 
     def _push(self, rank: int, ids: np.ndarray) -> None:
-        """Put page ids back on the rank's stack."""
-        top = self._num_free[rank]
-        self._free[rank][top : top + len(ids)] = ids
-        self._num_free[rank] = top + len(ids)
+        """Free page ids of a rank."""
+        self._free[rank].push(ids)
         if self._freed is not None:
             self._freed[rank].append(ids)
 
@@ -572,4 +565,4 @@ class PagePool:
 
     def free_ids(self, rank: int) -> np.ndarray:
         """Return the page ids that are free on ``rank`` (for checks and tests)."""
-        return self._free[rank][: self._num_free[rank]]
+        return self._free[rank].all()
