@@ -50,7 +50,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
 ) -> None:
     """Loss by loss, gradient norm by gradient norm, weight by weight."""
     assert stopped_at(text, tmp_path, 10, number) == code
-    assert 10 <= len(log(tmp_path)) < 30 and not (tmp_path / "model").exists()
+    assert len(log(tmp_path)) == 10 and not (tmp_path / "model").exists()
     run(text, tmp_path)
     assert log(tmp_path) == log(whole)
     first, second = ((folder / "model" / "model.safetensors").read_bytes() for folder in (whole, tmp_path))

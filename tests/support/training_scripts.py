@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import select
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,36 +45,26 @@ class Forks:
         self._server.stdin.close()
         self._server.wait(patience(LIMIT_S))
 
-    def has_answer(self, limit: float = 0) -> bool:
-        """Whether the server prints a line within so many seconds, which is when a process has ended."""
-        assert self._server.stdout is not None
-        return bool(select.select([self._server.stdout], [], [], limit)[0])
-
     def _answer(self, limit: float) -> int:
         assert self._server.stdout is not None
-        assert self.has_answer(limit), f"nothing within {limit:.0f} s"
+        assert select.select([self._server.stdout], [], [], limit)[0], f"nothing within {limit:.0f} s"
         return int(self._server.stdout.readline())
 
-    def start(self, *argv: str, **environment: str) -> int:
-        """Start a script, or a program after ``-c``; its process id."""
+    def run(self, *argv: str, **environment: str) -> Done:
+        """Run a script, or a program after ``-c``, to its end."""
         assert self._server.stdin is not None
         files = {name: str(Path(self._folder.name, name)) for name in ("output", "errors")}
         request = json.dumps({"argv": argv, "environment": environment, **files})
         self._server.stdin.write(f"{request}\n".encode())
-        return self._answer(patience(LIMIT_S))
-
-    def wait(self, pid: int, limit: float) -> Done:
-        """For the end of what was started last."""
+        limit = patience(LIMIT_S)
+        pid = self._answer(limit)
         try:
             code = self._answer(limit)
         except AssertionError:
             os.kill(pid, signal.SIGKILL)
             self._answer(limit)
             raise
-        return Done(code, *(Path(self._folder.name, name).read_text() for name in ("output", "errors")))
-
-    def run(self, *argv: str, **environment: str) -> Done:
-        return self.wait(self.start(*argv, **environment), patience(LIMIT_S))
+        return Done(code, *(Path(file).read_text() for file in files.values()))
 
 
 @cache
@@ -113,17 +101,22 @@ class Script:
         return done.stdout + done.stderr
 
     def stopped_at(self, text: Path, output: Path, step: int, number: signal.Signals, *more: str) -> int:
-        """Start a run, send a signal once a step is logged; the exit code."""
-        pid = forks().start(*self.command(text, output, *more))
-        try:
-            deadline = time.monotonic() + LIMIT_S
-            while len(log(output)) < step and not forks().has_answer() and time.monotonic() < deadline:
-                time.sleep(0.01)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-            done = forks().wait(pid, patience(60))
-        return done.returncode
+        """Run until a step is logged, when the process sends itself a signal; the exit code.
+
+        A signal from outside could arrive any number of steps later.
+        """
+        module = self.name.removesuffix(".py")
+        program = f"""if 1:
+            import signal, sys, training_run, {module}
+            write = training_run.Log.write
+            def write_and_stop(log, **values):
+                write(log, **values)
+                if values["step"] == {step} and str(log.file.name).endswith("/log.jsonl"):
+                    signal.raise_signal({number.value})
+            training_run.Log.write = write_and_stop
+            {module}.main(sys.argv[1:])
+        """
+        return forks().run("-c", program, *self.arguments(text, output, *more)).returncode
 
     def errors(self, runs: list[list[str]]) -> list[str]:
         """What each run, given as arguments, ends with. All are in one process."""
