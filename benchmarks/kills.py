@@ -131,7 +131,7 @@ def one(model: Checkpoint, options: list[str], victim: str, limit: float, log: P
             for client in clients:
                 client.join(0 if serves else max(0.0, limit - (time.monotonic() - begin)))
             # Python's helper unlinks shared memory when all who use it are gone.
-            until(lambda: serves or not any(path.exists() for path in shared), 5)
+            until(lambda: serves or not any(path.exists() for path in shared), limit)
             row = {
                 "kinds": sorted(there),
                 "server_ended_s": ended,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +20,8 @@ CHOICE = {"index": 0, "text": "x", "finish_reason": None}
 class Answers(BaseHTTPRequestHandler):
     """Begins every stream, and then breaks it off or is silent, as the model's name says; "whole" is answered."""
 
+    silence_over: threading.Event
+
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if asked["model"] == "broken":
@@ -33,17 +34,20 @@ class Answers(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {body}\n\n".encode() if asked.get("stream") else body.encode())
         self.wfile.flush()
         if asked["model"] == "silent":
-            time.sleep(2)
+            self.silence_over.wait()
 
     def log_message(self, *_: object) -> None:
         pass
 
 
 @pytest.fixture
-def url() -> Iterator[str]:
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    over = threading.Event()
+    monkeypatch.setattr(Answers, "silence_over", over, raising=False)
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
+        over.set()
         server.shutdown()
 
 
@@ -61,6 +65,7 @@ def test_a_silent_server_is_noticed(url: str, monkeypatch: pytest.MonkeyPatch) -
     client.start()
     assert client.answering.wait(20)
     assert until(lambda: client.waits, 20) is not None
+    Answers.silence_over.set()
     client.join(20)
     assert client.error and not client.waits
 

@@ -14,6 +14,7 @@ from demo import Server
 
 from benchmarks.kills import lives, until
 from benchmarks.kills_ray import VICTIMS, end, failures, oldest, replica_of
+from tests.support import patience
 
 GOOD: dict[str, Any] = {"clients_wait": 0, "replaced_s": 30.0, "left": [], "shared_memory": []}
 BAD: dict[str, dict[str, Any]] = {
@@ -42,7 +43,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     script.write_text(TREE)
     command = [sys.executable, str(script), "cluster"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    assert until(lambda: len(psutil.Process(process.pid).children(recursive=True)) == 4, 20) is not None
+    assert until(lambda: len(psutil.Process(process.pid).children(recursive=True)) == 4, patience(20)) is not None
     server = Server(process, "", Path())
     yield server
     end(server, patience=0)
@@ -64,7 +65,7 @@ def test_a_replica_is_found_by_any_of_its_processes(server: Server) -> None:
     with pytest.raises(SystemExit, match="no process with VLLM::Worker"):
         oldest(server, VICTIMS["worker"])
     replica.kill()
-    assert until(lambda: not lives(replica), 20) is not None
+    assert until(lambda: not lives(replica), patience(20)) is not None
     assert oldest(server, VICTIMS["replica"]) != replica
 
 

@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -108,17 +107,16 @@ def pages_of_layers(llm: Any, kind: str) -> list[float]:
     return [one.value for one in llm.get_metrics() if one.name == f"vllm:fox_kv_layer_pages_{kind}"]
 
 
-def kill_a_worker(llm: Any, prompt: list[int]) -> dict[str, Any]:
-    """What the engine raises once a worker has died while a request runs, and after how many seconds."""
+def kill_a_worker(llm: Any, prompt: list[int]) -> str:
+    """What the engine raises once a worker has died while a request runs; empty if it raises nothing."""
     add(llm, "unlucky", prompt, 1500)
     run_until_decoding(llm)
     processes_under(os.getpid(), "Worker")[0].kill()
-    start = time.monotonic()
     try:
         run_to_the_end(llm)
     except Exception as error:
-        return {"error": str(error), "seconds": time.monotonic() - start}
-    return {"error": "", "seconds": time.monotonic() - start}
+        return str(error)
+    return ""
 
 
 def serve_in_two_processes(runs: list[dict[str, Any]], folder: Path, **environment: str) -> list[dict[str, Any]]:
@@ -224,9 +222,8 @@ def test_two_ranks_answer_as_one(
 
 
 def test_a_dead_worker_is_an_error_not_a_hang(by_two: dict[str, dict[str, Any]]) -> None:
-    killed = by_two["one_kv_head"]["killed"]
-    assert killed["error"]
-    assert killed["seconds"] < 30
+    """A hang would have ended the run of all models."""
+    assert by_two["one_kv_head"]["killed"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, patience
 
 METRICS = """\
 # HELP vllm:fox_kv_pages_allocated_total Pages.
@@ -193,7 +193,7 @@ def test_stopping_ends_the_whole_group_even_if_it_ignores_a_polite_request(demo:
     child = max(int(process.stdout.readline()) for _ in range(2))
     demo.stop(process)
     assert process.returncode == 0
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(10)
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(child)
