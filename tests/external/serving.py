@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import patience
 
-START_S, IDLE_S = 180, 60
+START_S, IDLE_S, ANSWER_S = 180, 60, 10
 IN_USE = ("num_requests_running", "num_requests_waiting", "fox_kv_pages_live", "kv_cache_usage_perc")
 """Metrics that are 0 of an idle server."""
 
@@ -43,10 +43,11 @@ class Program(NamedTuple):
 
     def wait_until(self, path: str) -> None:
         """Wait until it answers GET requests of ``path`` with success."""
+        answer = patience(ANSWER_S)
         limit = time.monotonic() + patience(START_S)
         while True:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=patience(10)).is_success:
+                if httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=answer).is_success:
                     return
             assert self.process.poll() is None and time.monotonic() < limit, self.log.read_text()[-6000:]
             time.sleep(0.5)
@@ -83,9 +84,15 @@ def serve_command(model: Path, name: str, port: int, *options: str) -> list[str]
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", *options]
 
 
-def metrics(port: int) -> dict[str, float]:
-    """What a server's /metrics say, added up over labels, by names without ``vllm:`` and ``_total``."""
-    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=patience(10)).raise_for_status().text
+def metrics(port: int, timeout: float | None = None) -> dict[str, float]:
+    """What a server's /metrics say, added up over labels, by names without ``vllm:`` and ``_total``.
+
+    Args:
+        port: of the server.
+        timeout: seconds that it may take; by default, what this machine needs just now.
+    """
+    timeout = patience(ANSWER_S) if timeout is None else timeout
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=timeout).raise_for_status().text
     sums: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -97,9 +104,10 @@ def metrics(port: int) -> dict[str, float]:
 
 def wait_until_idle(port: int) -> None:
     """Wait until a server has no request and no page in use, by its own metrics."""
+    answer = patience(ANSWER_S)
     limit = time.monotonic() + patience(IDLE_S)
     while True:
-        now = metrics(port)
+        now = metrics(port, answer)
         if not any(now[name] for name in IN_USE):
             return
         assert time.monotonic() < limit, {name: now[name] for name in IN_USE}
