@@ -261,9 +261,9 @@ def test_each_failure_ends_the_command_with_1(
 
 
 def test_a_load_that_is_stopped_sends_nothing_more() -> None:
-    """It ends at once, long before the last request would have come."""
+    """It ends at once, and does not wait for the first request, which would come in an hour."""
 
-    async def run() -> float:
+    async def run() -> None:
         async with openai.AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="none", max_retries=0) as client:
             load = Load(client, "model", range(1000), CONTEXT, most=8, again=4, seed=0)
             late = (dataclasses.replace(one, at=one.at + 3600) for one in arrivals(0, 1.0, 60.0, CONTEXT))
@@ -272,9 +272,8 @@ def test_a_load_that_is_stopped_sends_nothing_more() -> None:
             load.stop()
             await asyncio.wait_for(running, patience(10))
             assert not load.outcomes and not load.not_sent
-            return load.now
 
-    assert asyncio.run(run()) < 3600
+    asyncio.run(run())
 
 
 def test_a_chat_that_is_stopped_has_no_next_turn(monkeypatch: pytest.MonkeyPatch) -> None:
