@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from vllm import LLM
 
-from benchmarks.engines import assert_all_free, engine, generate, manager, run_to_the_end, source_tokens, step
+from benchmarks.engines import engine, generate, manager, run_to_the_end, source_tokens, step
 from tests.support.conversations import answer_of, assert_equal_without_cache, params, random_conversations
+from tests.support.engines import assert_all_free
 from vllm_fox.pages.host_tier import HostTier
 
 PAGE = 16

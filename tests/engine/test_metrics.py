@@ -12,7 +12,8 @@ import pytest
 from vllm import LLM
 from vllm.v1.metrics.reader import Histogram
 
-from benchmarks.engines import add, engine, manager, random_traffic, run_to_the_end, scheduler, source_tokens, step
+from benchmarks.engines import add, engine, manager, run_to_the_end, scheduler, source_tokens, step
+from tests.support.engines import random_traffic
 from vllm_fox.pages import metrics
 from vllm_fox.pages.manager import StreamPageManager
 from vllm_fox.pages.messages import PageReport

@@ -22,7 +22,6 @@ import pytest
 
 from benchmarks.engines import (
     add,
-    assert_all_free,
     engine,
     generate,
     greedy,
@@ -35,6 +34,7 @@ from benchmarks.engines import (
 from tests.support import ROOT, patience
 from tests.support.checkpoints import VARIANTS, make_checkpoint, save_sparse_gpt2
 from tests.support.collector import keep_imports_from_the_collector
+from tests.support.engines import assert_all_free
 from tests.support.evicting import VARIANTS as EVICTING
 from tests.support.evicting import make_evicting
 from tests.support.reference_evicting import reference_logits as evicting_logits

@@ -13,7 +13,6 @@ from vllm import LLM
 
 from benchmarks.engines import (
     add,
-    assert_all_free,
     engine,
     generate,
     manager,
@@ -23,6 +22,7 @@ from benchmarks.engines import (
     source_tokens,
 )
 from tests.support.conversations import answer_of, assert_equal_without_cache, params, random_conversations
+from tests.support.engines import assert_all_free
 
 PAGE = 16
 # More by hand: FOX_RANDOM_REQUESTS=500 pytest tests/engine/test_prefix_caching.py -k random

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engines import assert_all_free, engine
+from benchmarks.engines import engine
 from tests.support.checkpoints import PRO, make_checkpoint
 from tests.support.conversations import assert_equal_without_cache, random_conversations
+from tests.support.engines import assert_all_free
 
 # Random weights give logits of some units, which are rounded by 5e-7 in float32.
 TOLERANCE = 1e-5

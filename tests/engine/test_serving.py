@@ -15,19 +15,18 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from benchmarks.engines import (
     add,
-    assert_all_free,
     engine,
     generate,
     greedy,
     manager,
     num_blocks,
-    random_traffic,
     run_to_the_end,
     run_until_decoding,
     scheduler,
     source_tokens,
     usage,
 )
+from tests.support.engines import assert_all_free, random_traffic
 
 PAGE = 32
 # Longer by hand: FOX_RANDOM_REQUESTS=300 FOX_RANDOM_LENGTH=4000 pytest tests/engine/test_serving.py -k random

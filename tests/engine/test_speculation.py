@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm import LLM
 
-from benchmarks.engines import assert_all_free, engine, generate, greedy, manager, run_to_the_end, source_tokens
+from benchmarks.engines import engine, generate, greedy, manager, run_to_the_end, source_tokens
 from tests.support.conversations import assert_equal_without_cache, random_conversations
+from tests.support.engines import assert_all_free
 from tests.support.speculation import SPECULATION, drafted
 
 PAGE = 16

@@ -13,18 +13,9 @@ from vllm import LLM, TokensPrompt
 from vllm.config import KVEventsConfig
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from benchmarks.engines import (
-    assert_all_free,
-    engine,
-    generate,
-    greedy,
-    manager,
-    num_blocks,
-    scheduler,
-    source_tokens,
-    step,
-)
+from benchmarks.engines import engine, generate, greedy, manager, num_blocks, scheduler, source_tokens, step
 from tests.support.checkpoints import PRO, make_checkpoint, save_sparse_gpt2
+from tests.support.engines import assert_all_free
 from tests.support.reference_model import reference_logits
 from tests.support.reference_sparse_gpt2 import reference_logits as sparse_gpt2_logits
 from tests.support.startup import refused

@@ -15,17 +15,9 @@ from vllm import LLM
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 import vllm_fox.hf  # noqa: F401  # transformers then knows the models
-from benchmarks.engines import (
-    add,
-    assert_all_free,
-    engine,
-    generate,
-    greedy,
-    run_to_the_end,
-    run_until_decoding,
-    step,
-)
+from benchmarks.engines import add, engine, generate, greedy, run_to_the_end, run_until_decoding, step
 from tests.support.checkpoints import save_sparse_gpt2
+from tests.support.engines import assert_all_free
 from tests.support.gradients import real_tokens
 from tests.support.new_weights import Weights, all_others, changed, found, larger_norms, wanted
 

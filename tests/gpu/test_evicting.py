@@ -11,16 +11,8 @@ import pytest
 import torch
 from vllm import LLM
 
-from benchmarks.engines import (
-    GPU_DEFAULTS,
-    assert_all_free,
-    compiled_kernels,
-    engine,
-    generate,
-    greedy,
-    manager,
-    random_traffic,
-)
+from benchmarks.engines import GPU_DEFAULTS, engine, generate, greedy, manager
+from tests.support.engines import assert_all_free, compiled_kernels, random_traffic
 from tests.support.evicting import THRESHOLD, VARIANTS, Made, Variant, make_evicting
 from tests.support.reference_evicting import reference_logits
 

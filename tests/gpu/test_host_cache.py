@@ -13,16 +13,9 @@ import pytest
 import torch
 from vllm import LLM
 
-from benchmarks.engines import (
-    GPU_DEFAULTS,
-    assert_all_free,
-    compiled_kernels,
-    engine,
-    generate,
-    manager,
-    source_tokens,
-)
+from benchmarks.engines import GPU_DEFAULTS, engine, generate, manager, source_tokens
 from tests.support.conversations import answer_of, assert_equal_without_cache, params, random_conversations
+from tests.support.engines import assert_all_free, compiled_kernels
 from vllm_fox.pages import host_pages
 from vllm_fox.pages.host_pages import HostPages
 from vllm_fox.pages.host_tier import Copies

@@ -15,7 +15,6 @@ from vllm import LLM
 from benchmarks.engines import (
     GPU_DEFAULTS,
     add,
-    assert_all_free,
     engine,
     generate,
     greedy,
@@ -25,6 +24,7 @@ from benchmarks.engines import (
     source_tokens,
     usage,
 )
+from tests.support.engines import assert_all_free
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,14 +11,9 @@ import pytest
 import torch
 from vllm import LLM
 
-from benchmarks.engines import (
-    GPU_DEFAULTS,
-    assert_all_free,
-    compiled_kernels,
-    engine,
-    manager,
-)
+from benchmarks.engines import GPU_DEFAULTS, engine, manager
 from tests.support.conversations import assert_equal_without_cache, random_conversations
+from tests.support.engines import assert_all_free, compiled_kernels
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from benchmarks.engines import (
     GPU_DEFAULTS,
-    assert_all_free,
     engine,
     generate,
     manager,
@@ -20,6 +19,7 @@ from benchmarks.engines import (
     usage,
 )
 from tests.support.conversations import answer_of, assert_equal_without_cache, params
+from tests.support.engines import assert_all_free
 
 pytestmark = [
     pytest.mark.gpu,

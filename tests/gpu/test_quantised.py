@@ -8,8 +8,9 @@ import pytest
 import torch
 from vllm import LLM
 
-from benchmarks.engines import GPU_DEFAULTS, assert_all_free, engine, generate, greedy
+from benchmarks.engines import GPU_DEFAULTS, engine, generate, greedy
 from tests.support.checkpoints import VARIANTS, make_checkpoint
+from tests.support.engines import assert_all_free
 from tests.support.new_weights import found
 from tests.support.quantised import (
     as_float8,

@@ -13,8 +13,6 @@ from vllm import LLM
 from benchmarks.engines import (
     GPU_DEFAULTS,
     add,
-    assert_all_free,
-    compiled_kernels,
     engine,
     generate,
     greedy,
@@ -24,6 +22,7 @@ from benchmarks.engines import (
     source_tokens,
     usage,
 )
+from tests.support.engines import assert_all_free, compiled_kernels
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from benchmarks.engines import GPU_DEFAULTS, assert_all_free, engine, generate, manager, source_tokens
+from benchmarks.engines import GPU_DEFAULTS, engine, generate, manager, source_tokens
+from tests.support.engines import assert_all_free
 
 pytestmark = [
     pytest.mark.gpu,

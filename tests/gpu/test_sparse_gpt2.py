@@ -10,16 +10,9 @@ import pytest
 import torch
 from vllm import LLM
 
-from benchmarks.engines import (
-    GPU_DEFAULTS,
-    assert_all_free,
-    compiled_kernels,
-    engine,
-    generate,
-    greedy,
-    manager,
-)
+from benchmarks.engines import GPU_DEFAULTS, engine, generate, greedy, manager
 from tests.support.checkpoints import save_sparse_gpt2
+from tests.support.engines import assert_all_free, compiled_kernels
 from tests.support.reference_sparse_gpt2 import reference_logits
 from vllm_fox.families.sparse_gpt2.layer import SubsetAttention
 

@@ -11,19 +11,10 @@ import pytest
 import torch
 from vllm import LLM
 
-from benchmarks.engines import (
-    GPU_DEFAULTS,
-    assert_all_free,
-    compiled_kernels,
-    engine,
-    generate,
-    greedy,
-    manager,
-    random_traffic,
-    source_tokens,
-)
+from benchmarks.engines import GPU_DEFAULTS, engine, generate, greedy, manager, source_tokens
 from tests.support import ROOT
 from tests.support.conversations import assert_equal_without_cache, random_conversations
+from tests.support.engines import assert_all_free, compiled_kernels, random_traffic
 from tests.support.speculation import SPECULATION, drafted
 
 pytestmark = [

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from vllm import LLM
 
-from benchmarks.engines import GPU_DEFAULTS, assert_all_free, engine, generate, greedy
+from benchmarks.engines import GPU_DEFAULTS, engine, generate, greedy
+from tests.support.engines import assert_all_free
 from tests.support.gradients import real_tokens
 from tests.support.new_weights import all_others, changed, found, wanted
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
-from benchmarks.engines import assert_all_free, greedy, manager
+from benchmarks.engines import greedy, manager
+from tests.support.engines import assert_all_free
 from tests.support.evicting import THRESHOLD, Made
 from tests.support.quantised import PROJECTIONS, fox_likelihood, rms
 from tests.support.reference_evicting import reference_logits

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm import LLM
 
-from benchmarks.engines import assert_all_free, engine, generate, greedy
+from benchmarks.engines import engine, generate, greedy
+from tests.support.engines import assert_all_free
 from tests.support.evicting import THRESHOLD, VARIANTS, Made, make_evicting
 from tests.support.quantised import as_float8, as_int8, quantise, rms
 from tests.support.reference_evicting import reference_logits

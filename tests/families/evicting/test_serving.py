@@ -11,18 +11,8 @@ import pytest
 import torch
 from vllm import LLM, RequestOutput
 
-from benchmarks.engines import (
-    assert_all_free,
-    engine,
-    generate,
-    greedy,
-    manager,
-    num_blocks,
-    random_traffic,
-    run_until_decoding,
-    step,
-    usage,
-)
+from benchmarks.engines import engine, generate, greedy, manager, num_blocks, run_until_decoding, step, usage
+from tests.support.engines import assert_all_free, random_traffic
 from tests.support.evicting import THRESHOLD, VARIANTS, Made, make_evicting
 from tests.support.reference_evicting import reference_logits
 

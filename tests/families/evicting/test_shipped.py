@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM
 
 import vllm_fox.hf  # noqa: F401 (makes AutoModelForCausalLM know the model)
-from benchmarks.engines import assert_all_free, engine, generate, greedy, manager, source_tokens
+from benchmarks.engines import engine, generate, greedy, manager, source_tokens
 from tests.support import ROOT
+from tests.support.engines import assert_all_free
 
 MODEL = ROOT / "examples" / "llama-evict-tiny"
 TOKENS = 2000

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM
 
 import vllm_fox.hf  # noqa: F401 (makes AutoModelForCausalLM know the model)
-from benchmarks.engines import assert_all_free, engine, manager, random_traffic, source_tokens
+from benchmarks.engines import engine, manager, source_tokens
 from tests.support import ROOT
+from tests.support.engines import assert_all_free, random_traffic
 from tests.support.speculation import SPECULATION, drafted
 
 MODEL = ROOT / "examples" / "llama-evict-tiny"

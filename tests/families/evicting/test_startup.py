@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engines import assert_all_free, engine, generate, greedy, manager, source_tokens
+from benchmarks.engines import engine, generate, greedy, manager, source_tokens
+from tests.support.engines import assert_all_free
 from tests.support.evicting import VARIANTS, Made, make_evicting
 
 

@@ -11,8 +11,9 @@ import torch
 from vllm import LLM
 from vllm.config import CompilationMode
 
-from benchmarks.engines import assert_all_free, engine, generate, greedy, manager
+from benchmarks.engines import engine, generate, greedy, manager
 from tests.support.checkpoints import VARIANTS, VOCAB_SIZE, make_checkpoint
+from tests.support.engines import assert_all_free
 from tests.support.reference_model import reference_logits
 
 PAGE, LENGTHS, ANSWER = 16, (240, 75), 8

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from benchmarks.engines import (
     add,
-    assert_all_free,
     engine,
     generate,
     greedy,
@@ -26,6 +25,7 @@ from benchmarks.engines import (
     source_tokens,
     usage,
 )
+from tests.support.engines import assert_all_free
 
 PAGE = 64
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.engines import assert_all_free, engine
+from benchmarks.engines import engine
 from tests.support.checkpoints import VARIANTS, make_checkpoint
+from tests.support.engines import assert_all_free
 from tests.support.loading import group_of_one, load_model
 from tests.support.new_weights import found
 from tests.support.quantised import as_int8, check_fox_weights, fox_likelihood, quantise, rms

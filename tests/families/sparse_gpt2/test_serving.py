@@ -11,19 +11,9 @@ import torch
 from safetensors.torch import load_file
 from vllm import LLM
 
-from benchmarks.engines import (
-    add,
-    assert_all_free,
-    engine,
-    generate,
-    greedy,
-    manager,
-    random_traffic,
-    run_to_the_end,
-    scheduler,
-    source_tokens,
-)
+from benchmarks.engines import add, engine, generate, greedy, manager, run_to_the_end, scheduler, source_tokens
 from tests.support.checkpoints import save_sparse_gpt2
+from tests.support.engines import assert_all_free, random_traffic
 from tests.support.reference_sparse_gpt2 import reference
 from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
 

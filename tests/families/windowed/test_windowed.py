@@ -12,19 +12,11 @@ from safetensors.torch import save_file
 from vllm import LLM
 
 import plugin_setup
-from benchmarks.engines import (
-    add,
-    assert_all_free,
-    engine,
-    generate,
-    greedy,
-    manager,
-    run_to_the_end,
-    run_until_decoding,
-)
+from benchmarks.engines import add, engine, generate, greedy, manager, run_to_the_end, run_until_decoding
 from tests.families.windowed.config import WindowedConfig
 from tests.families.windowed.model import weight_shapes
 from tests.support.checkpoints import make_checkpoint
+from tests.support.engines import assert_all_free
 
 WINDOWS = [24, 150]
 LENGTH = 700
