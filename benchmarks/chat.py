@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from benchmarks.checkpoint import Geometry, add_geometry_options, geometry_of, ready, write_fox, write_llama
-from benchmarks.engine_process import EngineProcess
+from benchmarks.engine_process import EngineProcess, engine_processes
 from benchmarks.options import (
     Parser,
     fraction,
@@ -241,8 +241,6 @@ def measured(system: str, part: str) -> bool:
 
 
 def _serve(name: str, pipe: Connection, model: str, args: argparse.Namespace) -> None:
-    # A forked process inherits locks of threads that do not exist in it.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     # It would override --kv-gib.
     os.environ.pop(KV_CACHE_SPACE, None)
     # Engines that compile the same model at the same time would write the same files.
@@ -548,19 +546,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     for group in (
         args.systems[n : n + args.engines_at_once] for n in range(0, len(args.systems), args.engines_at_once)
     ):
-        engines: dict[str, EngineProcess] = {}
-        try:
-            # Dense ones first: while they start, the weights of the others are made.
-            for name in sorted(group):
-                engines[name] = EngineProcess(name, _serve, str(model_of(name)), args)
-            for name in group:
-                engines[name].wait()
+        # Dense ones first: while they start, the weights of the others are made.
+        each = ((name, str(model_of(name)), args) for name in sorted(group))
+        with engine_processes(_serve, each) as engines:
+            by_name = {engine.name: engine for engine in engines}
             for part in args.parts:
-                _measure(part, {name: engines[name] for name in group if measured(name, part)}, figures, args)
+                _measure(part, {name: by_name[name] for name in group if measured(name, part)}, figures, args)
                 print(table(systems, part), flush=True)
-        finally:
-            for engine in engines.values():
-                engine.close()
     return figures
 
 

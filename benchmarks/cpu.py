@@ -10,7 +10,6 @@ measured in turn, so that a slow spell of the machine meets both.
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 import sys
@@ -33,7 +32,7 @@ from benchmarks.checkpoint import (
     write_llama,
     write_sparse_gpt2,
 )
-from benchmarks.engine_process import EngineProcess
+from benchmarks.engine_process import engine_processes
 from benchmarks.eviction import evicting_config
 from benchmarks.options import Parser, integer, positive_int
 from benchmarks.record import save
@@ -187,20 +186,17 @@ def main() -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="without torch.compile, as in the demo")
     parser.add_argument("--json", default="results/cpu.json")
     args = parser.parse_args()
-    # A forked process inherits locks of threads that do not exist in it.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     longest = max(args.contexts) + args.answer
     sizes = replace(SIZES, max_positions=longest)
     folder = Path(tempfile.gettempdir()) / "vllm-fox-bench"
     rows: list[dict[str, Any]] = []
     for dtype in args.dtypes:
         for pair in args.pairs:
-            engines = []
-            try:
-                for name, write in PAIRS[pair].items():
-                    model = ready(folder / f"{name}-{sizes.name}", write, sizes)
-                    engines.append(EngineProcess(name, _serve, str(model), dtype, longest, args.enforce_eager))
-                    engines[-1].wait()
+            models = (
+                (name, ready(folder / f"{name}-{sizes.name}", write, sizes)) for name, write in PAIRS[pair].items()
+            )
+            each = ((name, str(model), dtype, longest, args.enforce_eager) for name, model in models)
+            with engine_processes(_serve, each) as engines:
                 for _ in range(args.rounds):
                     for context in args.contexts:
                         for requests in (1, MAX_ROWS):
@@ -208,9 +204,6 @@ def main() -> None:
                                 row = engine.measure(context, requests, args.answer)
                                 rows.append({"pair": pair, "model": engine.name, "dtype": dtype} | row)
                                 print(rows[-1], file=sys.stderr, flush=True)
-            finally:
-                for engine in engines:
-                    engine.close()
             # After every pair: a run that is cut short has said what it found.
             machine = {"cores": psutil.cpu_count(), "load": psutil.getloadavg(), "options": vars(args)}
             save(args.json, machine | {"sizes": vars(sizes), "table": report(rows), "rows": rows})

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import GPT2_SMALL, KEPT, ready, write_gpt2, write_sparse_gpt2
-from benchmarks.engine_process import EngineProcess
+from benchmarks.engine_process import engine_processes
 from benchmarks.engine_profile import check_py_spy
 from benchmarks.options import Parser, inner_fraction, integer, positive_int, read_record, refuse
 from benchmarks.record import save
@@ -37,8 +36,6 @@ SPEED = "output_tokens_per_second"
 
 
 def _serve(name: str, pipe: Connection, model: str, args: argparse.Namespace) -> None:
-    # A forked process inherits locks of threads that do not exist in it.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     asyncio.run(_answer_all(name, pipe, model, args))
 
 
@@ -116,14 +113,10 @@ def compare(args: argparse.Namespace) -> None:
         args.model = ready(folder / f"sparse-gpt2-{GPT2_SMALL.name}", write_sparse_gpt2, GPT2_SMALL)
         args.dense = ready(folder / f"gpt2-{GPT2_SMALL.name}", write_gpt2, GPT2_SMALL)
     args.kv_bytes = kv_bytes(args.dense, args.room, max(args.contexts))
-    engines: list[EngineProcess] = []
     rows: dict[str, list[dict[str, Any]]] = {"dense": [], "DCP": []}
     caption = CAPTION if random else f"{args.model} and {args.dense}"
-    try:
-        for name, model in (("dense", args.dense), ("DCP", args.model)):
-            engines.append(EngineProcess(name, _serve, str(model), args))
-        for engine in engines:
-            engine.wait()
+    each = [("dense", str(args.dense), args), ("DCP", str(args.model), args)]
+    with engine_processes(_serve, each) as engines:
         for done in range(1, args.rounds + 1):
             for context in args.contexts:
                 for requests in args.batches:
@@ -132,9 +125,6 @@ def compare(args: argparse.Namespace) -> None:
                         print(engine.name, rows[engine.name][-1], file=sys.stderr, flush=True)
             # After every round: a run that is cut short has said what it found.
             report(args, caption, rows, done)
-    finally:
-        for engine in engines:
-            engine.close()
 
 
 def report(args: argparse.Namespace, caption: str, rows: dict[str, list[dict[str, Any]]], rounds: int) -> None:

@@ -1,9 +1,12 @@
-"""An engine in a process of its own, so that several stay until all are measured and are measured in turn."""
+"""Engines in processes of their own, so that several stay until all are measured and are measured in turn."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 
@@ -21,7 +24,7 @@ class EngineProcess:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(name, theirs, *args))
+        self._process = context.Process(target=_serve_alone, args=(serve, name, theirs, *args))
         self._process.start()
         theirs.close()
 
@@ -46,3 +49,30 @@ class EngineProcess:
             return self._pipe.recv()
         except EOFError:
             raise SystemExit(f"The engine of {self.name} has ended; what it said is above.") from None
+
+
+def _serve_alone(serve: Callable[..., None], name: str, pipe: Connection, *args: Any) -> None:
+    # A forked process inherits locks of threads that do not exist in it.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    serve(name, pipe, *args)
+
+
+@contextlib.contextmanager
+def engine_processes(serve: Callable[..., None], each: Iterable[tuple[Any, ...]]) -> Iterator[list[EngineProcess]]:
+    """Engines that can be measured; their processes end with the block.
+
+    Args:
+        serve: what runs in each process, as :class:`EngineProcess` calls it.
+        each: of each engine, its name and ``args``. An engine starts before the next one is asked for, so what
+            the next one needs can be made meanwhile.
+    """
+    engines: list[EngineProcess] = []
+    try:
+        for name, *args in each:
+            engines.append(EngineProcess(name, serve, *args))
+        for engine in engines:
+            engine.wait()
+        yield engines
+    finally:
+        for engine in engines:
+            engine.close()

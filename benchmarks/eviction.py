@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.checkpoint import STD, ready
-from benchmarks.engine_process import EngineProcess
+from benchmarks.engine_process import engine_processes
 from benchmarks.options import Parser, inner_fraction, integer, positive_float, positive_int, refuse
 from benchmarks.record import save, saved
 from vllm_fox.cpu import KV_CACHE_SPACE, prepare_cpu_environment
@@ -159,8 +159,6 @@ def randomise(worker: Any) -> None:
 
 
 def _serve(name: str, pipe: Connection, model: str, args: argparse.Namespace) -> None:
-    # A forked process inherits locks of threads that do not exist in it.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for `randomise`, between processes of this benchmark
     if not torch.cuda.is_available():
         prepare_cpu_environment(threads=1)
@@ -256,20 +254,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """All parts of all systems, saved after each."""
     folders = models(args)
     figures: dict[str, Any] = {"options": vars(args), "systems": {name: {} for name in args.systems}}
-    engines: dict[str, EngineProcess] = {}
-    try:
-        for name in args.systems:
-            engines[name] = EngineProcess(name, _serve, str(folders[name]), args)
-        for engine in engines.values():
-            engine.wait()
+    each = [(name, str(folders[name]), args) for name in args.systems]
+    with engine_processes(_serve, each) as engines:
         for part, context in jobs(args):
-            for name, engine in engines.items():
-                figures["systems"][name][f"{part} {context}" if context else part] = engine.measure(part, context)
+            for engine in engines:
+                found = figures["systems"][engine.name]
+                found[f"{part} {context}" if context else part] = engine.measure(part, context)
                 save(args.json, figures)
             print(table(figures), flush=True)
-    finally:
-        for engine in engines.values():
-            engine.close()
     return figures
 
 

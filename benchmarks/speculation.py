@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine_process import EngineProcess
+from benchmarks.engine_process import engine_processes
 from benchmarks.options import Parser, integer, positive_int
 from benchmarks.record import save
 from vllm_fox.cpu import prepare_cpu_environment
@@ -35,8 +35,6 @@ TARGET = 1.6
 
 def _serve(name: str, pipe: Connection, model: str, method: str | None, args: argparse.Namespace) -> None:
     """In a process of its own: an engine, which answers a prompt for each number that it receives."""
-    # A forked process inherits locks of threads that do not exist in it.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     # Engines that compile the same model at the same time would write the same files.
     base = os.environ.get("VLLM_CACHE_ROOT", str(Path(tempfile.gettempdir()) / "vllm-fox-bench"))
     os.environ["VLLM_CACHE_ROOT"] = str(Path(base, f"compiled-{name}"))
@@ -101,16 +99,9 @@ def _serve(name: str, pipe: Connection, model: str, method: str | None, args: ar
 def compare(model: str, methods: list[str | None], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure each way of decoding a model's answers, and hold it against the first, which is without drafts."""
     names = [f"{Path(model).name}-{method or 'without'}" for method in methods]
-    engines = [
-        EngineProcess(name, _serve, model, method, args) for name, method in zip(names, methods, strict=True)
-    ]
-    try:
-        for engine in engines:
-            engine.wait()
+    each = [(name, model, method, args) for name, method in zip(names, methods, strict=True)]
+    with engine_processes(_serve, each) as engines:
         rounds = [[engine.measure(number) for engine in engines] for number in range(1, args.rounds + 1)]
-    finally:
-        for engine in engines:
-            engine.close()
     rows = []
     for method, mine in zip(methods, zip(*rounds), strict=True):
         same = [

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from benchmarks.checkpoint import (
     write_fox,
     write_llama,
 )
-from benchmarks.engine_process import EngineProcess
+from benchmarks.engine_process import engine_processes
 from benchmarks.options import Parser, integer, positive_float, positive_int, refuse
 from benchmarks.record import save, saved
 from vllm_fox.families.fox.architecture import Architecture, expected_weights, may_be_quantised
@@ -87,7 +87,6 @@ def write_adapter(folder: Path, model: str, geometry: Geometry, rank: int) -> No
 
 
 def _serve(name: str, pipe: Connection, model: str, args: argparse.Namespace) -> None:
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -149,23 +148,19 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "options": options | {"geometry": geometry.name},
         "systems": {name: {} for name in args.systems},
     }
-    engines: dict[str, EngineProcess] = {}
-    try:
+
+    def each() -> Iterator[tuple[Any, ...]]:
         for name in args.systems:
             kind = name.split("-")[0]
-            folder = ready(models / f"{kind}-{geometry.name}", write[kind], geometry)
-            engines[name] = EngineProcess(name, _serve, str(folder), args)
-        for engine in engines.values():
-            engine.wait()
+            yield name, str(ready(models / f"{kind}-{geometry.name}", write[kind], geometry)), args
+
+    with engine_processes(_serve, each()) as engines:
         for part in PARTS:
-            for name, engine in engines.items():
-                if part != "adapters" or name.endswith("adapters"):
-                    figures["systems"][name][part] = engine.measure(part)
+            for engine in engines:
+                if part != "adapters" or engine.name.endswith("adapters"):
+                    figures["systems"][engine.name][part] = engine.measure(part)
                     save(args.json, figures)
             print(table(figures), flush=True)
-    finally:
-        for engine in engines.values():
-            engine.close()
     return figures
 
 
