@@ -341,7 +341,8 @@ def test_it_saves_loads_and_generates(tmp_path: Path) -> None:
         ({"n_head": 5}, "n_embd 768 is no multiple of n_head 5"),
         ({"bias": 1}, "bias is 1: true or false"),
         ({"int_n_emb": 32}, "unknown field int_n_emb .*: did you mean int_n_embd"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False: it must be true"),
+        ({"tie_word_embeddings": "x"}, "tie_word_embeddings is 'x': it must be true"),
     ],
 )
 def test_mistakes_in_a_config_are_named(fields: dict, message: str) -> None:

@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vllm_fox.strict_config import StrictConfig, own_fields
 
 METHODS = ("dms_borrowed_neuron", "dms_adapter", "kvzap")
+ROPE_FACTORS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "dynamic": ("factor",),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+    "yarn": ("factor",),
+}
+"""The values of ``rope_type``, and the factors that each needs in ``rope_parameters``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +99,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not any(value is one or (value == one and type(value) is type(one)) for one in allowed):
         raise ValueError(f"eviction.{name} is {value!r}: it must be {' or '.join(map(repr, allowed))}.")
@@ -107,7 +120,8 @@ class EvictingDecoderConfig(StrictConfig):
 
     Args:
         head_dim: size of a head.
-        rope_parameters: RoPE's base and scaling, in the form of transformers 5.
+        rope_parameters: RoPE's base and scaling, in the form of transformers 5, with a ``rope_type`` of
+            :data:`ROPE_FACTORS`.
         attention_bias: whether the attention's output projection has a bias.
         qkv_bias: whether the projections to queries, keys and values have biases.
         qk_norm: whether queries and keys are normed head by head, as in Qwen3.
@@ -161,15 +175,17 @@ class EvictingDecoderConfig(StrictConfig):
         quantization_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         # transformers makes a config without arguments to learn the defaults.
-        eviction = eviction or {
-            "method": "dms_borrowed_neuron",
-            "window": 512,
-            "shift": 1,
-            "scale": 100.0,
-            "offset": 5.0,
-        }
+        if rope_parameters is None:
+            rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if eviction is None:
+            eviction = {
+                "method": "dms_borrowed_neuron",
+                "window": 512,
+                "shift": 1,
+                "scale": 100.0,
+                "offset": 5.0,
+            }
         own = own_fields(EvictingDecoderConfig, locals())
         if quantization_config is None:
             del own["quantization_config"]
@@ -184,15 +200,52 @@ class EvictingDecoderConfig(StrictConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{self.model_type} config: {name} is {value!r}: it must be an integer from 1 on.")
-        for name in ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm"):
+        if not _is_positive(self.rms_norm_eps):
+            raise ValueError(
+                f"{self.model_type} config: rms_norm_eps is {self.rms_norm_eps!r}: it must be a positive number."
+            )
+        for name in ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{self.model_type} config: {name} is {getattr(self, name)!r}: true or false.")
+                raise ValueError(
+                    f"{self.model_type} config: {name} is {getattr(self, name)!r}: it must be true or false."
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.model_type} config: num_attention_heads {self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}."
             )
+        self._check_rope()
         try:
             Eviction.from_dict(self.eviction)
         except ValueError as error:
             raise ValueError(f"{self.model_type} config: {error}") from None
+
+    def _check_rope(self) -> None:
+        """Check RoPE's fields before transformers does, which only warns of some and stumbles over others."""
+        rope: Any = self.rope_parameters
+        found = f"{self.model_type} config: rope_parameters"
+        if not isinstance(rope, dict):
+            raise ValueError(f"{found} is {rope!r}: it must be an object.")
+        kind = rope.get("rope_type", rope.get("type", "default"))  # the second is the name in transformers 4
+        if not isinstance(kind, str) or kind not in ROPE_FACTORS:
+            raise ValueError(f"{found}.rope_type is {kind!r}: it must be one of {', '.join(ROPE_FACTORS)}.")
+        for name in ROPE_FACTORS[kind]:
+            value = rope.get(name)
+            if kind == "longrope":
+                size = self.head_dim // 2
+                if not isinstance(value, list) or len(value) != size or not all(map(_is_positive, value)):
+                    raise ValueError(
+                        f"{found}.{name} is {value!r}: it must be a list of {size} positive numbers, as rope_type "
+                        f"{kind!r} needs it."
+                    )
+            elif not _is_positive(value):
+                raise ValueError(
+                    f"{found}.{name} is {value!r}: it must be a positive number, as rope_type {kind!r} needs it."
+                )
+        if "rope_theta" in rope and not _is_positive(rope["rope_theta"]):
+            raise ValueError(f"{found}.rope_theta is {rope['rope_theta']!r}: it must be a positive number.")
+        original = rope.get("original_max_position_embeddings", 1)
+        if isinstance(original, bool) or not isinstance(original, int) or original < 1:
+            raise ValueError(
+                f"{found}.original_max_position_embeddings is {original!r}: it must be an integer from 1 on."
+            )

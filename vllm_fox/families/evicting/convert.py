@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
-from .config import EvictingDecoderConfig, is_number
+from .config import ROPE_FACTORS, EvictingDecoderConfig, is_number
 
 BASES = ("llama", "mistral", "qwen2", "qwen3")
 KVZAP_WINDOW = 128
@@ -44,7 +44,6 @@ DMS_OTHER = frozenset(
     + ["dms_paged_attention_block_size", "dms_preallocate_for_tokens"]
 )
 """Fields of Model-Optimizer that say how it computes, or how the checkpoint was trained."""
-ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 NO_WEIGHTS = (".rotary_emb.",)
 """Parts of names of tensors that older checkpoints have, and that follow from the config."""
 Shapes = dict[str, list[int]]
@@ -187,9 +186,9 @@ def _base_of(source: Path, given: dict[str, Any]) -> PretrainedConfig:
             "window are not supported."
         )
     rope = (base.rope_parameters or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
+    if rope not in ROPE_FACTORS:
         raise ValueError(
-            f"{source / 'config.json'}: rope_type is {rope!r}: it must be one of {', '.join(ROPE_TYPES)}."
+            f"{source / 'config.json'}: rope_type is {rope!r}: it must be one of {', '.join(ROPE_FACTORS)}."
         )
     if base.hidden_act != "silu":
         raise ValueError(f"{source / 'config.json'}: hidden_act is {base.hidden_act!r}: only 'silu' is supported.")

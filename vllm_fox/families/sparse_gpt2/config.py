@@ -73,5 +73,7 @@ class SparseGPT2Config(StrictConfig):
             raise ValueError(
                 f"{self.model_type} config: n_embd {self.n_embd} is no multiple of n_head {self.n_head}."
             )
-        if not self.tie_word_embeddings:
-            raise ValueError(f"{self.model_type} config: tie_word_embeddings is false: it must be true.")
+        if self.tie_word_embeddings is not True:
+            raise ValueError(
+                f"{self.model_type} config: tie_word_embeddings is {self.tie_word_embeddings!r}: it must be true."
+            )
