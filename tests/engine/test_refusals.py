@@ -237,7 +237,7 @@ def test_a_table_of_positions_ends_the_context(fox: Path, sparse: Path, monkeypa
         ({"window_size": 64}, "window_size is 64: it must be null"),
         ({"is_causal": False}, "is_causal is False: only True is supported"),
         ({"num_experts": 4}, "unknown field num_experts (value 4)"),
-        ({"num_heads": 3}, "num_heads is 3: it must divide hidden_size (128)"),
+        ({"num_heads": 3}, "num_heads is 3: it must be a divisor of hidden_size (128)"),
     ],
 )
 def test_overrides_that_would_change_nothing(fox: Path, override: dict[str, Any], message: str) -> None:

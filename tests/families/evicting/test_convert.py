@@ -119,7 +119,7 @@ def test_shards_and_code(dms: Made, tmp_path: Path) -> None:
         ({"hidden_size": "64"}, "config.json: Validation error for field 'hidden_size': TypeError: "),
         (
             {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}},
-            "rope_type is 'spiral': it must be one of",
+            "rope_type is 'spiral': it must be 'default', 'dynamic'",
         ),
         ({"layer_types": ["chunked_attention"] * 2}, "layer_types has 'chunked_attention': only 'full_attention'"),
     ],
@@ -259,16 +259,22 @@ def test_nothing_is_left_of_what_could_not_be_written(
     "eviction, message",
     [
         ([], r"eviction is \[\]: it must be an object"),
-        ({"method": "kvzap"}, "eviction.window is missing"),
+        ({"method": "kvzap"}, "eviction.window is missing: it must be an integer from 1 on"),
         ({"method": "h2o", "window": 4, "shift": 0}, "eviction.method is 'h2o'"),
-        ({"method": "kvzap", "window": 4, "shift": 0}, "eviction.threshold is None: kvzap needs a number"),
+        (
+            {"method": "kvzap", "window": 4, "shift": 0},
+            "eviction.threshold is None: it must be a number with method 'kvzap'",
+        ),
         (
             {"method": "kvzap", "window": 4, "shift": 0, "threshold": 1, "scale": 2},
-            "eviction.scale is 2: kvzap has none",
+            "eviction.scale is 2: it must be null with method 'kvzap'",
         ),
         ({"method": "kvzap", "window": 4, "shift": True, "threshold": 1}, "eviction.shift is True"),
         ({"method": "kvzap", "window": 4, "shift": 0, "threshold": float("nan")}, "eviction.threshold is nan"),
-        ({"method": "kvzap", "window": 4, "shift": 0, "threshold": 1, "sinks": 4}, "eviction.sinks is unknown"),
+        (
+            {"method": "kvzap", "window": 4, "shift": 0, "threshold": 1, "sinks": 4},
+            "eviction.sinks is 4: it must be left out because it is unknown",
+        ),
         (
             {"method": "dms_adapter", "window": 4, "shift": 1, "scale": 1, "offset": 0, "prefill": "dense"},
             "prefill",

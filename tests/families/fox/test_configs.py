@@ -130,23 +130,23 @@ OFFICIAL_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"head_dim": 128}, "head_dim is 128", "follows from others and is 64"),
     ({"num_attention_heads": 16}, "num_attention_heads is 16", "give num_heads alone"),
     ({"is_causal": False}, "is_causal is False", "only True"),
-    ({"num_heads": 0}, "num_heads is 0", "positive integer"),
-    ({"hidden_size": None}, "hidden_size is None", "positive integer"),
-    ({"vocab_size": "x"}, "vocab_size is 'x'", "positive integer"),
-    ({"vocab_size": 0}, "vocab_size", "positive integer"),
+    ({"num_heads": 0}, "num_heads is 0", "it must be an integer from 1 on"),
+    ({"hidden_size": None}, "hidden_size is None", "it must be an integer from 1 on"),
+    ({"vocab_size": "x"}, "vocab_size is 'x'", "it must be an integer from 1 on"),
+    ({"vocab_size": 0}, "vocab_size", "it must be an integer from 1 on"),
     ({"num_hidden_layers": "12"}, "num_hidden_layers", "'12'"),
-    ({"max_position_embeddings": None}, "max_position_embeddings", "positive integer"),
-    ({"num_heads": 7}, "num_heads is 7", "divide hidden_size (2048)"),
-    ({"num_heads": 128}, "num_heads is 128", "heads of 32, 64, 128, 256 are supported"),
+    ({"max_position_embeddings": None}, "max_position_embeddings", "it must be an integer from 1 on"),
+    ({"num_heads": 7}, "num_heads is 7", "a divisor of hidden_size (2048)"),
+    ({"num_heads": 128}, "num_heads is 128", "is 32, 64, 128 or 256, and not 16"),
     ({"num_kv_heads": 8}, "num_kv_heads is 8", "null or num_heads (32)"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'", "'swish', 'silu', 'sigmoid'"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'", "'swish', 'silu' or 'sigmoid'"),
     ({"window_size": 512}, "window_size is 512", "null"),
     ({"elementwise_affine": False}, "elementwise_affine is False", "true"),
     ({"norm_eps": 0}, "norm_eps is 0", "positive number"),
     ({"hidden_ratio": -1}, "hidden_ratio is -1", "positive number"),
     ({"attention_bias": True}, "attention_bias is True", "no biases"),
     ({"use_rope": "yes"}, "use_rope is 'yes'", "true or false"),
-    ({"ogate_act": "relu"}, "ogate_act is 'relu'", "'sigmoid', 'silu'"),
+    ({"ogate_act": "relu"}, "ogate_act is 'relu'", "'sigmoid' or 'silu'"),
     (
         {"use_output_gate": True, "use_output_norm": True, "ogate_act": "silu"},
         "ogate_act",
@@ -157,7 +157,7 @@ OFFICIAL_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
         "qk_norm_share_param_across_head is True",
         "qk_norm is false",
     ),
-    ({"fgate_type": "data"}, "fgate_type is 'data'", "'full', 'bias_only', 'fixed', 'none'"),
+    ({"fgate_type": "data"}, "fgate_type is 'data'", "'full', 'bias_only', 'fixed' or 'none'"),
     ({"fgate_type": "fixed"}, "fgate_bias_init is False", "true with fgate_type 'fixed'"),
     (FIXED_GATE, "fgate_bias_init is True", "false with fgate_type 'full'"),
     (
@@ -172,8 +172,8 @@ OFFICIAL_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
 ]
 FLA_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"use_k_shift": True}, "use_k_shift", "unknown field"),
-    ({"num_kv_heads": 5}, "num_kv_heads is 5", "divide num_heads (32)"),
-    ({"hidden_act": "powlu"}, "hidden_act is 'powlu'", "'swish', 'silu'"),
+    ({"num_kv_heads": 5}, "num_kv_heads is 5", "a divisor of num_heads (32)"),
+    ({"hidden_act": "powlu"}, "hidden_act is 'powlu'", "'swish' or 'silu'"),
     ({"attnres_block_size": 1}, "attnres_block_size is 1", "null"),
     ({"window_size": 512}, "window_size is 512", "null"),
     ({"qkv_bias": 1}, "qkv_bias is 1", "true or false"),
@@ -196,5 +196,5 @@ def test_mistakes_name_the_field_and_the_fix(kind: type, fields: dict[str, Any],
 def test_a_field_changed_later_is_checked_when_the_model_is_built() -> None:
     config = FoxConfig()
     config.update({"num_attention_heads": 24})
-    with pytest.raises(ValueError, match="num_heads is 24: it must divide hidden_size"):
+    with pytest.raises(ValueError, match="num_heads is 24: it must be a divisor of hidden_size"):
         Architecture.from_config(config)

@@ -338,8 +338,8 @@ def test_it_saves_loads_and_generates(tmp_path: Path) -> None:
     "fields, message",
     [
         ({"n_layer": 0}, "n_layer is 0: it must be an integer from 1 on"),
-        ({"n_head": 5}, "n_embd 768 is no multiple of n_head 5"),
-        ({"bias": 1}, "bias is 1: true or false"),
+        ({"n_head": 5}, r"n_head is 5: it must be a divisor of n_embd \(768\)"),
+        ({"bias": 1}, "bias is 1: it must be true or false"),
         ({"int_n_emb": 32}, "unknown field int_n_emb .*: did you mean int_n_embd"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False: it must be true"),
         ({"tie_word_embeddings": "x"}, "tie_word_embeddings is 'x': it must be true"),

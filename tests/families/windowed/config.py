@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_fox.config_fields import Fields
 from vllm_fox.strict_config import StrictConfig, own_fields
 
 
@@ -42,7 +43,5 @@ class WindowedConfig(StrictConfig):
 
     def _complete(self) -> None:
         if len(self.windows) != self.num_attention_heads or min(self.windows) < 1:
-            raise ValueError(
-                f"windowed config: windows is {self.windows}: it must be {self.num_attention_heads} numbers from 1 "
-                "on, one for each head."
-            )
+            allowed = f"{self.num_attention_heads} numbers from 1 on, one for each head"
+            Fields.of(self).refuse("windows", allowed)

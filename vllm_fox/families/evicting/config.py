@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vllm_fox.config_fields import Fields, is_positive
 from vllm_fox.strict_config import StrictConfig, own_fields
 
 METHODS = ("dms_borrowed_neuron", "dms_adapter", "kvzap")
@@ -58,59 +57,29 @@ class Eviction:
         Raises:
             ValueError: something is missing, unknown, or has a value that it cannot have. The message names it.
         """
-        if not isinstance(given, Mapping):
-            raise ValueError(f"eviction is {given!r}: it must be an object.")
-        names = [one.name for one in fields(cls)]
-        for name in given:
-            if name not in names:
-                raise ValueError(f"eviction.{name} is unknown: the fields are {', '.join(names)}.")
-        for name in ("method", "window", "shift"):
-            if name not in given:
-                raise ValueError(f"eviction.{name} is missing.")
-        eviction = cls(**given)
-        eviction._check()
-        return eviction
+        return cls.of(Fields("", {"eviction": given}))
 
-    def _check(self) -> None:
-        kvzap = self.method == "kvzap"
-        _one_of("method", self.method, METHODS)
-        _integer("window", self.window, 1)
-        _one_of("shift", self.shift, (0, 1))
-        _one_of("decides", self.decides, ("head", "layer"))
-        _one_of("prefill", self.prefill, ("masked",))
-        for name in ("bias", "disabled"):
-            _one_of(name, getattr(self, name), (False, True))
-        if self.hidden_dim is not None:
-            _integer("hidden_dim", self.hidden_dim, 1)
-        for name, of_kvzap in {"scale": False, "offset": False, "threshold": True}.items():
-            value = getattr(self, name)
-            if of_kvzap == kvzap and not is_number(value):
-                raise ValueError(f"eviction.{name} is {value!r}: {self.method} needs a number.")
-            if of_kvzap != kvzap and value is not None:
-                raise ValueError(f"eviction.{name} is {value!r}: {self.method} has none, leave it out.")
-        if self.hidden_dim is not None and not kvzap:
-            raise ValueError(f"eviction.hidden_dim is {self.hidden_dim!r}: {self.method} has none, leave it out.")
-        if self.bias and self.method != "dms_adapter":
-            raise ValueError(f"eviction.bias is true: {self.method} has none, leave it out.")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a config.json is a number: no bool, infinite or NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_positive(value: Any) -> bool:
-    return is_number(value) and value > 0
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if not any(value is one or (value == one and type(value) is type(one)) for one in allowed):
-        raise ValueError(f"eviction.{name} is {value!r}: it must be {' or '.join(map(repr, allowed))}.")
-
-
-def _integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"eviction.{name} is {value!r}: it must be an integer from {least} on.")
+    @classmethod
+    def of(cls, config: Fields) -> Eviction:
+        """Check the field of a config, and return it. See :meth:`from_dict`."""
+        given = config.inside("eviction")
+        given.known([one.name for one in fields(cls)])
+        check = given.with_defaults({one.name: one.default for one in fields(cls) if one.default is not MISSING})
+        check.one_of("method", METHODS)
+        check.integers("window")
+        check.one_of("shift", (0, 1))
+        check.one_of("decides", ("head", "layer"))
+        check.one_of("prefill", ("masked",))
+        check.flags("bias", "disabled")
+        check.integers("hidden_dim", optional=True)
+        method, of_dms, of_kvzap = check.values["method"], ("scale", "offset"), ("threshold",)
+        kvzap, why = method == "kvzap", f"with method {method!r}"
+        check.numbers(*(of_kvzap if kvzap else of_dms), why=why)
+        for name in of_dms if kvzap else (*of_kvzap, "hidden_dim"):
+            check.one_of(name, (None,), why)
+        if method != "dms_adapter":
+            check.one_of("bias", (False,), why)
+        return cls(**given.values)
 
 
 class EvictingDecoderConfig(StrictConfig):
@@ -193,59 +162,32 @@ class EvictingDecoderConfig(StrictConfig):
         super().__init__(own, tie_word_embeddings=own.pop("tie_word_embeddings"), **kwargs)
 
     def _complete(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{self.model_type} config: {name} is {value!r}: it must be an integer from 1 on.")
-        if not _is_positive(self.rms_norm_eps):
-            raise ValueError(
-                f"{self.model_type} config: rms_norm_eps is {self.rms_norm_eps!r}: it must be a positive number."
-            )
-        for name in ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "tie_word_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"{self.model_type} config: {name} is {getattr(self, name)!r}: it must be true or false."
-                )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"{self.model_type} config: num_attention_heads {self.num_attention_heads} is no multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}."
-            )
-        self._check_rope()
-        try:
-            Eviction.from_dict(self.eviction)
-        except ValueError as error:
-            raise ValueError(f"{self.model_type} config: {error}") from None
+        check = Fields.of(self)
+        check.integers("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        check.integers("num_key_value_heads", "head_dim", "max_position_embeddings")
+        check.positive("rms_norm_eps")
+        check.flags("attention_bias", "qkv_bias", "mlp_bias", "qk_norm", "tie_word_embeddings")
+        check.divides("num_key_value_heads", "num_attention_heads")
+        self._check_rope(check.inside("rope_parameters"))
+        Eviction.of(check)
 
-    def _check_rope(self) -> None:
+    def _check_rope(self, given: Fields) -> None:
         """Check RoPE's fields before transformers does, which only warns of some and stumbles over others."""
-        rope: Any = self.rope_parameters
-        found = f"{self.model_type} config: rope_parameters"
-        if not isinstance(rope, dict):
-            raise ValueError(f"{found} is {rope!r}: it must be an object.")
-        kind = rope.get("rope_type", rope.get("type", "default"))  # the second is the name in transformers 4
-        if not isinstance(kind, str) or kind not in ROPE_FACTORS:
-            raise ValueError(f"{found}.rope_type is {kind!r}: it must be one of {', '.join(ROPE_FACTORS)}.")
+        check = given.with_defaults(
+            {
+                "rope_type": given.values.get("type", "default"),  # as transformers 4 called it
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": self.max_position_embeddings,
+            }
+        )
+        check.one_of("rope_type", tuple(ROPE_FACTORS))
+        check.positive("rope_theta")
+        check.integers("original_max_position_embeddings")
+        kind, size = check.values["rope_type"], self.head_dim // 2
+        if kind != "longrope":
+            check.positive(*ROPE_FACTORS[kind], why=f"with rope_type {kind!r}")
+            return
         for name in ROPE_FACTORS[kind]:
-            value = rope.get(name)
-            if kind == "longrope":
-                size = self.head_dim // 2
-                if not isinstance(value, list) or len(value) != size or not all(map(_is_positive, value)):
-                    raise ValueError(
-                        f"{found}.{name} is {value!r}: it must be a list of {size} positive numbers, as rope_type "
-                        f"{kind!r} needs it."
-                    )
-            elif not _is_positive(value):
-                raise ValueError(
-                    f"{found}.{name} is {value!r}: it must be a positive number, as rope_type {kind!r} needs it."
-                )
-        if "rope_theta" in rope and not _is_positive(rope["rope_theta"]):
-            raise ValueError(f"{found}.rope_theta is {rope['rope_theta']!r}: it must be a positive number.")
-        original = rope.get("original_max_position_embeddings", 1)
-        if isinstance(original, bool) or not isinstance(original, int) or original < 1:
-            raise ValueError(
-                f"{found}.original_max_position_embeddings is {original!r}: it must be an integer from 1 on."
-            )
+            value = check.values.get(name)
+            if not isinstance(value, list) or len(value) != size or not all(map(is_positive, value)):
+                check.refuse(name, f"a list of {size} positive numbers", f"with rope_type {kind!r}")

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
-from .config import ROPE_FACTORS, EvictingDecoderConfig, is_number
+from vllm_fox.config_fields import Fields, is_number
+
+from .config import ROPE_FACTORS, EvictingDecoderConfig
 
 BASES = ("llama", "mistral", "qwen2", "qwen3")
 KVZAP_WINDOW = 128
@@ -30,15 +32,6 @@ DMS_DEFAULTS: dict[str, Any] = {
 }
 """Fields that say what a checkpoint with DMS computes, and their values where they are left out, as in
 Model-Optimizer."""
-DMS_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "dms_alpha_scale": (is_number, "a number"),
-    "dms_initial_alpha_offset": (is_number, "a number"),
-    "dms_window_size": (lambda value: type(value) is int and value >= 1, "an integer from 1 on"),
-    "dms_separate_alpha": (lambda value: isinstance(value, bool), "true or false"),
-    "dms_alpha_per": (lambda value: value in ("head", "layer"), "'head' or 'layer'"),
-    "dms_disable_eviction": (lambda value: isinstance(value, bool), "true or false"),
-}
-"""What they may be: a test, and its description."""
 DMS_OTHER = frozenset(
     ["dms_chunked_prefill", "dms_compile_limit", "dms_cr", "dms_manual_inference_mode", "dms_tau"]
     + ["dms_paged_attention_block_size", "dms_preallocate_for_tokens"]
@@ -185,11 +178,8 @@ def _base_of(source: Path, given: dict[str, Any]) -> PretrainedConfig:
             f"{source / 'config.json'}: sliding_window is {base.sliding_window}{default}: layers with a sliding "
             "window are not supported."
         )
-    rope = (base.rope_parameters or {}).get("rope_type", "default")
-    if rope not in ROPE_FACTORS:
-        raise ValueError(
-            f"{source / 'config.json'}: rope_type is {rope!r}: it must be one of {', '.join(ROPE_FACTORS)}."
-        )
+    rope = Fields(f"{source / 'config.json'}: ", base.rope_parameters or {})
+    rope.with_defaults({"rope_type": "default"}).one_of("rope_type", tuple(ROPE_FACTORS))
     if base.hidden_act != "silu":
         raise ValueError(f"{source / 'config.json'}: hidden_act is {base.hidden_act!r}: only 'silu' is supported.")
     return base
@@ -305,9 +295,11 @@ def _dms(
                 "otherwise than is known here."
             )
     value = {name: given.get(name, default) for name, default in DMS_DEFAULTS.items()}
-    for name, (fits, wanted) in DMS_VALUES.items():
-        if not fits(value[name]):
-            raise ValueError(f"{source / 'config.json'}: {name} is {value[name]!r}: it must be {wanted}.")
+    check = Fields(f"{source / 'config.json'}: ", value)
+    check.numbers("dms_alpha_scale", "dms_initial_alpha_offset")
+    check.integers("dms_window_size")
+    check.flags("dms_separate_alpha", "dms_disable_eviction")
+    check.one_of("dms_alpha_per", ("head", "layer"))
     found = {name: shape for _, shapes in files for name, shape in shapes.items() if ".dms_" in name}
     separate, heads = value["dms_separate_alpha"], base.num_key_value_heads
     bias = bool(getattr(base, "attention_bias", False))
@@ -363,11 +355,8 @@ def _kvzap(predictor: Path, base: PretrainedConfig) -> tuple[dict[str, Any], dic
             raise ValueError(
                 f"{predictor / 'config.json'}: {name} is {given.get(name)!r}: this model needs {wanted!r}."
             )
+    Fields(f"{predictor / 'config.json'}: ", given).integers("hidden_dim", optional=True)
     hidden = given.get("hidden_dim")
-    if hidden is not None and (isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1):
-        raise ValueError(
-            f"{predictor / 'config.json'}: hidden_dim is {hidden!r}: it must be null or an integer from 1."
-        )
     sizes = {"": (base.hidden_size, base.num_key_value_heads)}
     if hidden is not None:
         sizes = {".0": (base.hidden_size, hidden), ".2": (hidden, base.num_key_value_heads)}

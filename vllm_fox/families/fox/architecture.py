@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_fox.config_fields import Fields, is_number, listed
 from vllm_fox.kernels.forgetting.pages import HEAD_DIMS
 
 QK_NORM_EPS = 1e-5
@@ -76,8 +77,12 @@ class Architecture:
                 one another. The message names the field, its value and what is allowed.
         """
         official = config.model_type.endswith("project_fox")
-        _check_common(config)
-        (_check_official if official else _check_fla)(config)
+        check = Fields.of(config)
+        _check_common(config, check)
+        if official:
+            _check_official(config, check)
+        else:
+            _check_fla(check)
         qk_norm = "none"
         if config.qk_norm:
             qk_norm = "shared" if official and config.qk_norm_share_param_across_head else "per_head"
@@ -114,9 +119,7 @@ def resolve_intermediate_size(config: Any) -> int:
     ratio = 4 if config.hidden_ratio is None else config.hidden_ratio
     size = 256 * math.ceil(int(config.hidden_size * ratio * 2 / 3) / 256)
     if not size:
-        raise ValueError(
-            f"{config.model_type} config: hidden_ratio is {ratio!r}: give a greater one, or null for 4."
-        )
+        Fields.of(config).refuse("hidden_ratio", "greater, or null for 4")
     return size
 
 
@@ -187,124 +190,59 @@ def may_be_quantised(name: str) -> bool:
     return _PROJECTION.search(name) is not None
 
 
-# Checks. Each raises one ValueError that names the field, its value and what is allowed.
-
-
-def _refuse(config: Any, field: str, allowed: str) -> None:
-    raise ValueError(f"{config.model_type} config: {field} is {getattr(config, field)!r}: {allowed}.")
-
-
-def _check_common(config: Any) -> None:
-    for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "max_position_embeddings"):
-        _whole(config, field)
-    _whole(config, "num_kv_heads", optional=True)
-    _whole(config, "intermediate_size", optional=True)
-    _positive(config, "hidden_ratio", optional=True)
-    _positive(config, "norm_eps")
-    for field in ("qk_norm", "use_output_gate", "tie_word_embeddings"):
-        _flag(config, field)
-    if config.hidden_size % config.num_heads:
-        _refuse(config, "num_heads", f"it must divide hidden_size ({config.hidden_size})")
+def _check_common(config: Any, check: Fields) -> None:
+    check.integers("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "max_position_embeddings")
+    check.integers("num_kv_heads", "intermediate_size", optional=True)
+    check.positive("hidden_ratio", optional=True)
+    check.positive("norm_eps")
+    check.flags("qk_norm", "use_output_gate", "tie_word_embeddings")
+    check.divides("num_heads", "hidden_size")
     dim = config.hidden_size // config.num_heads
     if dim not in HEAD_DIMS:
-        sizes = ", ".join(map(str, HEAD_DIMS))
-        _refuse(
-            config,
-            "num_heads",
-            f"with hidden_size {config.hidden_size} heads are of {dim}; heads of {sizes} are supported",
+        sizes = f"{listed(HEAD_DIMS)}, and not {dim}"
+        check.refuse(
+            "num_heads", f"such that a head's size, hidden_size ({config.hidden_size}) / num_heads, is {sizes}"
         )
-    if config.num_kv_heads is not None and config.num_heads % config.num_kv_heads:
-        _refuse(config, "num_kv_heads", f"it must divide num_heads ({config.num_heads})")
-    if config.window_size is not None:
-        _refuse(config, "window_size", "it must be null; windowed forgetting attention is not supported")
-    if config.elementwise_affine is not True:
-        _refuse(config, "elementwise_affine", "it must be true; FoX checkpoints have norm weights")
+    check.divides("num_kv_heads", "num_heads")
+    check.one_of("window_size", (None,), "because windowed forgetting attention is not supported")
+    check.one_of("elementwise_affine", (True,), "because FoX checkpoints have norm weights")
     tolerance = config.log_pruning_tolerance
-    if tolerance is not None and not (_is_number(tolerance) and -math.inf < tolerance < 0):
-        _refuse(config, "log_pruning_tolerance", "it must be null or a negative number such as -10")
+    if tolerance is not None and not (is_number(tolerance) and tolerance < 0):
+        check.refuse("log_pruning_tolerance", "null or a negative number such as -10")
 
 
-def _check_official(config: Any) -> None:
-    for field in (
-        "use_rope",
-        "fgate_bias_init",
-        "use_output_norm",
-        "qk_norm_share_param_across_head",
-        "use_k_shift",
-        "use_v_shift",
-    ):
-        _flag(config, field)
-    _positive(config, "rope_base")
-    _one_of(config, "hidden_act", ("swish", "silu", "sigmoid"))
-    _one_of(config, "ogate_act", ("sigmoid", "silu"))
-    _one_of(config, "fgate_type", ("full", "bias_only", "fixed", "none"))
+def _check_official(config: Any, check: Fields) -> None:
+    check.flags("use_rope", "fgate_bias_init", "use_output_norm", "qk_norm_share_param_across_head")
+    check.flags("use_k_shift", "use_v_shift")
+    check.positive("rope_base")
+    check.one_of("hidden_act", ("swish", "silu", "sigmoid"))
+    check.one_of("ogate_act", ("sigmoid", "silu"))
+    check.one_of("fgate_type", ("full", "bias_only", "fixed", "none"))
     if config.num_kv_heads not in (None, config.num_heads):
-        _refuse(
-            config,
-            "num_kv_heads",
-            f"it must be null or num_heads ({config.num_heads}); this dialect has no grouped-query attention",
-        )
-    if config.attention_bias is not False:
-        _refuse(config, "attention_bias", "it must be false; q, k, v and o have no biases in this dialect")
-    if config.use_output_norm and config.use_output_gate and config.ogate_act != "sigmoid":
-        _refuse(config, "ogate_act", "it must be 'sigmoid' where use_output_norm and use_output_gate are true")
-    if config.qk_norm_share_param_across_head and not config.qk_norm:
-        _refuse(config, "qk_norm_share_param_across_head", "it must be false where qk_norm is false")
-    _check_gate_init(config)
+        why = "because this dialect has no grouped-query attention"
+        check.refuse("num_kv_heads", f"null or num_heads ({config.num_heads})", why)
+    check.one_of("attention_bias", (False,), "because q, k, v and o have no biases in this dialect")
+    if config.use_output_norm and config.use_output_gate:
+        check.one_of("ogate_act", ("sigmoid",), "where use_output_norm and use_output_gate are true")
+    if not config.qk_norm:
+        check.one_of("qk_norm_share_param_across_head", (False,), "where qk_norm is false")
+    _check_gate_init(config, check)
 
 
-def _check_gate_init(config: Any) -> None:
-    if config.fgate_bias_init and config.fgate_type not in ("bias_only", "fixed"):
-        _refuse(
-            config,
-            "fgate_bias_init",
-            f"it must be false with fgate_type {config.fgate_type!r}, which is learned",
-        )
-    if config.fgate_type == "fixed" and not config.fgate_bias_init:
-        _refuse(config, "fgate_bias_init", "it must be true with fgate_type 'fixed'")
+def _check_gate_init(config: Any, check: Fields) -> None:
+    gate = f"with fgate_type {config.fgate_type!r}"
+    if config.fgate_type not in ("bias_only", "fixed"):
+        check.one_of("fgate_bias_init", (False,), f"{gate}, which is learned")
+    if config.fgate_type == "fixed":
+        check.one_of("fgate_bias_init", (True,), gate)
     for field in ("decay_time_min", "decay_time_max"):
         if config.fgate_bias_init:
-            _positive(config, field, why="where fgate_bias_init is true")
-        elif getattr(config, field) is not None:
-            _refuse(config, field, "it must be null where fgate_bias_init is false")
+            check.positive(field, why="where fgate_bias_init is true")
+        else:
+            check.one_of(field, (None,), "where fgate_bias_init is false")
 
 
-def _check_fla(config: Any) -> None:
-    _flag(config, "qkv_bias")
-    _one_of(config, "hidden_act", ("swish", "silu"))
-    if config.attnres_block_size is not None:
-        _refuse(config, "attnres_block_size", "it must be null; attention residuals are not supported")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _whole(config: Any, field: str, optional: bool = False) -> None:
-    value = getattr(config, field)
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        _refuse(config, field, "it must be a positive integer" + (" or null" if optional else ""))
-
-
-def _positive(config: Any, field: str, optional: bool = False, why: str = "") -> None:
-    value = getattr(config, field)
-    if optional and value is None:
-        return
-    if not _is_number(value) or not 0 < value < math.inf:
-        _refuse(
-            config,
-            field,
-            "it must be a positive number" + (" or null" if optional else "") + (f" {why}" if why else ""),
-        )
-
-
-def _flag(config: Any, field: str) -> None:
-    if not isinstance(getattr(config, field), bool):
-        _refuse(config, field, "it must be true or false")
-
-
-def _one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
-    if getattr(config, field) not in allowed:
-        _refuse(config, field, "it must be one of " + ", ".join(map(repr, allowed)))
+def _check_fla(check: Fields) -> None:
+    check.flags("qkv_bias")
+    check.one_of("hidden_act", ("swish", "silu"))
+    check.one_of("attnres_block_size", (None,), "because attention residuals are not supported")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vllm_fox.config_fields import Fields
 from vllm_fox.strict_config import StrictConfig, own_fields
 
 
@@ -62,18 +63,8 @@ class SparseGPT2Config(StrictConfig):
         super().__init__(own, tie_word_embeddings=own.pop("tie_word_embeddings"), **kwargs)
 
     def _complete(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "int_n_embd"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{self.model_type} config: {name} is {value!r}: it must be an integer from 1 on.")
-        for name in ("bias", "propagate_in_depth"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{self.model_type} config: {name} is {getattr(self, name)!r}: true or false.")
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"{self.model_type} config: n_embd {self.n_embd} is no multiple of n_head {self.n_head}."
-            )
-        if self.tie_word_embeddings is not True:
-            raise ValueError(
-                f"{self.model_type} config: tie_word_embeddings is {self.tie_word_embeddings!r}: it must be true."
-            )
+        check = Fields.of(self)
+        check.integers("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "int_n_embd")
+        check.flags("bias", "propagate_in_depth")
+        check.divides("n_head", "n_embd")
+        check.one_of("tie_word_embeddings", (True,))
