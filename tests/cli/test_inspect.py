@@ -188,6 +188,10 @@ def test_memory_that_is_too_small(run: Run, fox_tiny: Path) -> None:
         ({"model_type": "kvzap"}, ["a predictor", "vllm-fox convert"]),
         ({"model_type": "mistral", "sliding_window": 128}, ["sliding_window is 128"]),
         ({"model_type": None}, ["names no model_type"]),
+        ({"dtype": "nn"}, ["dtype is 'nn': it must be a floating-point dtype of torch, such as 'bfloat16'."]),
+        ({"dtype": None, "torch_dtype": "bf16"}, ["torch_dtype is 'bf16': it must be"]),
+        ({"dtype": "int8"}, ["dtype is 'int8': it must be"]),
+        ({"dtype": ["float32"]}, ["dtype is ['float32']: it must be"]),
     ],
 )
 def test_configs_that_cannot_be_told(run: Run, llama: Path, fields: dict[str, Any], parts: list[str]) -> None:

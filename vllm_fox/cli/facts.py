@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vllm_fox.checkpoint_files import Entry, read_header, weight_files
+from vllm_fox.config_fields import Fields
 from vllm_fox.families import all_families, family_of
 from vllm_fox.families.evicting.config import EvictingDecoderConfig, Eviction
 from vllm_fox.families.fox.architecture import (
@@ -227,12 +228,24 @@ def _config(folder: Path, given: dict[str, Any]) -> PretrainedConfig:
             f"{path}: model_type is {kind!r}: how much KV it holds is not known here. vllm-fox knows its own "
             f"families and {', '.join(DENSE)}."
         )
+    _check_dtype(path, given)
     known = {name: value for name, value in given.items() if not name.startswith("dms_") and name != "auto_map"}
     try:
         config: PretrainedConfig = AutoConfig.for_model(**known)
     except Exception as error:  # whatever transformers and its checks say to a value
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     return config
+
+
+def _check_dtype(path: Path, given: dict[str, Any]) -> None:
+    """Check the field that says it. transformers takes whatever torch has of that name, such as a module."""
+    field = "torch_dtype" if given.get("dtype") is None else "dtype"
+    value = given.get(field)
+    if value is None:
+        return
+    found = getattr(torch, value, None) if isinstance(value, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        Fields(f"{path}: ", given).refuse(field, "a floating-point dtype of torch, such as 'bfloat16'")
 
 
 def _served_bytes(name: str, entry: Entry, dtype: torch.dtype) -> int:
@@ -245,8 +258,6 @@ def _dtype(config: PretrainedConfig, entries: dict[str, Entry], asked: str | Non
     if asked is not None:
         return getattr(torch, asked), []
     found = getattr(config, "dtype", None)
-    if isinstance(found, str):
-        found = getattr(torch, found, None)
     if found is None:
         names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
         found = next((names[one.dtype] for one in entries.values() if one.dtype in names), torch.float32)
