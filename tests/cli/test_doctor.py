@@ -19,6 +19,8 @@ import vllm
 from safetensors.torch import load_file, save_file
 from vllm import envs
 
+import plugin_setup
+from tests.families.windowed.config import WindowedConfig
 from tests.support import ROOT
 from tests.support.checkpoints import make_checkpoint
 from tests.support.evicting import VARIANTS, make_evicting
@@ -192,6 +194,45 @@ def test_broken_checkpoints(run: Run, tmp_path: Path) -> None:
     assert "unknown field qk_nrm" in one["found"] and one["mend"] == "Did you mean qk_norm?"
     (one,) = findings(run, tmp_path / "none", code=1)["checkpoint"]
     assert "which is no folder" in one["found"]
+
+
+def test_another_model_of_vllms_own(run: Run, tmp_path: Path) -> None:
+    """How much memory it takes is not known here, and vLLM serves it. So its configuration is checked."""
+    model = make_checkpoint(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 257}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512}
+    config = {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "dtype": "bfloat16"}
+    (model / "config.json").write_text(json.dumps(config | sizes | heads))
+    bad = findings(run, model, code=0)
+    (one,) = bad["checkpoint"]
+    assert one["status"] == "note" and "model_type is 'gemma': how much KV it holds is not known" in one["found"]
+    assert "configuration" not in bad
+    (one,) = findings(run, model, "--", "--max-model-len", "1024", code=1)["configuration"]
+    assert "max_model_len (1024) is greater than" in one["found"]
+    (model / "config.json").write_text(json.dumps(config | sizes | heads | {"model_type": "no_such"}))
+    bad = findings(run, model, code=1)
+    assert [bad[check][0]["status"] for check in ("checkpoint", "configuration")] == ["note", "wrong"]
+
+
+def test_a_family_of_another_package(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the guide, as if its package were installed."""
+    model = make_checkpoint(tmp_path / "model")
+    config = WindowedConfig(architectures=["WindowedForCausalLM"], bos_token_id=0, eos_token_id=0)
+    config.save_pretrained(model)
+    installed = tmp_path / "site" / "windowed-1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Name: windowed\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(
+        "[vllm_fox.families]\nwindowed = tests.families.windowed:WINDOWED\n"
+    )
+    monkeypatch.syspath_prepend(installed.parent)
+    plugin_setup.register()
+    bad = findings(run, model, code=0)
+    (one,) = bad["checkpoint"]
+    assert one["status"] == "note" and "Windowed decoders are of another package" in one["found"]
+    assert "configuration" not in bad
+    (one,) = findings(run, model, "--", "--max-model-len", "4096", code=1)["configuration"]
+    assert "max_model_len (4096) is greater than" in one["found"]
 
 
 def test_gates_that_never_close(run: Run, tmp_path: Path) -> None:

@@ -363,19 +363,35 @@ def checkpoint(model: str) -> Findings:
             f"Convert it: `vllm-fox convert {model} OUT`, and serve OUT.",
         )
         return
-    from .facts import facts_of
+    from .facts import UnknownMemoryError, facts_of
 
+    facts, unknown = None, None
     try:
         facts = facts_of(folder)
+    except UnknownMemoryError as error:
+        unknown = str(error)
     except (OSError, ValueError) as error:
         yield _broken(error)
         return
     files = weight_files(folder)
     tensors = sum(len(read_header(path)) for path in files)
-    kind = facts.family or f"{facts.model_type}, a model of vLLM's own"
+    kind = given["model_type"]
+    if facts is not None:
+        kind = facts.family or f"{kind}, a model of vLLM's own"
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
     yield Finding("checkpoint", Status.OK, f"{kind}: {tensors} tensors in {count}, nothing missing.")
-    if facts.heads and all(head.window_at_least >= facts.longest_context for head in facts.heads):
+    if unknown is not None:
+        yield Finding(
+            "checkpoint",
+            Status.NOTE,
+            unknown,
+            "Only `vllm-fox inspect` and `vllm-fox plan` need to know it.",
+        )
+    if (
+        facts is not None
+        and facts.heads
+        and all(head.window_at_least >= facts.longest_context for head in facts.heads)
+    ):
         yield Finding(
             "checkpoint",
             Status.NOTE,

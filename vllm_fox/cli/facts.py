@@ -50,6 +50,10 @@ MEASURE = (
 )
 
 
+class UnknownMemoryError(ValueError):
+    """What a model's requests hold is not known here. vLLM may serve it all the same."""
+
+
 @dataclass(frozen=True)
 class Head:
     """How far one query head looks back.
@@ -155,7 +159,8 @@ def facts_of(folder: Path, dtype: str | None = None, max_model_len: int | None =
         max_model_len: longest request that the engine admits; the config's longest context unless given.
 
     Raises:
-        ValueError: it cannot be served, or nothing is known about it. The message names the field and the fix.
+        UnknownMemoryError: it is whole as far as is seen here, but what its requests hold is not known.
+        ValueError: it cannot be served. The message names the field and the fix.
     """
     given = read_config(folder)
     config = _config(folder, given)
@@ -216,15 +221,15 @@ def _config(folder: Path, given: dict[str, Any]) -> PretrainedConfig:
             f"`vllm-fox convert MODEL OUT --predictor {folder} --threshold X`."
         )
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"{path}: model_type is {kind!r}, which neither vllm-fox nor transformers knows.")
+        raise UnknownMemoryError(f"{path}: model_type is {kind!r}, which neither vllm-fox nor transformers knows.")
     kind_of_config = CONFIG_MAPPING[kind]
     others = [
         family.name for family in all_families() if kind_of_config in family.configs and kind_of_config not in OURS
     ]
     if others:
-        raise ValueError(f"{path}: {others[0]} are of another package, and their pages are not known here.")
+        raise UnknownMemoryError(f"{path}: {others[0]} are of another package, and their pages are not known here.")
     if kind not in DENSE and kind_of_config not in OURS:
-        raise ValueError(
+        raise UnknownMemoryError(
             f"{path}: model_type is {kind!r}: how much KV it holds is not known here. vllm-fox knows its own "
             f"families and {', '.join(DENSE)}."
         )
@@ -508,7 +513,7 @@ def _dense(
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
     if sliding or (config.model_type == "mistral" and config.sliding_window is not None):
-        raise ValueError(
+        raise UnknownMemoryError(
             f"{folder / 'config.json'}: sliding_window is {config.sliding_window}: how much KV layers with a "
             "sliding window hold is not known here. vllm-fox serves none of them."
         )
