@@ -1,4 +1,5 @@
-"""A checkpoint's files of weights: where they are, what their headers say, and whether they are whole.
+"""A checkpoint's files: what its config.json says, and where its weights are, what their headers say, and whether
+they are whole.
 
 Nothing here imports torch or vLLM.
 """
@@ -9,7 +10,7 @@ import json
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CHECKPOINT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "*.safetensors"]
 """Where vLLM looks for weights, the first pattern with a match: other .safetensors files beside are left alone."""
@@ -37,6 +38,33 @@ class Entry(NamedTuple):
     def size(self) -> int:
         """Number of its elements."""
         return prod(self.shape)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        ValueError: it is none. The message names it, and what to do.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): copy it again.") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the fields of a checkpoint's config.json.
+
+    Raises:
+        ValueError: there is none, or it is not what it should be. The message names the file and the fix.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the folder of a checkpoint in the Hugging Face layout.")
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+        raise ValueError(f"{path} names no model_type: copy the checkpoint's own config.json.")
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:

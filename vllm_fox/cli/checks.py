@@ -340,9 +340,9 @@ def _unset(what: str) -> str:
 
 def checkpoint(model: str) -> Findings:
     """Whether the files of a checkpoint are there and whole, and its config.json is understood."""
-    from vllm_fox.checkpoint_files import damaged_files, missing_files, read_header, weight_files
+    from vllm_fox.checkpoint_files import damaged_files, missing_files, read_config, read_header, weight_files
 
-    from .locate import folder_of, read_config
+    from .locate import folder_of
 
     try:
         folder = folder_of(model)

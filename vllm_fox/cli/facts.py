@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vllm_fox.checkpoint_files import Entry, read_header, weight_files
+from vllm_fox.checkpoint_files import Entry, read_config, read_header, weight_files
 from vllm_fox.config_fields import Fields
 from vllm_fox.families import all_families, family_of
 from vllm_fox.families.evicting.config import EvictingDecoderConfig, Eviction
@@ -33,8 +33,6 @@ from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
 from vllm_fox.kernels.forgetting.pages import ForgettingPageFormat
 from vllm_fox.kernels.subset.pages import SubsetPageFormat
 from vllm_fox.registration import register_configs
-
-from .locate import read_config
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 """Models of vLLM's own whose layers each keep K and V of every token."""

@@ -1,11 +1,9 @@
-"""Find a model on this machine and read its config.json."""
+"""Find a model on this machine."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from .errors import CommandError
 
@@ -35,21 +33,3 @@ def folder_of(model: str) -> Path:
                 f"download it by `hf download {model}`."
             ) from None
     raise CommandError(f"MODEL is {model}, which is no folder: give the folder of a checkpoint.")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of a checkpoint's config.json.
-
-    Raises:
-        ValueError: there is none, or it is not what it should be. The message names the file and the fix.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: give the folder of a checkpoint in the Hugging Face layout.")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): copy it again.") from None
-    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
-        raise ValueError(f"{path} names no model_type: copy the checkpoint's own config.json.")
-    return found

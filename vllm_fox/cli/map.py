@@ -113,9 +113,7 @@ def _read(text: str) -> str:
 
 def _check(folder: Path) -> None:
     """Look at a checkpoint's files before anything heavy is imported."""
-    from vllm_fox.checkpoint_files import damaged_files, missing_files
-
-    from .locate import read_config
+    from vllm_fox.checkpoint_files import damaged_files, missing_files, read_config
 
     try:
         read_config(folder)

@@ -212,7 +212,10 @@ def index(content: str) -> Callable[[Path], object]:
             lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"),
             "model-00001-of-00001.safetensors is there, but no model.safetensors.index.json that names it",
         ),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 64), "is damaged, download it again"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 64),
+            "is cut short or no safetensors file: copy it again",
+        ),
         (index("{}"), "weight_map is None: it must say for every tensor"),
         (index('{"weight_map": {"a": 1}}'), "a is in 1: it must be the name of a file beside it"),
         (index('{"weight_map": {"a": "../b.safetensors"}}'), "it must be the name of a file beside it"),

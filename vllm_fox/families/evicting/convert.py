@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
+from vllm_fox.checkpoint_files import INDEX, Entry, read_config, read_header, read_json
 from vllm_fox.config_fields import Fields, is_number
 
 from .config import ROPE_FACTORS, EvictingDecoderConfig
@@ -41,6 +42,10 @@ NO_WEIGHTS = (".rotary_emb.",)
 """Parts of names of tensors that older checkpoints have, and that follow from the config."""
 Shapes = dict[str, list[int]]
 """Names of tensors and their shapes."""
+Files = list[tuple[Path, dict[str, Entry]]]
+"""A checkpoint's files of weights, and their tensors by name."""
+ONLY_FILE = "model.safetensors"
+"""Holds the weights where there is no index."""
 LEFT_BEHIND = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".py", ".safetensors")
 """Endings of files that are not copied as they are: weights, and code, of which none is needed."""
 TEXT_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") + (
@@ -76,7 +81,7 @@ def convert(
     """
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists: name a folder that does not.")
-    given = _json_of(source, "config.json")
+    given = _fields_of(source)
     base = _base_of(source, given)
     dms = any(name.startswith("dms_") for name in given)
     if dms and predictor is not None:
@@ -129,7 +134,7 @@ def convert(
             "change that."
         ) from None
     yield f"{out} is a {given['model_type']} that evicts tokens: {_described(eviction)}."
-    yield f"Weights: {sum(len(shapes) for _, shapes in files)} tensors copied, {len(extra)} of the predictor added."
+    yield f"Weights: {len(_shapes(files))} tensors copied, {len(extra)} of the predictor added."
     yield f"Other files copied: {', '.join(copied) or 'none'}."
     if "quantization_config" in config:
         yield "Its weights are quantised, and stay as they are."
@@ -146,7 +151,7 @@ def config_of(source: Path, eviction: dict[str, Any]) -> EvictingDecoderConfig:
     Raises:
         ValueError: it is none of these, or evicts already. The message says so.
     """
-    given = _json_of(source, "config.json")
+    given = _fields_of(source)
     base = _base_of(source, given)
     for name in given:
         if name.startswith("dms_"):
@@ -185,39 +190,45 @@ def _base_of(source: Path, given: dict[str, Any]) -> PretrainedConfig:
     return base
 
 
-def _weight_files(source: Path) -> list[tuple[Path, Shapes]]:
-    """The checkpoint's safetensors files with their tensors."""
-    index = source / "model.safetensors.index.json"
+def _fields_of(folder: Path) -> dict[str, Any]:
+    """The fields of a folder's config.json."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: download the checkpoint, and name the folder that it is in.")
+    return read_config(folder)
+
+
+def _weight_files(source: Path) -> Files:
+    """The checkpoint's safetensors files: those that the index names, or the only one."""
+    index = source / INDEX
     if not index.exists():
-        return [(source / "model.safetensors", _shapes(source / "model.safetensors"))]
-    where = _json_of(source, index.name).get("weight_map")
+        return [_with_entries(source / ONLY_FILE)]
+    found = read_json(index)
+    where = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{index}: weight_map is {where!r}: it must say for every tensor in which file it is.")
     for tensor, name in where.items():
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index}: {tensor} is in {name!r}: it must be the name of a file beside it.")
-    return [(source / name, _shapes(source / name)) for name in sorted(set(where.values()))]
+    return [_with_entries(source / name) for name in sorted(set(where.values()))]
 
 
-def _shapes(path: Path) -> Shapes:
-    """A file's tensors, which are not read."""
+def _with_entries(path: Path) -> tuple[Path, dict[str, Entry]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing{_instead(path)}.")
-    path.open("rb").close()  # safetensors says of a file that may not be read that it does not exist
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, download it again: {error}.") from None
+    return path, read_header(path)
+
+
+def _shapes(files: Files) -> Shapes:
+    return {name: list(entry.shape) for _, entries in files for name, entry in entries.items()}
 
 
 def _instead(missing: Path) -> str:
     """What to do about a file of weights that is missing."""
     beside = sorted(path.name for path in missing.parent.iterdir())
-    if missing.name == "model.safetensors":
+    if missing.name == ONLY_FILE:
         for name in beside:
             if name.endswith(".safetensors"):
-                return f": {name} is there, but no model.safetensors.index.json that names it: download that, too"
+                return f": {name} is there, but no {INDEX} that names it: download that, too"
         for name in beside:
             if name.endswith((".bin", ".gguf", ".pt", ".pth")):
                 return f", and {name} is not read: save the model as safetensors, as transformers does"
@@ -228,7 +239,7 @@ def _check_tensors(
     source: Path,
     given: dict[str, Any],
     base: PretrainedConfig,
-    files: list[tuple[Path, Shapes]],
+    files: Files,
     ignored: tuple[str, ...],
 ) -> None:
     """Refuse weights that are not those of the config. Of quantised ones only what is never quantised is checked.
@@ -262,8 +273,7 @@ def _check_tensors(
         for name, (rows, columns, bias) in linear.items():
             expected[f"{prefix}{name}.weight"] = [rows, columns]
             expected |= {f"{prefix}{name}.bias": [rows]} if bias else {}
-    found = {name: shape for _, shapes in files for name, shape in shapes.items()}
-    found = {name: shape for name, shape in found.items() if not any(part in name for part in ignored)}
+    found = {name: shape for name, shape in _shapes(files).items() if not any(part in name for part in ignored)}
     if base.tie_word_embeddings:
         found.pop("lm_head.weight", None)
     if _quantization(given):
@@ -284,9 +294,7 @@ def _check_tensors(
             )
 
 
-def _dms(
-    source: Path, given: dict[str, Any], base: PretrainedConfig, files: list[tuple[Path, Shapes]]
-) -> dict[str, Any]:
+def _dms(source: Path, given: dict[str, Any], base: PretrainedConfig, files: Files) -> dict[str, Any]:
     """The eviction of a checkpoint with Dynamic Memory Sparsification."""
     for name in given:
         if name.startswith("dms_") and name not in DMS_DEFAULTS and name not in DMS_OTHER:
@@ -300,7 +308,7 @@ def _dms(
     check.integers("dms_window_size")
     check.flags("dms_separate_alpha", "dms_disable_eviction")
     check.one_of("dms_alpha_per", ("head", "layer"))
-    found = {name: shape for _, shapes in files for name, shape in shapes.items() if ".dms_" in name}
+    found = {name: shape for name, shape in _shapes(files).items() if ".dms_" in name}
     separate, heads = value["dms_separate_alpha"], base.num_key_value_heads
     bias = bool(getattr(base, "attention_bias", False))
     if separate and (_quantization(given) or {}).get("transform_config"):
@@ -343,7 +351,7 @@ def _dms(
 
 def _kvzap(predictor: Path, base: PretrainedConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The eviction of a KVzap predictor, without its threshold and window; and its tensors under our names."""
-    given = _json_of(predictor, "config.json")
+    given = _fields_of(predictor)
     expected = {
         "model_type": "kvzap",
         "input_dim": base.hidden_size,
@@ -365,8 +373,8 @@ def _kvzap(predictor: Path, base: PretrainedConfig) -> tuple[dict[str, Any], dic
         for part, (inner, outer) in sizes.items():
             wanted_shapes[f"layers.{layer}{part}.weight"] = [outer, inner]
             wanted_shapes[f"layers.{layer}{part}.bias"] = [outer]
-    path = predictor / "model.safetensors"
-    shapes = _shapes(path)
+    files = [_with_entries(predictor / ONLY_FILE)]
+    path, shapes = files[0][0], _shapes(files)
     for name in sorted(wanted_shapes.keys() | shapes.keys()):
         if shapes.get(name) != wanted_shapes.get(name):
             raise ValueError(
@@ -374,13 +382,11 @@ def _kvzap(predictor: Path, base: PretrainedConfig) -> tuple[dict[str, Any], dic
                 f"must be {wanted_shapes.get(name, 'missing')}."
             )
     tensors = {}
-    with safe_open(path, framework="pt") as file:
-        for name in wanted_shapes:
-            _, number, *rest = name.split(".")
-            tensor = file.get_tensor(name)
-            if not tensor.is_floating_point():
-                raise ValueError(f"{path}: {name} is {tensor.dtype}: only floating-point numbers are supported.")
-            tensors[f"model.layers.{number}.self_attn.kvzap.{'.'.join(rest)}"] = tensor
+    for name, tensor in _tensors(files, wanted_shapes).items():
+        _, number, *rest = name.split(".")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensor.dtype}: only floating-point numbers are supported.")
+        tensors[f"model.layers.{number}.self_attn.kvzap.{'.'.join(rest)}"] = tensor
     eviction = {
         "method": "kvzap",
         "window": 0,
@@ -397,7 +403,7 @@ def _quantization(given: dict[str, Any]) -> dict[str, Any] | None:
     return given.get("quantization_config") or given.get("compression_config")
 
 
-def _check_norms(source: Path, files: list[tuple[Path, Shapes]], original: Path | None, layers: int) -> None:
+def _check_norms(source: Path, files: Files, original: Path | None, layers: int) -> None:
     """Check that a predictor reads in the source what it was trained to read.
 
     Its input is the output of a layer's first norm. AWQ and SmoothQuant move factors from there into the
@@ -405,11 +411,11 @@ def _check_norms(source: Path, files: list[tuple[Path, Shapes]], original: Path 
     computes the same and the predictor would not. Nothing but the norms shows it.
     """
     if original is None:
-        for path, _ in files:
-            for name, dtype in _dtypes(path).items():
-                if dtype not in UNQUANTISED:
+        for _, entries in files:
+            for name, entry in entries.items():
+                if entry.dtype not in UNQUANTISED:
                     raise ValueError(
-                        f"{source} is quantised ({name} is {dtype}), and many ways to quantise change what a "
+                        f"{source} is quantised ({name} is {entry.dtype}), and many ways to quantise change what a "
                         "predictor reads: name the folder of the model beside which it was trained by --original, "
                         "so that the norms can be compared."
                     )
@@ -428,18 +434,15 @@ def _check_norms(source: Path, files: list[tuple[Path, Shapes]], original: Path 
             )
 
 
-def _dtypes(path: Path) -> dict[str, str]:
-    """Names and dtypes of a file's tensors, which are not read."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-
-
-def _tensors(files: list[tuple[Path, Shapes]], wanted: list[str]) -> dict[str, torch.Tensor]:
+def _tensors(files: Files, wanted: Collection[str]) -> dict[str, torch.Tensor]:
     """Those of the wanted tensors that the files have."""
     found: dict[str, torch.Tensor] = {}
-    for path, names in files:
-        with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in names if name in wanted}
+    for path, entries in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {name: file.get_tensor(name) for name in wanted if name in entries}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}. Copy it again.") from None
     return found
 
 
@@ -475,13 +478,13 @@ def _head_dim(base: PretrainedConfig) -> int:
     return getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
 
 
-def _write_weights(made: Path, files: list[tuple[Path, Shapes]], extra: dict[str, torch.Tensor]) -> None:
+def _write_weights(made: Path, files: Files, extra: dict[str, torch.Tensor]) -> None:
     """Copy the weights, and write the predictor's and the index of all."""
     total, where, size = len(files) + bool(extra), dict[str, str](), 0
-    for number, (path, shapes) in enumerate(files, 1):
+    for number, (path, entries) in enumerate(files, 1):
         name = f"model-{number:05}-of-{total:05}.safetensors"
         shutil.copyfile(path, made / name)
-        where |= dict.fromkeys(shapes, name)
+        where |= dict.fromkeys(entries, name)
         size += path.stat().st_size
     if extra:
         name = f"model-{total:05}-of-{total:05}.safetensors"
@@ -489,7 +492,7 @@ def _write_weights(made: Path, files: list[tuple[Path, Shapes]], extra: dict[str
         where |= dict.fromkeys(extra, name)
         size += (made / name).stat().st_size
     index = {"metadata": {"total_size": size}, "weight_map": where}
-    (made / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (made / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def copy_others(source: Path, made: Path) -> list[str]:
@@ -504,21 +507,6 @@ def copy_others(source: Path, made: Path) -> list[str]:
             shutil.copyfile(path, made / path.name)
             names.append(path.name)
     return names
-
-
-def _json_of(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: download the checkpoint, and name the folder that it is in.")
-    if not path.is_file():
-        raise ValueError(f"{path} is missing.")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold an object.")
-    return found
 
 
 def _described(eviction: dict[str, Any]) -> str:
