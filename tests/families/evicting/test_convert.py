@@ -241,6 +241,19 @@ def test_weights_that_older_checkpoints_have(dms: Made, tmp_path: Path) -> None:
     assert tensors(tmp_path / "out").keys() == weights.keys()
 
 
+def test_a_predictor_that_only_safetensors_refuses(kvzap: Made, tmp_path: Path) -> None:
+    """Its header has the right names and shapes, and a dtype that there is not."""
+    assert kvzap.predictor is not None
+    predictor = shutil.copytree(kvzap.predictor, tmp_path / "predictor")
+    file = predictor / "model.safetensors"
+    whole = file.read_bytes()
+    assert b'"F32"' in whole
+    file.write_bytes(whole.replace(b'"F32"', b'"X32"'))
+    with pytest.raises(ValueError, match="model.safetensors is damaged: .* Copy it again."):
+        list(convert(kvzap.published, tmp_path / "out", predictor=predictor, threshold=-4.0))
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_left_of_what_could_not_be_written(
     dms: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
