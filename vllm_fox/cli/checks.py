@@ -26,7 +26,7 @@ from .errors import CommandError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SELF_TEST_S = 30
+SELF_TEST_S = 120
 """Seconds that the self-test may take."""
 LEAST_CAPABILITY = (8, 0)
 """Compute capability from which the kernels run."""
