@@ -13,11 +13,13 @@ import openai
 from command_line import Parser, non_negative_float, positive_int, utf8
 from whole_files import text_of
 
+BASE_URL = "http://127.0.0.1:8000/v1"
+
 
 def main() -> int:
     parser = Parser(description="Stream a completion from an OpenAI-compatible server.")
     parser.add_argument("prompt", nargs="?", type=utf8, help="default: read from standard input")
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--base-url", default=BASE_URL)
     parser.add_argument("--model", help="default: the first that the server has")
     parser.add_argument("--max-tokens", type=positive_int, default=128)
     parser.add_argument("--temperature", type=non_negative_float, default=0.3)
@@ -32,7 +34,11 @@ def main() -> int:
     key = os.environ.get("OPENAI_API_KEY") or "none"
     if not key.isascii():
         parser.error("OPENAI_API_KEY has characters that no HTTP header can have: use ASCII.")
-    client = openai.OpenAI(base_url=options.base_url, api_key=key)
+    wanted = f"--base-url is {options.base_url!r}: it must be an address such as {BASE_URL}"
+    try:
+        client = openai.OpenAI(base_url=options.base_url, api_key=key)
+    except Exception as error:  # that of the HTTP library, whichever openai has, and it has no other base class
+        parser.error(f"{wanted} ({error}).")
     try:
         model = options.model or next((one.id for one in client.models.list()), None)
         if model is None:
@@ -56,6 +62,8 @@ def main() -> int:
     except openai.APIError as error:
         print(f"client: {error}", file=sys.stderr)
         return 1
+    except UnicodeError as error:  # a name that the system cannot look up is found out only when it is asked for
+        parser.error(f"{wanted} ({error}).")
     print()
     if usage:
         print(f"[{usage.prompt_tokens} tokens in, {usage.completion_tokens} out]", file=sys.stderr)
@@ -63,4 +71,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nclient: interrupted.", file=sys.stderr)
+        sys.exit(130)
