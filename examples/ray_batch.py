@@ -32,7 +32,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from command_line import Parser, check_engine_args, json_object, non_negative_float, positive_int
+from command_line import Parser, non_negative_float, positive_int
+from ray_common import ClusterError, add_engine_options, engine_config, parse, start_ray
 from whole_files import (
     Unreadable,
     files_under,
@@ -46,8 +47,6 @@ from whole_files import (
     replacing,
     write_whole,
 )
-
-from vllm_fox.cpu import prepare_cpu_environment
 
 FORMATS = ("jsonl", "parquet")
 RESTARTS = 1
@@ -137,21 +136,13 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def connect(args: argparse.Namespace) -> bool:
-    """Start Ray, or find its cluster; whether engines get GPUs. Raises BatchError if there are too few for them."""
+    """Start Ray, or find its cluster; whether engines get GPUs. Raises ClusterError if there are too few."""
     import ray
 
-    ray.init(log_to_driver=args.verbose, logging_level=logging.INFO if args.verbose else logging.ERROR)
+    on_gpu = start_ray(args, "--replicas", args.replicas)
     ray.data.DataContext.get_current().enable_progress_bars = args.verbose
     if not args.verbose:
         logging.disable(logging.WARNING)
-    workers = args.tensor_parallel_size * args.pipeline_parallel_size
-    on_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    unit = "GPU" if on_gpu else "CPU"
-    if ray.cluster_resources()[unit] < workers * args.replicas:
-        raise BatchError(
-            f"--replicas {args.replicas} of {workers} {unit}s each are more than the cluster's "
-            f"{ray.cluster_resources()[unit]:.0f} {unit}s."
-        )
     return on_gpu
 
 
@@ -164,32 +155,21 @@ def answers(rows: list[dict[str, str]], args: argparse.Namespace, on_gpu: bool) 
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    engine = {
-        "tensor_parallel_size": args.tensor_parallel_size,
-        "pipeline_parallel_size": args.pipeline_parallel_size,
-        **args.engine_args,
-    }
-    if not on_gpu:
-        prepare_cpu_environment()
-    passed_on = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "HF_", "OMP_"))}
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     if on_gpu:
         sampling["seed"] = 0
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=args.model,
-            engine_kwargs=engine,
             concurrency=(args.replicas, args.replicas),
             batch_size=args.batch_size,
-            # Not whole CPUs: the steps before and after the engine need a little of them.
-            placement_group_config=None if on_gpu else {"bundle_per_worker": {"CPU": 0.8}},
-            runtime_env={"env_vars": passed_on},
             should_continue_on_error=True,
             # Text goes in and comes out; the engine tokenizes.
             chat_template_stage=False,
             tokenize_stage=False,
             detokenize_stage=False,
             log_engine_metrics=False,
+            **engine_config(args, on_gpu),
         ),
         preprocess=lambda row: {**row, "sampling_params": sampling},
         postprocess=lambda row: {
@@ -225,8 +205,6 @@ def run(args: argparse.Namespace) -> int:
     rows = list(read_prompts(args.prompts, args.answers))
     if not rows:
         raise BatchError(f"{args.prompts} has no prompts: put .txt or .jsonl files into it.")
-    if Path(args.model).exists():
-        args.model = str(Path(args.model).resolve())
     settings = {
         "model": args.model,
         "max_tokens": args.max_tokens,
@@ -268,6 +246,7 @@ def until_answered(todo: dict[str, dict[str, str]], args: argparse.Namespace) ->
     """Blocks of answered rows, until ``todo``, which they are taken out of, is empty.
 
     Raises:
+        ClusterError: the cluster has no room for the engines.
         BatchError: engines could not be started, or died again and again and answered nothing in between.
     """
     on_gpu = connect(args) if todo else False
@@ -318,22 +297,17 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("prompts", type=Path)
     parser.add_argument("answers", type=Path)
-    parser.add_argument("--model", default=str(Path(__file__).resolve().parent / "fox-tiny"))
     parser.add_argument("--replicas", type=positive_int, default=1, help="engines")
-    parser.add_argument("--tensor-parallel-size", type=positive_int, default=1, help="GPUs of an engine")
-    parser.add_argument("--pipeline-parallel-size", type=positive_int, default=1)
     parser.add_argument("--max-tokens", type=positive_int, default=256)
     parser.add_argument("--temperature", type=non_negative_float, default=0.0)
     parser.add_argument("--batch-size", type=positive_int, default=32, help="prompts handed to an engine together")
     parser.add_argument("--format", choices=FORMATS, default="jsonl")
-    parser.add_argument("--engine-args", type=json_object, default={}, help="more of vLLM's engine arguments, JSON")
-    parser.add_argument("--verbose", action="store_true", help="show the logs of Ray and the engines")
-    args = parser.parse_args()
-    check_engine_args(parser, args)
+    add_engine_options(parser)
+    args = parse(parser)
     try:
         with refusal_said(args.answers, "Free some space and run the same command again."):
             sys.exit(1 if run(args) else 0)
-    except (BatchError, Unreadable) as error:
+    except (BatchError, ClusterError, Unreadable) as error:
         sys.exit(f"ray_batch: {error}")
     except KeyboardInterrupt:
         sys.exit("ray_batch: interrupted; the same command goes on from here.")

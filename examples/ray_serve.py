@@ -13,42 +13,28 @@ cluster run it on any node (RAY_ADDRESS); docs/distributed.md has the same as a 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser, check_engine_args, integer, json_object, positive_int
-
-from vllm_fox.cpu import prepare_cpu_environment
+from command_line import Parser, integer, positive_int
+from ray_common import ClusterError, add_engine_options, engine_config, parse, start_ray
 
 
 def llm_config(args: argparse.Namespace, on_gpu: bool) -> Any:
     """What Ray Serve needs to know of one model."""
     from ray.serve.llm import LLMConfig
 
-    engine = {
-        "tensor_parallel_size": args.tensor_parallel_size,
-        "pipeline_parallel_size": args.pipeline_parallel_size,
-        **args.engine_args,
-    }
     machine: dict[str, Any] = {}
     replica: dict[str, Any] = {}
     if not on_gpu:
-        prepare_cpu_environment()
-        machine = {
-            "accelerator_config": {"kind": "cpu"},
-            "placement_group_config": {"bundle_per_worker": {"CPU": 0.8}},
-        }
+        machine = {"accelerator_config": {"kind": "cpu"}}
         # With its worker a replica takes one CPU, of which the web front has some.
         replica = {"ray_actor_options": {"num_cpus": 0.1}}
-    passed_on = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "HF_", "OMP_"))}
     return LLMConfig(
         model_loading_config={"model_id": args.name, "model_source": args.model},
-        engine_kwargs=engine,
         deployment_config={
             "autoscaling_config": {
                 "min_replicas": args.min_replicas,
@@ -59,29 +45,24 @@ def llm_config(args: argparse.Namespace, on_gpu: bool) -> Any:
             "max_ongoing_requests": 4 * args.target_requests,
             **replica,
         },
-        runtime_env={"env_vars": passed_on},
+        **engine_config(args, on_gpu),
         **machine,
     )
 
 
 def serve(args: argparse.Namespace) -> None:
     """Start, say where, and stay until interrupted."""
-    import ray
     from ray import serve
     from ray.serve.llm import build_openai_app
 
-    ray.init(log_to_driver=args.verbose, logging_level=logging.INFO if args.verbose else logging.ERROR)
-    unit = "GPU" if ray.cluster_resources().get("GPU", 0) > 0 else "CPU"
-    size = args.tensor_parallel_size * args.pipeline_parallel_size
-    if ray.cluster_resources()[unit] < size * args.min_replicas:
-        sys.exit(
-            f"ray_serve: --min-replicas {args.min_replicas} of {size} {unit}s each are more than the cluster's "
-            f"{ray.cluster_resources()[unit]:.0f} {unit}s."
-        )
+    try:
+        on_gpu = start_ray(args, "--min-replicas", args.min_replicas)
+    except ClusterError as error:
+        sys.exit(f"ray_serve: {error}")
     serve.start(http_options={"host": args.host, "port": args.port})
     # The web front needs little of a CPU.
     ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
-    config = llm_config(args, on_gpu=unit == "GPU")
+    config = llm_config(args, on_gpu)
     app = build_openai_app({"llm_configs": [config], "ingress_deployment_config": ingress})
     try:
         serve.run(app, name=args.name)
@@ -99,25 +80,18 @@ def serve(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", default=str(Path(__file__).resolve().parent / "fox-tiny"))
     parser.add_argument("--name", help="for clients (default: the last part of --model)")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=integer(1, 65535), default=8000)
     parser.add_argument("--min-replicas", type=positive_int, default=1)
     parser.add_argument("--max-replicas", type=positive_int, default=1)
     parser.add_argument("--target-requests", type=positive_int, default=64, help="requests at once on a replica")
-    parser.add_argument("--tensor-parallel-size", type=positive_int, default=1, help="GPUs of an engine")
-    parser.add_argument("--pipeline-parallel-size", type=positive_int, default=1)
-    parser.add_argument("--engine-args", type=json_object, default={}, help="more of vLLM's engine arguments, JSON")
-    parser.add_argument("--verbose", action="store_true", help="show the logs of Ray and the engines")
-    args = parser.parse_args()
-    check_engine_args(parser, args)
+    add_engine_options(parser)
+    args = parse(parser)
     if args.min_replicas > args.max_replicas:
         parser.error(
             f"--min-replicas is {args.min_replicas}: it must be at most --max-replicas {args.max_replicas}."
         )
-    if Path(args.model).exists():
-        args.model = str(Path(args.model).resolve())
     args.name = args.name or Path(args.model).name
     serve(args)
 
