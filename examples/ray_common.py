@@ -51,11 +51,20 @@ def start_ray(args: argparse.Namespace, option: str, engines: int) -> bool:
         Whether engines get GPUs.
 
     Raises:
-        ClusterError: the cluster has too few of them, or of CPUs, for so many engines.
+        ClusterError: there is no cluster at RAY_ADDRESS, or it has too few GPUs or CPUs for so many engines.
     """
     import ray
 
-    ray.init(log_to_driver=args.verbose, logging_level=logging.INFO if args.verbose else logging.ERROR)
+    try:
+        ray.init(log_to_driver=args.verbose, logging_level=logging.INFO if args.verbose else logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        if not address:
+            raise
+        raise ClusterError(
+            f"RAY_ADDRESS is {address!r}, with which Ray finds no cluster: start one (`ray start --head`), or "
+            f"unset RAY_ADDRESS to use this machine alone. Ray says: {' '.join(str(error).split())}"
+        ) from None
     found = ray.cluster_resources()
     unit = "GPU" if found.get("GPU", 0) > 0 else "CPU"
     workers = args.tensor_parallel_size * args.pipeline_parallel_size

@@ -65,6 +65,45 @@ def refused(prompts: Path, answers: Path, *more: str) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
+def no_cluster(address: str) -> str:
+    """How the sentence about a RAY_ADDRESS begins with which there is no cluster."""
+    return (
+        f"RAY_ADDRESS is '{address}', with which Ray finds no cluster: start one (`ray start --head`), or unset "
+        "RAY_ADDRESS to use this machine alone. Ray says: "
+    )
+
+
+def test_an_address_that_none_can_be_is_named(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    wanted = no_cluster("nowhere") + "Invalid address format: nowhere"
+    assert refused(prompts, tmp_path / "a") == f"ray_batch: {wanted}"
+    script = [sys.executable, str(ROOT / "examples" / "ray_serve.py")]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=patience(60))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == f"ray_serve: {wanted}"
+
+
+def test_an_address_without_a_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself is not asked: it would find a cluster that anybody runs on this machine."""
+    import ray
+    import ray_common
+
+    def init(**_: object) -> None:
+        raise ConnectionError("Could not find any\nrunning Ray instance.")
+
+    monkeypatch.setattr(ray, "init", init)
+    args = argparse.Namespace(verbose=False)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(ray_common.ClusterError) as refusal:
+        ray_common.start_ray(args, "--replicas", 1)
+    assert str(refusal.value) == no_cluster("auto") + "Could not find any running Ray instance."
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ConnectionError):
+        ray_common.start_ray(args, "--replicas", 1)
+
+
 def test_prompts_and_parts(ray_batch: ModuleType, prompts: Path, tmp_path: Path) -> None:
     found = {row["id"]: row["prompt"] for row in ray_batch.read_prompts(prompts)}
     assert found == PROMPTS | {"more.jsonl:1": PROMPTS["00.txt"]}
