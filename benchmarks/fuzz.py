@@ -27,7 +27,7 @@ from benchmarks.record import prepare, save
 from vllm_fox.cli.metrics import sample_of, view
 
 if TYPE_CHECKING:
-    from demo import Server
+    from local_server import Server
 
 LEFT_OUT = ("/scale_elastic_ep",)
 """Paths that change how many engines there are."""
@@ -56,7 +56,7 @@ def answered(metrics: str) -> Counter[tuple[str, str]]:
 
 
 def text_of(server: Server) -> str:
-    from demo import MODEL_NAME
+    from local_server import MODEL_NAME
 
     found: str = json.loads(server.get("/v1/completions", {"model": MODEL_NAME, **GREEDY}))["choices"][0]["text"]
     return found
@@ -75,7 +75,7 @@ def idle(server: Server) -> dict[str, Any]:
 
 def send(server: Server, command: str, minutes: float, seed: int, folder: Path) -> int:
     """Let Schemathesis send requests for some minutes; return its exit code. What it says is in report.txt."""
-    from demo import MODEL_NAME
+    from local_server import MODEL_NAME
 
     schema = bounded(json.loads(server.get("/openapi.json")))
     (folder / "openapi.json").write_text(json.dumps(schema))
@@ -92,7 +92,7 @@ def send(server: Server, command: str, minutes: float, seed: int, folder: Path) 
 
 
 def main() -> None:
-    import demo
+    import local_server
 
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint")
@@ -110,20 +110,20 @@ def main() -> None:
         refuse("schemathesis is not there: pipx install schemathesis, or give --schemathesis its path.")
     folder, model_folder = Path(tempfile.mkdtemp(prefix="vllm-fox-fuzz-")), args.model.resolve()
     try:
-        model = demo.Checkpoint.of(model_folder, demo.read_config(model_folder))
+        model = local_server.Checkpoint.of(model_folder, local_server.read_config(model_folder))
         print(f"server log: {folder / 'server.log'}\nSchemathesis: {folder / 'report.txt'}", flush=True)
         (folder / "template").write_text(TEMPLATE)
         options = ["--chat-template", str(folder / "template")]
         options += ["--override-generation-config", json.dumps({"max_new_tokens": TOKENS})]
-        with demo.running_server(model, folder / "server.log", *options) as server:
-            demo.wait_until_healthy(server, timeout=600)
+        with local_server.running_server(model, folder / "server.log", *options) as server:
+            local_server.wait_until_healthy(server, timeout=600)
             before = text_of(server)
             exit_code = send(server, command, args.minutes, args.seed, folder)
             server.check()
             state = idle(server)
             same = text_of(server) == before
             counts = answered(server.get("/metrics").decode())
-    except (demo.DemoError, OSError) as error:
+    except (local_server.ServerError, OSError) as error:
         raise SystemExit(f"fuzz: {error}") from None
     failed = {path: count for (path, status), count in counts.items() if status == "5xx"}
     figures = {

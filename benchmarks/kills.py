@@ -32,7 +32,7 @@ from benchmarks.options import Parser, positive_float, positive_int
 from benchmarks.record import prepare, save
 
 if TYPE_CHECKING:
-    from demo import Checkpoint, Server
+    from local_server import Checkpoint, Server
 
 CLIENTS = 4
 SHARED_MEMORY = "/dev/shm/"
@@ -99,18 +99,18 @@ def shared_by(processes: Iterable[psutil.Process]) -> set[Path]:
 
 def one(model: Checkpoint, options: list[str], victim: str, limit: float, log: Path) -> dict[str, Any]:
     """Start a server, kill ``victim`` under load, and see what becomes of the rest."""
-    import demo
+    import local_server
 
     weights = {path: path.stat().st_mtime_ns for path in model.folder.iterdir()}
     with tempfile.TemporaryDirectory(prefix="vllm-fox-kills-") as scratch:
         os.environ["TMPDIR"] = scratch
-        with demo.running_server(model, log, *options) as server:
-            demo.wait_until_healthy(server, timeout=600)
+        with local_server.running_server(model, log, *options) as server:
+            local_server.wait_until_healthy(server, timeout=600)
             there = kinds(server)
             if victim not in there and victim != ORDINARY:
                 raise SystemExit(f"kills: there is no process {victim}, only {', '.join(there)}.")
             clients = [
-                Client(server.url, demo.MODEL_NAME, model.context - 64, limit)
+                Client(server.url, local_server.MODEL_NAME, model.context - 64, limit)
                 for _ in range(CLIENTS if victim != ORDINARY else 0)
             ]
             for client in clients:
@@ -118,7 +118,7 @@ def one(model: Checkpoint, options: list[str], victim: str, limit: float, log: P
             if not all(client.answering.wait(120) for client in clients):
                 raise SystemExit("kills: the server does not answer.")
             shared = shared_by(processes_of(server))
-            newcomers = Newcomers(server.url, demo.MODEL_NAME, limit)
+            newcomers = Newcomers(server.url, local_server.MODEL_NAME, limit)
             begin = time.monotonic()
             if victim == ORDINARY:
                 server.process.terminate()
@@ -196,7 +196,7 @@ def conclude(args: argparse.Namespace, rows: dict[str, dict[str, Any]], wrong: l
 
 
 def main() -> None:
-    import demo
+    import local_server
 
     end_when_told()
     parser = Parser(description=__doc__.splitlines()[0])
@@ -213,7 +213,7 @@ def main() -> None:
     options = ["--tensor-parallel-size", str(args.tensor), "--data-parallel-size", str(args.data)]
     logs = Path(tempfile.mkdtemp(prefix="vllm-fox-kills-logs-"))
     try:
-        model = demo.Checkpoint.of(folder, demo.read_config(folder))
+        model = local_server.Checkpoint.of(folder, local_server.read_config(folder))
         waiting = [ORDINARY]
         while waiting:
             victim = waiting.pop(0)
@@ -222,7 +222,7 @@ def main() -> None:
                 waiting = args.only or row["kinds"]
             wrong += failures(victim, row, rows[ORDINARY])
             print(f"{victim}: {row}", flush=True)
-    except (demo.DemoError, OSError) as error:
+    except (local_server.ServerError, OSError) as error:
         raise SystemExit(f"kills: {error}") from None
     conclude(args, rows, wrong, "the server ended or served on, every client heard of it, and nothing was left.")
 

@@ -34,7 +34,7 @@ from benchmarks.options import Parser, positive_float, positive_int
 from benchmarks.record import prepare
 
 if TYPE_CHECKING:
-    from demo import Checkpoint, Server
+    from local_server import Checkpoint, Server
 
 REPLICA = "ray::ServeReplica"
 VICTIMS = {
@@ -84,26 +84,27 @@ def end(server: Server, patience: float = 20.0) -> list[str]:
 @contextlib.contextmanager
 def running_replicas(model: Checkpoint, count: int, folder: Path, log: Path) -> Iterator[Server]:
     """examples/ray_serve.py with so many replicas, and Ray's files in ``folder``; it ends with the block."""
-    import demo
+    import local_server
 
-    port = demo.free_port()
+    port = local_server.free_port()
     engine = {
         "enforce_eager": True,
         "max_model_len": model.context,
         "max_num_seqs": 16,
         "kv_cache_memory_bytes": model.kv_bytes,
     }
-    command = [sys.executable, str(Path(demo.__file__).with_name("ray_serve.py")), "--model", str(model.folder)]
-    command += ["--name", demo.MODEL_NAME, "--port", str(port), "--engine-args", json.dumps(engine), "--verbose"]
+    script = Path(local_server.__file__).with_name("ray_serve.py")
+    command = [sys.executable, str(script), "--model", str(model.folder), "--name", local_server.MODEL_NAME]
+    command += ["--port", str(port), "--engine-args", json.dumps(engine), "--verbose"]
     command += ["--min-replicas", str(count), "--max-replicas", str(count)]
     # Of this cluster alone, so that this program may ask it for its state.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = demo.server_environment() | {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = local_server.server_environment() | {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
         )
-    server = demo.Server(process, f"http://127.0.0.1:{port}", log)
+    server = local_server.Server(process, f"http://127.0.0.1:{port}", log)
     try:
         yield server
     finally:
@@ -135,9 +136,9 @@ def running() -> int:
 
 def one(server: Server, victim: str, tokens: int, limit: float) -> dict[str, Any]:
     """Kill ``victim`` under load, and see what becomes of clients and replicas."""
-    import demo
+    import local_server
 
-    clients = [Client(server.url, demo.MODEL_NAME, tokens, limit) for _ in range(CLIENTS)]
+    clients = [Client(server.url, local_server.MODEL_NAME, tokens, limit) for _ in range(CLIENTS)]
     for client in clients:
         client.start()
     if not all(client.answering.wait(120) for client in clients):
@@ -147,7 +148,7 @@ def one(server: Server, victim: str, tokens: int, limit: float) -> dict[str, Any
     kind = command_of(doomed[0])
     known = of_kind(server, kind)
     shared = shared_by(doomed)
-    newcomers = Newcomers(server.url, demo.MODEL_NAME, limit)
+    newcomers = Newcomers(server.url, local_server.MODEL_NAME, limit)
     begin = time.monotonic()
     process.kill()
     newcomers.start()
@@ -187,7 +188,7 @@ def failures(victim: str, row: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    import demo
+    import local_server
 
     end_when_told()
     parser = Parser(description=__doc__.splitlines()[0])
@@ -201,7 +202,7 @@ def main() -> None:
     rows, wrong = dict[str, dict[str, Any]](), list[str]()
     log = Path(tempfile.mkdtemp(prefix="vllm-fox-kills-logs-")) / "server.log"
     try:
-        model = demo.Checkpoint.of(folder, demo.read_config(folder))
+        model = local_server.Checkpoint.of(folder, local_server.read_config(folder))
         with (
             tempfile.TemporaryDirectory(prefix="vllm-fox-kills-", ignore_cleanup_errors=True) as scratch,
             running_replicas(model, args.replicas, Path(scratch), log) as server,
@@ -214,7 +215,7 @@ def main() -> None:
                 print(f"{victim}: {row}", flush=True)
             if left := end(server):
                 wrong.append(f"The end of the server left processes: {left}.")
-    except (demo.DemoError, OSError) as error:
+    except (local_server.ServerError, OSError) as error:
         raise SystemExit(f"kills_ray: {error}") from None
     conclude(args, rows, wrong, "every client heard of it, a replacement answered, and nothing was left.")
 

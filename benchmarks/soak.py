@@ -40,7 +40,7 @@ from benchmarks.texts import standard_library, token_windows
 from vllm_fox.cli.metrics import Sample, sample_of, view
 
 if TYPE_CHECKING:
-    from demo import Checkpoint, Server
+    from local_server import Checkpoint, Server
 
 TEXT_CONTEXTS = 16
 """Contexts of text that prompts are cut out of."""
@@ -77,7 +77,7 @@ class Watch:
         self._server, self._load = server, load
 
     async def run(self, every: float) -> None:
-        """Take a sample every so many seconds, until this is cancelled. Raises DemoError if the server ends."""
+        """Take a sample every so many seconds, until this is cancelled. Raises ServerError if the server ends."""
         while True:
             self._server.check()
             with contextlib.suppress(OSError):  # a busy server may answer late
@@ -157,7 +157,7 @@ async def soak(
     server: Server, context: int, text: list[int], args: argparse.Namespace
 ) -> tuple[dict[str, Any], Watch, Load]:
     """The figures of a run, and what they were made of."""
-    from demo import MODEL_NAME
+    from local_server import MODEL_NAME
 
     async with openai.AsyncOpenAI(
         base_url=f"{server.url}/v1",
@@ -220,23 +220,23 @@ def run(args: argparse.Namespace) -> list[str]:
     Raises:
         SystemExit: the server did not start, or it has ended.
     """
-    import demo
+    import local_server
 
     log = args.log or Path(tempfile.mkdtemp(prefix="vllm-fox-soak-"), "server.log")
     print(f"model: {args.model}\nserver log: {log}", flush=True)
     try:
         folder = args.model.resolve()
-        model = demo.Checkpoint.of(folder, demo.read_config(folder))
+        model = local_server.Checkpoint.of(folder, local_server.read_config(folder))
         # The demo's memory is for four contexts in bfloat16.
         model = dataclasses.replace(model, kv_bytes=int(args.kv_contexts * model.kv_bytes / 2))
         text = text_of(model)
         options = ["--dtype", "float32", "--max-num-seqs", str(args.most)]
         if not args.plain_malloc:
             os.environ.update(GIVES_BACK)
-        with demo.running_server(model, log, *options) as server:
-            demo.wait_until_healthy(server, timeout=600)
+        with local_server.running_server(model, log, *options) as server:
+            local_server.wait_until_healthy(server, timeout=600)
             figures, watch, load = asyncio.run(soak(server, model.context, text, args))
-    except (demo.DemoError, OSError) as error:
+    except (local_server.ServerError, OSError) as error:
         raise SystemExit(f"soak: {error}") from None
     wrong = failures(figures, judge_memory=not args.plain_malloc)
     print(table(figures))

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from demo import Server
+from local_server import Server
 
 from benchmarks.kills import failures, processes_of, shared_by, until
 from tests.support import ROOT, patience

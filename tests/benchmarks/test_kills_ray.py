@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from demo import Server
+from local_server import Server
 
 from benchmarks.kills import lives, until
 from benchmarks.kills_ray import VICTIMS, end, failures, oldest, replica_of

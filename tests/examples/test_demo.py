@@ -7,14 +7,13 @@ import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.support import ROOT, patience
+from tests.support import ROOT
 
 METRICS = """\
 # HELP vllm:fox_kv_pages_allocated_total Pages.
@@ -164,47 +163,6 @@ def test_the_cost_is_that_of_models_that_can_keep_everything(
     demo.print_cost((2.5, 2.375))
     said = capsys.readouterr().out
     assert "+0.125 nats a token on these texts (2.500, and 2.375 if the model keeps everything)" in said
-
-
-def test_a_server_that_ends_is_reported_with_the_end_of_its_log(demo: ModuleType, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    noise = "INFO see FileNotFoundError: it is harmless\n" * 50
-    log.write_text(f"{noise}ERROR core.py] ValueError: the reason\n{noise}DeadError: a consequence\n")
-    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
-    process.wait()
-    with pytest.raises(demo.DemoError, match="exit status 3.*\n.*the reason\n(.|\n)*a consequence") as error:
-        demo.Server(process, "http://127.0.0.1:9", log).check()
-    assert len(str(error.value).splitlines()) < 30
-
-
-def test_stopping_ends_the_whole_group_even_if_it_ignores_a_polite_request(demo: ModuleType) -> None:
-    code = (
-        "import os, signal, subprocess, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import signal, time;"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)'])\n"
-        "print(child.pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout
-    child = max(int(process.stdout.readline()) for _ in range(2))
-    demo.stop(process)
-    assert process.returncode == 0
-    deadline = time.monotonic() + patience(10)
-    while is_running(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(child)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process exists and is not merely waiting for its parent to notice that it has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(
