@@ -121,7 +121,7 @@ def test_counts_are_those_of_every_query(llm: LLM, monkeypatch: pytest.MonkeyPat
         looked += bool(saved)
         return outs
 
-    monkeypatch.setattr("benchmarks.engines.step", look)
+    monkeypatch.setattr("tests.support.engines.step", look)
     order, tokens = random.Random(1), [source_tokens(llm, 700, seed=n % 3) for n in range(12)]
     requests = {f"q{n}": (text[: order.randint(1, 700)], order.randint(1, 60)) for n, text in enumerate(tokens)}
     _, aborted, preempted = random_traffic(llm, requests, order, room=60)
