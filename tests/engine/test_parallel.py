@@ -43,7 +43,7 @@ from tests.support.reference_sparse_gpt2 import reference_logits as sparse_gpt2_
 from vllm_fox.pages import metrics
 
 PAGE, ANSWER, LENGTHS = 16, 24, (300, 700, 1500)
-LIMIT_S = 300
+LIMIT_S = 600
 
 
 def serve(model: str, tensor: int = 1, stages: int = 1, host: bool = False, kill: bool = False) -> dict[str, Any]:
