@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -149,15 +150,17 @@ def test_no_copy_of_the_weights_is_kept() -> None:
     assert kept and max(kept) <= max(weight.numel() for weight in module.parameters())
 
 
-@pytest.mark.parametrize("of_all", [False, True], ids=["one layer's", "all layers'"])
-def test_a_forward_that_is_replaced_later_is_called(of_all: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", ["a layer", "a layer, by a method", "all layers"])
+def test_a_forward_that_is_replaced_later_is_called(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By an attribute of the layer, as accelerate does it, or of the class."""
     module, x = Layers(), torch.randn(7, 24, dtype=torch.float64)
     call = compiled(module, [])
     call(x)
     own, layer = nn.Linear.forward, module.layers[1]
-    if of_all:
+    if of == "all layers":
         monkeypatch.setattr(nn.Linear, "forward", lambda layer, given: 2 * own(layer, given))
+    elif of == "a layer, by a method":
+        monkeypatch.setattr(layer, "forward", MethodType(lambda layer, given: 2 * own(layer, given), layer))
     else:
         monkeypatch.setattr(layer, "forward", lambda given: 2 * own(layer, given))
     for one, other in zip(call(x), module(x), strict=True):

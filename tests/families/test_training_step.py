@@ -127,6 +127,93 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(trained: str) -> Non
         torch.testing.assert_close(one, want, rtol=1e-12, atol=1e-12)
 
 
+def test_a_label_that_is_no_token_is_an_error() -> None:
+    """-100 alone stands for no label, as in transformers."""
+    model, labels = fox(num_hidden_layers=1), tokens(1, 20)
+    for wrong in (-1, 97):
+        labels[0, 5] = wrong
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            model(input_ids=tokens(1, 20), labels=labels)
+
+
+def test_the_loss_is_differentiable_once() -> None:
+    """A gradient of gradients would lack a part; it is an error."""
+    model, ids = fox(num_hidden_layers=1), tokens(1, 20)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(model(input_ids=ids, labels=ids).loss, model.lm_head.weight, create_graph=True)
+
+
+def test_a_factor_of_the_loss_is_not_rounded() -> None:
+    """In bfloat16 1/1540 would be wrong by 0.16 %, and so would all gradients."""
+    hidden = torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.randn(11, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    sums = []
+    for factor in (1.0, 1 / 1540):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        (linear_cross_entropy(leaves[0], leaves[1], tokens(1, 40) % 11) * factor).backward()
+        sums.append([float((leaf.grad.double() / factor).abs().sum()) for leaf in leaves if leaf.grad is not None])
+    for whole, part in zip(*sums, strict=True):
+        # Each of 88 numbers or more is rounded by at most 2**-9 of it, up as often as down.
+        assert abs(part / whole - 1) < 3 * 2**-9 / 88**0.5
+
+
+def with_bias(model: Any) -> None:
+    head = torch.nn.Linear(64, 97, dtype=torch.float64)
+    head.bias.data.fill_(0.0)[:40] = 3.0
+    model.set_output_embeddings(head)
+
+
+def with_hook(model: Any) -> None:
+    model.lm_head.register_forward_hook(lambda layer, given, y: 2 * y)
+
+
+def with_other_forward(model: Any) -> None:
+    model.lm_head.forward = lambda x: 2 * F.linear(x, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("change", [with_bias, with_hook, with_other_forward])
+def test_a_head_that_computes_something_else_is_called(change: Callable[[Any], None]) -> None:
+    model, ids = fox(num_hidden_layers=1).double(), tokens(2, 20)
+    change(model)
+    in_training = model(input_ids=ids, labels=ids)
+    assert in_training.logits is not None
+    torch.testing.assert_close(in_training.loss, model.eval()(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+def test_hooks_are_called_where_layers_are_compiled() -> None:
+    model, ids, seen = fox(num_hidden_layers=3).double(), tokens(1, 20), []
+    model.model.layers[1].attn.o_proj.register_forward_hook(lambda *_: seen.append(1))
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # torch's default
+        compile_layers(model, backend="eager")
+        model(input_ids=ids, labels=ids)
+        model.model.layers[2].attn.o_proj.register_forward_hook(lambda *_: seen.append(2))
+        model(input_ids=ids, labels=ids)
+    assert seen == [1, 1, 2]
+
+
+def test_hooks_are_called_where_layers_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where training fuses them unasked: hooks of any layer, and those that come after a step."""
+
+    def can_fuse(x: torch.Tensor) -> bool:
+        return not torch.compiler.is_compiling()
+
+    model, ids = fox(num_hidden_layers=3).double(), tokens(1, 20)
+    plain = model(input_ids=ids, labels=ids).loss
+    monkeypatch.setattr("vllm_fox.hf.fused.can_fuse", can_fuse)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, plain)
+    counted = torch._dynamo.utils.counters["stats"]
+    graphs = counted["unique_graphs"]
+    model(input_ids=ids, labels=ids)
+    assert counted["unique_graphs"] == graphs, "compiled anew without a reason"
+    seen = []
+    model.model.layers[1].attn.o_proj.register_forward_hook(lambda layer, given, y: (seen.append(1), 2 * y)[1])
+    hooked = model(input_ids=ids, labels=ids).loss
+    assert seen
+    monkeypatch.undo()
+    torch.testing.assert_close(hooked, model(input_ids=ids, labels=ids).loss)
+    assert abs(hooked - plain) > 1e-6
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_training_has_the_loss_and_gradients_of_logits(name: str) -> None:
     """In float64, where both differ by roundings alone."""

@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.one_layer import OneLayer, StepInputs
+from benchmarks.one_layer import OneLayer, StepInputs, batch_of, extend, pool_and_table
 from tests.support import ROOT
 from tests.support.harness import random_inputs
 from vllm_fox.kernels import native
 from vllm_fox.kernels.forgetting.decode import cpu, reference
 from vllm_fox.kernels.paged import Batch
+from vllm_fox.kernels.subset.attention import cpu as subset_cpu
+from vllm_fox.kernels.subset.attention import reference as subset_reference
+from vllm_fox.kernels.subset.pages import Evictions, SubsetPageFormat
+from vllm_fox.kernels.subset.write import subset_write
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="for a CPU"
@@ -145,3 +149,26 @@ def test_decode_equals_plain_pytorch(live: str, lengths: list[int], dtype: torch
     for run, out in ((cpu, given), (reference, expected)):
         run.decode_attention(layer.pages, layer.table, batch, 0, inputs.q, layer.impl.scale, out, None)
     assert (given.double() - expected.double()).norm() < tolerance * expected.double().norm()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_prompt_keeps_a_nan(wrong: float) -> None:
+    """Also where it is the only one of the first keys that a query still sees."""
+    length, size = 130, 16
+    form = SubsetPageFormat(size, 1, 32, 0, torch.float32, torch.float32)
+    pages = form.view(torch.zeros(100 * form.page_bytes, dtype=torch.uint8))
+    pool, table = pool_and_table(1, 1, 100, 32, "cpu")
+    slot = pool.open()
+    table.first_live[slot] = 0
+    extend(pool, table, slot, length, size)
+    batch = batch_of([length], [length], [slot], size, "cpu")
+    q, (k, v) = torch.randn(length, 1, 1, 1, 32), torch.randn(2, length, 1, 1, 32)
+    k[0] = wrong
+    evicted = torch.zeros(length, 1, dtype=torch.bool)
+    evicted[1:64] = True
+    subset_write(pages, table, batch, 0, k=k, v=v, int_k=None, evictions=Evictions(evicted, 1, 0))
+    given, expected = torch.zeros_like(q), torch.zeros_like(q)
+    for run, out in ((subset_cpu, given), (subset_reference, expected)):
+        run.subset_attention(pages, table, batch, 0, q, 32**-0.5, out, None)
+    assert expected.isnan().all()
+    assert given.isnan().all()

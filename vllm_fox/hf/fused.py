@@ -7,7 +7,7 @@ functions run as they are elsewhere, in float64, in layers in evaluation, and in
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,8 +20,19 @@ Result = TypeVar("Result")
 
 @cache
 def fused(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Compile a function for the first length that it meets, and once more for all others."""
-    return torch.compile(function)
+    """Compile a function for the first length that it meets, and once more for all others.
+
+    Hooks of the modules that it is given are called, whichever have some and whenever they get them. Left to
+    itself, torch.compile looks for hooks only while it traces.
+    """
+    compiled = torch.compile(function)
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def can_fuse(x: torch.Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +10,10 @@ from torch import nn
 
 from .autocast import for_projections
 from .fused import recomputed, traced_with_gradients
+from .plain import is_plain
 
 ALIGNED = 16
 """The number of rows of a joint matrix is a multiple of this. Matrix products of odd sizes are slow on a GPU."""
-PLAIN = nn.Linear.forward
-"""What a plain layer computes. Libraries that replace it do so later."""
 
 
 def joint(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
@@ -26,7 +24,7 @@ def joint(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
     a part of it and add that to the others. A product with a few outputs costs a GPU as much as one with hundreds.
     """
     traced = traced_with_gradients()
-    joined = [layer for layer in layers if traced and isinstance(layer, nn.Linear) and _is_plain(layer)]
+    joined = [layer for layer in layers if traced and isinstance(layer, nn.Linear) and _may_join(layer)]
     if len(joined) < 2:
         return [layer(x) for layer in layers]
     joined.sort(key=lambda layer: -len(layer.weight))  # so that the parts begin where a GPU reads fast
@@ -40,15 +38,11 @@ def joint(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
     return [_with_bias(parts[layer], layer.bias) if layer in parts else layer(x) for layer in layers]
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    """Return whether nothing but the layer's own weights decides what it computes, and these are being trained."""
-    replaced = type(layer) is not nn.Linear or type(layer).forward is not PLAIN
-    replaced = replaced or not isinstance(layer.forward, MethodType)  # torch.compile notices if this changes
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    hooked = any(hooks) or nn.modules.module._has_any_global_hook()
+def _may_join(layer: nn.Linear) -> bool:
+    """Return whether a layer need not be called, and its weights are being trained."""
     # The weights of a layer that is sharded by itself are of another type.
     trained = layer.training and type(layer.weight) is nn.Parameter and layer.weight.requires_grad
-    return trained and not replaced and not hooked
+    return trained and is_plain(layer)
 
 
 def _together(*weights: torch.Tensor) -> torch.Tensor:

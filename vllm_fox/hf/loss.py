@@ -12,6 +12,7 @@ from .autocast import for_projections
 from .fused import can_fuse, fused
 from .inputs import kept_positions
 from .line import NO_LABEL
+from .plain import is_plain
 
 MIN_ROWS = 1024
 """Logits of so many tokens at least are computed at once."""
@@ -55,7 +56,7 @@ def _with_gradients(
 def _block(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses [n] of logits [n, vocab], in float32 or wider, and their gradients in the logits' dtype."""
     counts, wide = labels != NO_LABEL, logits.to(torch.promote_types(logits.dtype, torch.float32))
-    lse, index = wide.logsumexp(-1), labels.clamp(min=0)[:, None]
+    lse, index = wide.logsumexp(-1), labels.where(counts, 0)[:, None]
     losses = torch.where(counts, lse - wide.gather(1, index)[:, 0], 0.0)
     own = torch.arange(wide.shape[1], device=wide.device) == index
     grad = torch.where(counts[:, None], (wide - lse[:, None]).exp() - own.to(wide.dtype), 0.0)
@@ -81,8 +82,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    found = (x * grad.to(x.dtype) if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted))
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "The loss of a model in training mode is differentiable once: for create_graph=True compute it from "
+            "logits, which the model returns without labels."
+        )
+    found = (_scaled(x, grad) if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted))
     return *found, None, None, None
+
+
+def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return x times a number in float32 or wider, which rounded to the dtype of x would be wrong everywhere."""
+    return torch.mul(x, factor.view(1), out=torch.empty_like(x))
 
 
 _with_gradients.register_autograd(_differentiate, setup_context=_save)
@@ -117,8 +128,8 @@ def logits_and_loss(
     """Return the logits of a model's head, and the loss; None for what there is not.
 
     In training mode with labels there is the loss alone, which is computed a block of tokens at a time. There are
-    logits as well with another loss function than transformers' own, and where an adapter or a quantised layer
-    stands in the place of the model's head. Without labels there is no loss.
+    logits as well with another loss function than transformers' own, and where the head has to be called: it has a
+    bias or hooks, or an adapter or a quantised layer stands in its place. Without labels there is no loss.
 
     Args:
         hidden: [B, T, hidden] of the last layer.
@@ -127,9 +138,10 @@ def logits_and_loss(
         logits_to_keep: number of positions at the end whose logits are computed (0: all), or an index of them.
     """
     given = labels if shift_labels is None else shift_labels
-    plain = type(model.lm_head) is nn.Linear and model.loss_function is ForCausalLMLoss
+    head = model.lm_head
+    plain = is_plain(head) and head.bias is None and model.loss_function is ForCausalLMLoss
     if given is None or not model.training or not plain:
-        logits = model.lm_head(hidden[:, kept_positions(logits_to_keep)])
+        logits = head(hidden[:, kept_positions(logits_to_keep)])
         if given is None:
             return logits, None
         loss = model.loss_function(
@@ -145,4 +157,4 @@ def logits_and_loss(
     count = (given != NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, torch.Tensor):
         count = count.to(hidden.device)
-    return None, linear_cross_entropy(hidden, model.lm_head.weight, given.to(hidden.device)) / count
+    return None, linear_cross_entropy(hidden, head.weight, given.to(hidden.device)) / count

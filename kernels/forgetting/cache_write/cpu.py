@@ -37,5 +37,5 @@ def cache_write(
     run = function("cache_write", __file__, pages.dtype, D=dim, PAGE=pages.page_size)
     call(
         run, pages.native, table.native, batch.native, layer, heads, gate.shape[2],
-        k.contiguous(), v.contiguous(), *wide, norm_eps, cos, sin, c_double(GATE_FLOOR),
+        k.contiguous(), v.contiguous(), *wide, float(norm_eps), cos, sin, c_double(GATE_FLOOR),
     )  # fmt: skip

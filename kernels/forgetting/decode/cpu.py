@@ -27,4 +27,4 @@ def decode_attention(
     """See :func:`.reference.decode_attention`; ``out`` is contiguous."""
     _, heads, groups, dim = q.shape
     run = function("decode_attention", __file__, pages.dtype, D=dim, PAGE=pages.page_size)
-    call(run, pages.native, table.native, batch.native, layer, heads, groups, q.contiguous(), scale, out)
+    call(run, pages.native, table.native, batch.native, layer, heads, groups, q.contiguous(), float(scale), out)

@@ -33,5 +33,5 @@ def prefill_attention(
     run = function("prefill_attention", __file__, pages.dtype, D=dim, PAGE=pages.page_size)
     call(
         run, pages.native, table.native, batch.native, rows, tiles, len(tiles), layer, heads, groups,
-        threshold.contiguous(), q.contiguous(), scale, out,
+        threshold.contiguous(), q.contiguous(), float(scale), out,
     )  # fmt: skip

@@ -105,10 +105,13 @@ extern "C" void prefill_attention(const Pages* pages, const Table* table, const 
                     for (int64_t i = block; i < block + TOGETHER; i++) {
                         float* mine = weights + (i - block) * TILE;
                         const int32_t position = int32_t(first + i);
-                        for (int64_t n = 0; n < TILE; n++)
-                            mine[n] = (from[n] <= position) & (position < to[n]) ? mine[n] : NOTHING;
+                        int sees = 0;
+                        for (int64_t n = 0; n < TILE; n++) {
+                            const int one = (from[n] <= position) & (position < to[n]);
+                            sees += one, mine[n] = one ? mine[n] : NOTHING;
+                        }
                         float top = std::max(peak[i], largest(mine, TILE)), sum = 0;
-                        if (i >= count || top == NOTHING) {  // the query has seen none yet
+                        if (i >= count || !sees) {
                             std::fill_n(mine, TILE, 0.0f);
                             continue;
                         }
