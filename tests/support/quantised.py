@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import vllm_fox.hf  # noqa: F401  # transformers then knows the models
+from vllm_fox.modules.heads import HeadProjection
 from vllm_fox.modules.linear import used_weight
 
 GROUP = 32
@@ -247,6 +248,14 @@ SOURCES = {
 """Where parts of a layer's products come from."""
 
 
+def weight_of(layer: HeadProjection, inputs: int) -> torch.Tensor:
+    """The weight [outputs, inputs] with which a layer multiplies, which vLLM may have packed: products of ones."""
+    if layer.quant_method is None:
+        return layer.weight
+    ones = torch.eye(inputs, dtype=layer.weight.dtype, device=layer.weight.device)
+    return layer.quant_method.apply(layer, ones, None).T
+
+
 def check_fox_weights(model: Any, plain: Path, rtol: float) -> None:
     """Check that every layer multiplies with what a checkpoint stands for, and that gates are as they were.
 
@@ -273,9 +282,11 @@ def check_fox_weights(model: Any, plain: Path, rtol: float) -> None:
         used = used_weight(attn.in_proj)
         for part in attn.in_proj.sizes:
             compare(attn.in_proj.part(used, part), want(f"{layer}.attn", "weight", *SOURCES[part]))
-        for part in () if attn.gate_proj is None else attn.gate_proj.sizes:
-            stored = attn.gate_proj.part(attn.gate_proj.weight, part)
-            assert torch.equal(stored.double().cpu(), want(f"{layer}.attn", "weight", *SOURCES[part]))
+        if attn.gate_proj is not None:
+            gates = weight_of(attn.gate_proj, attn.arch.hidden_size)
+            for part in attn.gate_proj.sizes:
+                stored = attn.gate_proj.part(gates, part).double().cpu()
+                assert torch.equal(stored, want(f"{layer}.attn", "weight", *SOURCES[part]))
         if attn.in_proj.bias is not None:
             for part in "qkv":
                 bias = attn.in_proj.part(attn.in_proj.bias, part).double().cpu()
