@@ -33,7 +33,7 @@ from benchmarks.checkpoint import (
     write_sparse_gpt2,
 )
 from benchmarks.engine_process import engine_processes
-from benchmarks.eviction import evicting_config
+from benchmarks.eviction import evict
 from benchmarks.options import Parser, integer, positive_int
 from benchmarks.record import save
 from vllm_fox.cpu import prepare_cpu_environment
@@ -50,9 +50,8 @@ def write_evicting_llama(folder: Path, geometry: Geometry) -> None:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    llama = llama_config(geometry)
-    LlamaForCausalLM(llama).bfloat16().save_pretrained(folder)
-    evicting_config(llama, window=WINDOW, kept=KEPT).save_pretrained(folder)
+    LlamaForCausalLM(llama_config(geometry)).bfloat16().save_pretrained(folder)
+    evict(folder, folder, WINDOW, KEPT)
 
 
 PAIRS: dict[str, dict[str, Callable[[Path, Geometry], None]]] = {

@@ -41,10 +41,7 @@ from benchmarks.record import save, saved
 from vllm_fox.cpu import KV_CACHE_SPACE, prepare_cpu_environment
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, Qwen3Config
     from vllm.v1.engine.async_llm import AsyncLLM
-
-    from vllm_fox.families.evicting.config import EvictingDecoderConfig
 
 SYSTEMS = ("dense", "dense-fp8", "evicting", "evicting-fp8")
 PARTS = ("alone", "eight", "full")
@@ -91,11 +88,11 @@ GEOMETRIES = {
 # Checkpoints: config.json only, for vLLM's load_format="dummy".
 
 
-def dense_config(size: Geometry) -> LlamaConfig | Qwen3Config:
-    """Of a Qwen3 or Llama."""
+def write_dense(folder: Path, size: Geometry) -> None:
+    """config.json of a Qwen3 or Llama."""
     from transformers import LlamaConfig, Qwen3Config
 
-    return (Qwen3Config if size.kind == "qwen3" else LlamaConfig)(
+    config = (Qwen3Config if size.kind == "qwen3" else LlamaConfig)(
         vocab_size=size.vocab,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
@@ -108,31 +105,23 @@ def dense_config(size: Geometry) -> LlamaConfig | Qwen3Config:
         dtype=torch.bfloat16,
         architectures=["Qwen3ForCausalLM" if size.kind == "qwen3" else "LlamaForCausalLM"],
     )
+    config.save_pretrained(folder)
 
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "dtype",
-)
-"""Fields of a config that dense and evicting decoders share."""
+def evict(dense: Path, folder: Path, window: int, kept: float) -> None:
+    """Write the config of a decoder with random weights that evicts all but a share ``kept`` behind a window.
 
+    Args:
+        dense: folder of the config of the same decoder that evicts nothing.
+        folder: may be the same.
+    """
+    from transformers import AutoConfig
 
-def evicting_config(dense: LlamaConfig | Qwen3Config, window: int, kept: float) -> EvictingDecoderConfig:
-    """Of a decoder with random weights that evicts all but a share ``kept`` of the tokens behind a window."""
-    from vllm_fox.families.evicting.config import EvictingDecoderConfig
+    from vllm_fox.families.evicting.convert import config_of
 
-    qk_norm = dense.model_type == "qwen3"
+    sizes = AutoConfig.from_pretrained(dense)
     # Of the neuron that decides: QK-norm makes it 1.
-    deviation = 1.0 if qk_norm else STD * math.sqrt(dense.hidden_size)
+    deviation = 1.0 if sizes.model_type == "qwen3" else STD * math.sqrt(sizes.hidden_size)
     eviction = {
         "method": "dms_borrowed_neuron",
         "window": window,
@@ -140,10 +129,7 @@ def evicting_config(dense: LlamaConfig | Qwen3Config, window: int, kept: float) 
         "scale": SCALE,
         "offset": SCALE * deviation * NormalDist().inv_cdf(kept),
     }
-    sizes = {name: getattr(dense, name) for name in SIZES}
-    return EvictingDecoderConfig(
-        **sizes, architectures=["EvictingDecoderForCausalLM"], qk_norm=qk_norm, eviction=eviction
-    )
+    config_of(dense, eviction).save_pretrained(folder)
 
 
 def randomise(worker: Any) -> None:
@@ -233,13 +219,9 @@ async def _measured(engine: AsyncLLM, args: argparse.Namespace, part: str, conte
 def models(args: argparse.Namespace) -> dict[str, Path]:
     """The folder of each system's model."""
     size, folder = GEOMETRIES[args.geometry], Path(args.models)
-    config = dense_config(size)
-    dense = ready(folder / f"{args.geometry}-dense", lambda path, _: config.save_pretrained(path), size)
-    evicting = ready(
-        folder / f"{args.geometry}-evicting-{args.window}-{args.kept:g}",
-        lambda path, _: evicting_config(config, window=args.window, kept=args.kept).save_pretrained(path),
-        size,
-    )
+    dense = ready(folder / f"{args.geometry}-dense", write_dense, size)
+    name = f"{args.geometry}-evicting-{args.window}-{args.kept:g}"
+    evicting = ready(folder / name, lambda path, _: evict(dense, path, args.window, args.kept), size)
     return {system: dense if system.startswith("dense") else evicting for system in args.systems}
 
 

@@ -114,6 +114,8 @@ def llm(started: LLM, fox_tiny: Path) -> Iterator[LLM]:
 
 
 def test_reload(llm: LLM, fox_tiny: Path, others: Path, text: list[int]) -> None:
+    (stored,) = llm.apply_model(lambda model: model.model.layers[0].attn.in_proj.weight.numel())
+    assert not stored, "vLLM has not packed the weight, which is what could stay as it was"
     before = bound(llm)
     assert_serves(llm, fox_tiny, text)
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(others)})

@@ -340,7 +340,7 @@ def _unset(what: str) -> str:
 
 def checkpoint(model: str) -> Findings:
     """Whether the files of a checkpoint are there and whole, and its config.json is understood."""
-    from vllm_fox.checkpoint_files import damaged_files, missing_files, read_config, read_header, weight_files
+    from vllm_fox.checkpoint_files import damaged_files, missing_files, read_config, weight_files
 
     from .locate import folder_of
 
@@ -365,39 +365,32 @@ def checkpoint(model: str) -> Findings:
         return
     from .facts import UnknownMemoryError, facts_of
 
-    facts, unknown = None, None
     try:
         facts = facts_of(folder)
     except UnknownMemoryError as error:
-        unknown = str(error)
+        yield _whole(given["model_type"], weight_files(folder))
+        mend = "Only `vllm-fox inspect` and `vllm-fox plan` need to know it."
+        yield Finding("checkpoint", Status.NOTE, str(error), mend)
+        return
     except (OSError, ValueError) as error:
         yield _broken(error)
         return
-    files = weight_files(folder)
-    tensors = sum(len(read_header(path)) for path in files)
-    kind = given["model_type"]
-    if facts is not None:
-        kind = facts.family or f"{kind}, a model of vLLM's own"
-    count = "1 file" if len(files) == 1 else f"{len(files)} files"
-    yield Finding("checkpoint", Status.OK, f"{kind}: {tensors} tensors in {count}, nothing missing.")
-    if unknown is not None:
-        yield Finding(
-            "checkpoint",
-            Status.NOTE,
-            unknown,
-            "Only `vllm-fox inspect` and `vllm-fox plan` need to know it.",
-        )
-    if (
-        facts is not None
-        and facts.heads
-        and all(head.window_at_least >= facts.longest_context for head in facts.heads)
-    ):
+    yield _whole(facts.family or f"{facts.model_type}, a model of vLLM's own", weight_files(folder))
+    if facts.heads and all(head.window_at_least >= facts.longest_context for head in facts.heads):
         yield Finding(
             "checkpoint",
             Status.NOTE,
             facts.pruned,
             "It is served, but no memory is given back: train it on with gates that close (docs/training.md).",
         )
+
+
+def _whole(kind: str, files: Sequence[Path]) -> Finding:
+    from vllm_fox.checkpoint_files import read_header
+
+    tensors = sum(len(read_header(path)) for path in files)
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    return Finding("checkpoint", Status.OK, f"{kind}: {tensors} tensors in {count}, nothing missing.")
 
 
 def _broken(problem: object) -> Finding:

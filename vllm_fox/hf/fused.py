@@ -7,7 +7,7 @@ functions run as they are elsewhere, in float64, in layers in evaluation, and in
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,19 +20,17 @@ Result = TypeVar("Result")
 
 @cache
 def fused(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Compile a function for the first length that it meets, and once more for all others.
+    """Compile a function for the first length that it meets, and once more for all others."""
+    heed_hooks()
+    return torch.compile(function)
 
-    Hooks of the modules that it is given are called, whichever have some and whenever they get them. Left to
-    itself, torch.compile looks for hooks only while it traces.
+
+def heed_hooks() -> None:
+    """Have torch.compile look for hooks in every call, in this process from now on, and not only while it traces.
+
+    The code of one layer serves all. Another one may have a hook, and may get it later.
     """
-    compiled = torch.compile(function)
-
-    @wraps(function)
-    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-            return compiled(*args, **kwargs)
-
-    return call
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def can_fuse(x: torch.Tensor) -> bool:

@@ -27,10 +27,8 @@ def subset_attention(
 ) -> None:
     """See :func:`.reference.subset_attention`; ``out`` is contiguous."""
     sizes = {"D": q.shape[4], "PAGE": pages.page_size}
-    held, rest = (
-        (pages.native, table.native, batch.native),
-        (layer, *q.shape[1:4], q.contiguous(), float(scale), out),
-    )
+    held = pages.native, table.native, batch.native
+    rest = layer, *q.shape[1:4], q.contiguous(), float(scale), out
     if batch.has_decode:
         call(function("decode_attention", __file__, pages.dtype, **sizes), *held, *rest)
     if batch.work is not None:
