@@ -108,14 +108,16 @@ def test_a_source_that_does_not_compile_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_torn_file_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_folder", lambda: tmp_path)
+    """It has the name of a whole one, in another folder, since a file of the same path is not read twice."""
     (tmp_path / "cpu.cpp").write_text('extern "C" int seven() { return 7; }')
-    for _ in range(2):
+    for folder in (tmp_path / "whole", tmp_path / "torn"):
+        folder.mkdir()
+        monkeypatch.setattr(native, "_folder", lambda folder=folder: folder)
+        for whole in tmp_path.glob("whole/*.so"):
+            (folder / whole.name).write_bytes(b"\x7fELF")
         native._library.cache_clear()
         assert native.function("seven", str(tmp_path / "cpu.py"), torch.float32)() == 7
-        (compiled,) = tmp_path.glob("*.so")
-        compiled.unlink()
-        compiled.write_bytes(b"\x7fELF")
+    assert [file.name for file in tmp_path.glob("torn/*.so")] == [file.name for file in tmp_path.glob("whole/*.so")]
 
 
 def decoding(lengths: list[int], dtype: torch.dtype) -> tuple[OneLayer, StepInputs, Batch]:
