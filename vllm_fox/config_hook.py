@@ -16,6 +16,7 @@ from .refusals import (
     adapters,
     check_overrides,
     check_quantized_cache,
+    check_quantized_inputs,
     quantized_weights,
     speculation,
     unsupported_environment,
@@ -59,6 +60,7 @@ class PagedConfigHook(VerifyAndUpdateConfig):
         if family.quantized_weights:
             # First, as vLLM writes what the checkpoint asks for into --kv-cache-dtype.
             check_quantized_cache(vllm_config, family.name)
+            check_quantized_inputs(vllm_config, family.name)
         refusals = [
             *unsupported_options(vllm_config),
             *speculation(vllm_config, family.speculation, page_size),

@@ -179,6 +179,32 @@ def check_overrides(vllm_config: VllmConfig) -> None:
             raise ValueError(f"--hf-overrides: {error}") from None
 
 
+def check_quantized_inputs(vllm_config: VllmConfig, family: str) -> None:
+    """Refuse a checkpoint that rounds inputs to 8-bit integers in a dtype which this CPU's kernels do not take.
+
+    Where the CPU has AMX, vLLM multiplies such inputs by kernels that compute in bfloat16 alone. In float32 they
+    fail in the first step, and in float16 they end the process.
+
+    Args:
+        vllm_config: the engine's configuration.
+        family: plural name of the models.
+
+    Raises:
+        ValueError: that is so.
+    """
+    model = vllm_config.model_config
+    groups = (model.model_arch_config.quantization_config or {}).get("config_groups")
+    if model.dtype == torch.bfloat16 or not isinstance(groups, dict) or not current_platform.is_cpu():
+        return
+    inputs = [group.get("input_activations") or {} for group in groups.values() if isinstance(group, dict)]
+    if any(one.get("type") == "int" for one in inputs) and torch.cpu.get_capabilities().get("amx_tile"):
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"In vllm-fox, {family} do not support quantised inputs in {dtype} on a CPU with AMX, and the "
+            f"quantisation config of {model.model} asks for inputs of 8-bit integers: set --dtype bfloat16."
+        )
+
+
 CACHE_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")
 """Fields of a quantisation config by which vLLM quantises keys and values unless it is told otherwise."""
 

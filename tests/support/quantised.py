@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -155,6 +156,16 @@ def as_float8(x: torch.Tensor) -> torch.Tensor:
     """Token by token: the largest number becomes 448."""
     scale = x.abs().amax(-1, keepdim=True) / 448
     return (x / scale).to(torch.float8_e4m3fn).double() * scale
+
+
+def set_amx(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    """Let vLLM choose the kernels of CPUs that have AMX, or lack it.
+
+    The former multiply 8-bit integers in bfloat16 alone, and can only be run where AMX is.
+    """
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: there)
+    known = torch.cpu.get_capabilities()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**known, "amx_tile": there})
 
 
 def rms(x: torch.Tensor) -> float:

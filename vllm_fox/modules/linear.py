@@ -93,9 +93,10 @@ def is_quantised(layer: nn.Module) -> bool:
 
 
 def used_weight(layer: ColumnParallelLinear | RowParallelLinear) -> torch.Tensor:
-    """Return the weight [outputs, inputs] with which a layer multiplies, rounded to the model's dtype up to twice.
+    """Return the weight [outputs, inputs] with which a layer multiplies.
 
-    Methods store weights in many ways, so it is read off the products of single numbers, which no method rounds.
+    Methods store weights in many ways, so it is read off the products of single numbers. No method rounds these but
+    to the model's dtype: the number, the product, and what is left when the product is divided by the number.
     """
     scale = getattr(layer, "input_scale", None)
     # Where inputs have one scale for all, larger ones are clipped, and that scale itself is not rounded.
@@ -126,7 +127,8 @@ def input_rounding(layer: LinearBase, largest: float) -> tuple[float, float] | N
         step = 2 * largest / 448 if scale is None else scale.max().item()
         return 2.0**-4, step * 2**-10
     if isinstance(scheme, CompressedTensorsW8A8Int8) and scheme.input_symmetric:
-        step = largest / 127 if scale is None else scale.max().item()
+        # vLLM's kernels for CPUs with AMX give each token a scale of its own, whatever the checkpoint says.
+        step = max(largest / 127, 0.0 if scale is None else scale.max().item())
         # Half a step, and some more for the roundings of the scale itself.
         return 0.0, step * (0.5 + 2**-10)
     return None

@@ -64,7 +64,7 @@ def projection_bound(
         b_k: [Hkv, d] bias, or None.
         rotated: whether q and k are rotated (RoPE) afterwards.
         rounding: of quantised weights: the relative error r and the absolute error a of the inputs. The weights are
-            then given with each number rounded up to twice.
+            then given with each number rounded up to three times.
 
     Returns:
         [Hq] float32 on the CPU.
@@ -139,10 +139,10 @@ def _radius(factor: torch.Tensor, hidden: int, bias: torch.Tensor | None) -> tor
 def _rounded_radius(
     factor: torch.Tensor, weight: torch.Tensor, rounding: tuple[float, float], bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the same where the inputs are rounded, and the weight [H, d, n] has been rounded up to twice."""
+    """Return the same where the inputs are rounded, and the weight [H, d, n] has been rounded up to three times."""
     relative, absolute = rounding
-    # A number that is rounded up to twice is off by at most this, relative to what it has become.
-    off = _growth(weight.dtype, 4) - 1.0
+    # A number that is rounded up to three times is off by at most this, relative to what it has become.
+    off = _growth(weight.dtype, 6) - 1.0
 
     def largest(matrix: torch.Tensor) -> torch.Tensor:
         return torch.linalg.matrix_norm(matrix, ord=2) + off * torch.linalg.matrix_norm(matrix)
