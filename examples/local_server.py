@@ -157,12 +157,12 @@ def running_server(model: Checkpoint, log: Path, *options: str) -> Iterator[Serv
         stop(process)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its group: politely, then not."""
+def stop(process: subprocess.Popen[bytes], patience: float = 20) -> None:
+    """End a process and its group: politely, and after ``patience`` seconds not."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
+            process.wait(patience)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

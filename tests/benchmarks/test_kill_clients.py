@@ -13,6 +13,7 @@ import pytest
 from benchmarks import kill_clients
 from benchmarks.kill_clients import Client, Newcomers, described
 from benchmarks.kills import until
+from tests.support import patience
 
 CHOICE = {"index": 0, "text": "x", "finish_reason": None}
 
@@ -52,30 +53,30 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_an_answer_that_breaks_off_is_an_error(url: str) -> None:
-    client = Client(url, "cut off", 4, timeout=20)
+    client = Client(url, "cut off", 4, timeout=patience(20))
     client.start()
-    client.join(20)
+    client.join(patience(20))
     assert client.answering.is_set() and client.ended_at is not None and not client.waits
     assert client.error == "ConnectionError: the stream ended in the middle of an answer"
 
 
 def test_a_silent_server_is_noticed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kill_clients, "RECENT_S", 0.3)
-    client = Client(url, "silent", 4, timeout=20)
+    client = Client(url, "silent", 4, timeout=patience(20))
     client.start()
-    assert client.answering.wait(20)
-    assert until(lambda: client.waits, 20) is not None
+    assert client.answering.wait(patience(20))
+    assert until(lambda: client.waits, patience(20)) is not None
     Answers.silence_over.set()
-    client.join(20)
+    client.join(patience(20))
     assert client.error and not client.waits
 
 
 def test_newcomers_say_whether_they_are_served(url: str) -> None:
-    whole, broken = Newcomers(url, "whole", timeout=20), Newcomers(url, "broken", timeout=20)
+    whole, broken = Newcomers(url, "whole", timeout=patience(20)), Newcomers(url, "broken", timeout=patience(20))
     for newcomers in (whole, broken):
         newcomers.start()
-    assert until(lambda: whole.served, 20) is not None
-    assert until(lambda: broken.errors.total() > 1, 20) is not None
+    assert until(lambda: whole.served, patience(20)) is not None
+    assert until(lambda: broken.errors.total() > 1, patience(20)) is not None
     assert not broken.served
     found = whole.stop()
     assert found["answered"] and found["last_answer_s"] >= found["longest_gap_s"] and not found["errors"]

@@ -51,7 +51,7 @@ def test_a_server_that_serves_on_has_its_processes_and_memory() -> None:
 
 
 def test_processes_are_found_by_their_session_after_their_parent_has_gone() -> None:
-    code = "import subprocess; subprocess.Popen(['sleep', '60']); print(flush=True); input()"
+    code = "import subprocess; subprocess.Popen(['sleep', '600']); print(flush=True); input()"
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, start_new_session=True)
     server = Server(process, "", Path())
@@ -64,7 +64,7 @@ def test_processes_are_found_by_their_session_after_their_parent_has_gone() -> N
     (left,) = processes_of(server)
     assert left.name() == "sleep"
     left.kill()
-    assert until(lambda: not processes_of(server), 10) is not None
+    assert until(lambda: not processes_of(server), patience(10)) is not None
 
 
 def test_shared_memory_is_found_while_it_is_there() -> None:
@@ -80,7 +80,7 @@ def test_a_run_that_is_told_to_end_leaves_its_blocks() -> None:
     code = (
         "import time; from benchmarks.kills import end_when_told\n"
         "end_when_told()\n"
-        "try:\n    print(flush=True); time.sleep(60)\n"
+        "try:\n    print(flush=True); time.sleep(600)\n"
         "finally:\n    print('left')"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)

@@ -13,7 +13,7 @@ import pytest
 from local_server import Server
 
 from benchmarks.kills import lives, until
-from benchmarks.kills_ray import VICTIMS, end, failures, oldest, replica_of
+from benchmarks.kills_ray import VICTIMS, end, failures, of_kind, oldest, replica_of
 from tests.support import patience
 
 GOOD: dict[str, Any] = {"clients_wait": 0, "replaced_s": 30.0, "left": [], "shared_memory": []}
@@ -43,8 +43,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
     script.write_text(TREE)
     command = [sys.executable, str(script), "cluster"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    assert until(lambda: len(psutil.Process(process.pid).children(recursive=True)) == 4, patience(20)) is not None
     server = Server(process, "", Path())
+    # By their names, since a process that has just begun still has that of its parent.
+    engines = VICTIMS["engine core"]
+    assert until(lambda: len(of_kind(server, engines)) == 2, patience(20)) is not None
     yield server
     end(server, patience=0)
 

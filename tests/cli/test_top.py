@@ -30,6 +30,19 @@ from vllm_fox.cli.top import table_of
 from .conftest import Run, documented
 
 RECORDED = [(ROOT / "tests" / "cli" / "metrics" / f"fox-tiny-{number}.txt").read_text() for number in (1, 2)]
+ANSWER_S = 60
+"""How long a server of these tests may be silent, since its process may have to wait for a CPU."""
+TOP = [
+    sys.executable,
+    "-c",
+    "import sys; from vllm_fox.cli import app, metrics;"
+    f"metrics.TIMEOUT_S = {ANSWER_S}; sys.exit(app.main(['top', *sys.argv[1:]]))",
+]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_fox.cli.metrics.TIMEOUT_S", ANSWER_S)
 
 
 class Server(HTTPServer):
@@ -185,7 +198,7 @@ def test_what_is_no_server_of_ours(run: Run, server: Server) -> None:
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_ctrl_c_ends_it(server: Server, options: list[str]) -> None:
     """Without a sentence or a traceback, and with all that was seen on standard output."""
-    command = [sys.executable, "-m", "vllm_fox.cli", "top", address(server), "--interval", "0.1", *options]
+    command = [*TOP, address(server), "--interval", "0.1", *options]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -205,7 +218,7 @@ def test_ctrl_c_ends_it(server: Server, options: list[str]) -> None:
 
 
 def test_a_server_that_ends_is_a_sentence(server: Server) -> None:
-    command = [sys.executable, "-m", "vllm_fox.cli", "top", address(server), "--interval", "0.1"]
+    command = [*TOP, address(server), "--interval", "0.1"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline()
     server.texts = [""]

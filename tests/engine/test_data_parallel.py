@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.engines import processes_under
-from tests.support import patience
+from tests.support import free_port, patience
 
 START_S, END_S = 180, 60
 
@@ -53,9 +52,7 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(fox_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log_path = tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(fox_tiny)]
     command += ["--data-parallel-size", "2", "--api-server-count", "1", "--host", "127.0.0.1", "--port", str(port)]

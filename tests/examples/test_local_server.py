@@ -29,16 +29,16 @@ def test_stopping_ends_the_whole_group_even_if_it_ignores_a_polite_request() -> 
         "import os, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import signal, time;"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)'])\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(600)'])\n"
         "print(child.pid, flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout
     child = max(int(process.stdout.readline()) for _ in range(2))
-    stop(process)
+    stop(process, patience(10))
     assert process.returncode == 0
     deadline = time.monotonic() + patience(10)
     while is_running(child) and time.monotonic() < deadline:

@@ -19,7 +19,8 @@ def test_it_shows_maps_and_what_a_tolerance_costs() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs for cell in cells), "store it without outputs"
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    options = {"timeout": 600, "startup_timeout": 600, "resources": {"metadata": {"path": str(ROOT)}}}
+    nbclient.NotebookClient(notebook, **options).execute()
     shown = [output for cell in cells for output in cell.outputs]
     pages = [output.data["text/html"] for output in shown if "data" in output]
     assert len(pages) == 2 and all("<iframe srcdoc=" in page for page in pages)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,12 +25,6 @@ VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
 """The command ``vllm`` of this interpreter."""
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """A chat template for models that continue text, since the shipped checkpoints have none: what is said, no more."""
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Program(NamedTuple):
@@ -106,9 +99,11 @@ def wait_until_idle(port: int) -> None:
     """Wait until a server has no request and no page in use, by its own metrics."""
     answer = patience(ANSWER_S)
     limit = time.monotonic() + patience(IDLE_S)
+    now: dict[str, float] = {}
     while True:
-        now = metrics(port, answer)
-        if not any(now[name] for name in IN_USE):
-            return
-        assert time.monotonic() < limit, {name: now[name] for name in IN_USE}
+        with contextlib.suppress(httpx.TimeoutException):
+            now = metrics(port, answer)
+            if not any(now[name] for name in IN_USE):
+                return
+        assert time.monotonic() < limit, {name: now.get(name) for name in IN_USE}
         time.sleep(0.2)

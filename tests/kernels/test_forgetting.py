@@ -315,7 +315,7 @@ def test_live_ranges_do_not_go_back() -> None:
     assert found == [[0, 0], [1, 1], [1, 1]]
 
 
-@settings(max_examples=3 if INTERPRETED else 20, deadline=None)
+@settings(max_examples=3 if INTERPRETED else 20)
 @given(data=st.data())
 def test_rejected_drafts_leave_nothing(data: st.DataObject) -> None:
     """Steps whose last tokens are taken back, strong gates and all: outputs and pages are those of the text alone.

@@ -346,7 +346,7 @@ def test_a_request_of_nan_stays_alone() -> None:
         close(torch.cat([out[row] for out in outs], 1), formula(layers, data[row])[0][:, :59])
 
 
-@settings(max_examples=5 if INTERPRETED else 40, deadline=None)
+@settings(max_examples=5 if INTERPRETED else 40)
 @given(data=st.data())
 def test_ragged_batches(data: st.DataObject) -> None:
     """Rows of one query beside rows of many, requests that end and others that take their pages."""
@@ -389,7 +389,7 @@ def test_pages_stay_empty_when_drafts_are_rejected() -> None:
     assert (after[slots[0]] == before[slots[0]]).all() and (after[slots[1]] > before[slots[1]]).all()
 
 
-@settings(max_examples=3 if INTERPRETED else 25, deadline=None)
+@settings(max_examples=3 if INTERPRETED else 25)
 @given(data=st.data())
 def test_rejected_drafts_evict_nothing(data: st.DataObject) -> None:
     """Steps whose last tokens are taken back, with what they have decided: outputs are those of the text alone."""

@@ -229,7 +229,7 @@ def planners() -> list[Any]:
     return [plan, plan_kernel]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(any),
     rate=st.sampled_from([0.0, 0.05, 1.0, 30.0]),

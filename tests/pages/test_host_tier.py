@@ -152,7 +152,7 @@ class HostMachine(PrefixMachine):
                     assert self.host[place] == (key, stream)
 
 
-HostMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+HostMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50)
 TestHostTier = HostMachine.TestCase
 
 

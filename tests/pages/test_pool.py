@@ -165,7 +165,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.chunks_available(0, 4 * TABLE_CHUNK)
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestPool = PoolMachine.TestCase
 
 

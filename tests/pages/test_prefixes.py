@@ -241,7 +241,7 @@ def stream_of(stream: int) -> int:
     return 0 if stream < STREAMS[0] else 1
 
 
-PrefixMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PrefixMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestPrefixes = PrefixMachine.TestCase
 
 

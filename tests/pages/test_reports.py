@@ -159,4 +159,4 @@ def test_a_report_of_prompts_and_answers_comes_after_a_later_one() -> None:
 
 TestMail = MailMachine.TestCase
 TestMailWithCaching = CachingMailMachine.TestCase
-TestMail.settings = TestMailWithCaching.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestMail.settings = TestMailWithCaching.settings = settings(max_examples=50, stateful_step_count=30)

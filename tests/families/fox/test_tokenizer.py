@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
@@ -117,20 +117,17 @@ def test_other_tokenizers_stay_as_they_are(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("a\nb\\n é")) == "a\nb\\n é"
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_unescape_inverts_escape(text: str) -> None:
     assert unescape(escape(text)) == text
 
 
-@settings(deadline=None)
 @given(st.text(alphabet='\\\\\\uUxndD8390aAcCeEfF"/ é', max_size=30), st.integers(0, 30))
 def test_unescape_of_a_prefix_is_a_prefix(text: str, length: int) -> None:
     """What a streaming decoder relies on, also for text that is not valid JSON."""
     assert unescape(text).startswith(unescape(text[:length]).rstrip("\ufffd"))
 
 
-@settings(deadline=None)
 @given(st.text(alphabet='\\\\\\unrt"/bf0019aAeE é', max_size=24))
 def test_unescape_agrees_with_json_wherever_it_is_json(text: str) -> None:
     try:

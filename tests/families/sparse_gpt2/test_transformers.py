@@ -350,7 +350,7 @@ def test_mistakes_in_a_config_are_named(fields: dict, message: str) -> None:
         SparseGPT2Config(**fields)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     s=st.lists(st.floats(-30, 30), min_size=1, max_size=20),
     alpha=st.one_of(st.sampled_from([1.0, 1.001, 1.5, 2.0, 8.0]), st.floats(1.0, 20.0)),
