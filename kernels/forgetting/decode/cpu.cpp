@@ -6,6 +6,7 @@ extern "C" void decode_attention(const Pages* pages, const Table* table, const B
     const int64_t work = held_tokens(*table, *batch, layer, heads, PAGE) * groups * D * 2;
 #pragma omp parallel for schedule(dynamic, 1) if (work >= WORTH_THREADS)
     for (int64_t item = 0; item < batch->rows * heads; item++) {
+        TinyIsZero tiny;
         int64_t row = item / heads, head = item % heads, stream = layer * heads + head, token = batch->starts[row];
         if (batch->starts[row + 1] - token != 1) continue;
         int64_t slot = batch->slots[row], length = batch->lengths[row], newest = (length - 1) / PAGE;

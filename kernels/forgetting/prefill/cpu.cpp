@@ -7,6 +7,7 @@ extern "C" void prefill_attention(const Pages* pages, const Table* table, const 
                                   int64_t groups, const float* threshold, const NUMBER* q, float scale, NUMBER* out) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t item = 0; item < num_tiles * heads; item++) {
+        TinyIsZero tiny;
         int64_t tile = item / heads, head = item % heads, row = rows[tiles[2 * tile]], stream = layer * heads + head;
         int64_t slot = batch->slots[row], length = batch->lengths[row], end = batch->starts[row + 1];
         int64_t start = batch->starts[row] + tiles[2 * tile + 1] * QUERY_BLOCK;

@@ -14,6 +14,7 @@ extern "C" void decode_attention(const Pages* pages, const Table* table, const B
     const int64_t parts = std::min(heads, (threads + others - 1) / others);
 #pragma omp parallel for schedule(dynamic, 1) if (work >= WORTH_THREADS)
     for (int64_t item = 0; item < batch->rows * streams * parts; item++) {
+        TinyIsZero tiny;
         int64_t row = item / (streams * parts), nth = item / parts % streams, part = item % parts;
         int64_t stream = layer * streams + nth, slot = batch->slots[row], length = batch->lengths[row];
         int64_t token = batch->starts[row], newest = (length - 1) / PAGE;
@@ -59,6 +60,7 @@ extern "C" void prefill_attention(const Pages* pages, const Table* table, const 
                                   int64_t heads, int64_t groups, const NUMBER* q, float scale, NUMBER* out) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t item = 0; item < num_tiles * streams * heads; item++) {
+        TinyIsZero tiny;
         int64_t tile = item / (streams * heads), nth = item / heads % streams, head = item % heads;
         int64_t row = rows[tiles[2 * tile]], stream = layer * streams + nth, slot = batch->slots[row];
         int64_t length = batch->lengths[row], newest = (length - 1) / PAGE, behind = batch->starts[row + 1];
