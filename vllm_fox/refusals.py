@@ -182,8 +182,8 @@ def check_overrides(vllm_config: VllmConfig) -> None:
 def check_quantized_inputs(vllm_config: VllmConfig, family: str) -> None:
     """Refuse a checkpoint that rounds inputs to 8-bit integers in a dtype which this CPU's kernels do not take.
 
-    Where the CPU has AMX, vLLM multiplies such inputs by kernels that compute in bfloat16 alone. In float32 they
-    fail in the first step, and in float16 they end the process.
+    Where the CPU has AMX, vLLM multiplies such inputs, if they are symmetric, by kernels that compute in bfloat16
+    alone. In float32 they fail in the first step, and in float16 they end the process.
 
     Args:
         vllm_config: the engine's configuration.
@@ -197,11 +197,12 @@ def check_quantized_inputs(vllm_config: VllmConfig, family: str) -> None:
     if model.dtype == torch.bfloat16 or not isinstance(groups, dict) or not current_platform.is_cpu():
         return
     inputs = [group.get("input_activations") or {} for group in groups.values() if isinstance(group, dict)]
-    if any(one.get("type") == "int" for one in inputs) and torch.cpu.get_capabilities().get("amx_tile"):
+    symmetric = any(one.get("type") == "int" and one.get("symmetric", True) for one in inputs)
+    if symmetric and torch.cpu.get_capabilities().get("amx_tile"):
         dtype = str(model.dtype).removeprefix("torch.")
         raise ValueError(
             f"In vllm-fox, {family} do not support quantised inputs in {dtype} on a CPU with AMX, and the "
-            f"quantisation config of {model.model} asks for inputs of 8-bit integers: set --dtype bfloat16."
+            f"quantisation config of {model.model} asks for symmetric 8-bit integers: set --dtype bfloat16."
         )
 
 

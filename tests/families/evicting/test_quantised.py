@@ -193,9 +193,14 @@ def test_inputs_that_a_cpu_with_amx_does_not_take(tmp_path: Path, monkeypatch: p
     for dtype in ("float32", "float16"):
         found = refused(checkpoint.served, dtype=dtype)
         assert f"do not support quantised inputs in {dtype} on a CPU with AMX" in found
-        assert "asks for inputs of 8-bit integers: set --dtype bfloat16." in found
+        assert "asks for symmetric 8-bit integers: set --dtype bfloat16." in found
     configure(checkpoint.served, dtype="bfloat16")
     set_amx(monkeypatch, False)
+    configure(checkpoint.served, dtype="float32")
+    set_amx(monkeypatch, True)
+    config = json.loads((checkpoint.served / "config.json").read_text())["quantization_config"]
+    config["config_groups"]["group_0"]["input_activations"]["symmetric"] = False
+    change(checkpoint.served, only=config)
     configure(checkpoint.served, dtype="float32")
 
 
