@@ -17,8 +17,9 @@ from tests.support.engines import assert_all_free
 from tests.support.loading import group_of_one, load_model
 from tests.support.new_weights import found
 from tests.support.quantised import as_int8, check_fox_weights, fox_likelihood, quantise, rms, set_amx
+from vllm_fox.families.fox.bounds import projection_bound
 from vllm_fox.modules.heads import HeadShare
-from vllm_fox.modules.linear import HeadLinear, used_weight
+from vllm_fox.modules.linear import HeadLinear, input_rounding, used_weight
 
 TOKENS = torch.randint(1, 257, (301,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -141,6 +142,30 @@ def test_bound_of_quantised_projections(
         # Without biases and RoPE, the bound of weights that are not quantised knows the directions.
         before = unquantised.attn._logit_bound().double()
         assert ((bound > before) & (bound < 5 * before)).all(), (bound, before)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("scale, step", [(0.03, 1.0), (3.0, 3.0)])
+def test_inputs_are_rounded_by_their_own_scale_or_a_fixed_one(tmp_path: Path, scale: float, step: float) -> None:
+    """Which of them depends on the CPU, so the bound follows from the larger one."""
+    stored, _ = made(tmp_path, "llama", "int8", torch.bfloat16)
+    make_static(stored, scale)
+    layer = load_model(stored, finish=True, dtype="bfloat16").model.layers[0].attn.in_proj
+    found = input_rounding(layer, largest=127.0)
+    assert found is not None
+    relative, absolute = found
+    assert relative == 0 and step / 2 <= absolute < 0.51 * step
+
+
+def test_bound_of_weights_that_were_rounded_three_times() -> None:
+    """A bound that follows from the rounded weights holds for the largest that they can have been."""
+    hidden = dim = 16
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    rounded = (torch.eye(dim)[None] * 253 / 256).bfloat16()
+    meant = 253 / 256 * (1 + unit) ** 3
+    bound = projection_bound(rounded, rounded, torch.ones(hidden), rounding=(0.0, 0.0))
+    # q and k have the norm of the input, sqrt(hidden), times the weight. The factor is that of six more roundings.
+    assert bound.item() >= meant**2 * hidden / dim**0.5 * (1 + unit) ** 6
 
 
 @pytest.mark.usefixtures("one_rank", "without_amx")

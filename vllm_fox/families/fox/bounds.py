@@ -141,8 +141,8 @@ def _rounded_radius(
 ) -> torch.Tensor:
     """Return the same where the inputs are rounded, and the weight [H, d, n] has been rounded up to three times."""
     relative, absolute = rounding
-    # A number that is rounded up to three times is off by at most this, relative to what it has become.
-    off = _growth(weight.dtype, 6) - 1.0
+    # A number that is rounded up to three times is off by less than this, relative to what it has become.
+    off = _growth(weight.dtype, 4) - 1.0
 
     def largest(matrix: torch.Tensor) -> torch.Tensor:
         return torch.linalg.matrix_norm(matrix, ord=2) + off * torch.linalg.matrix_norm(matrix)
