@@ -35,13 +35,6 @@ class Launch(NamedTuple):
     programs: int
 
 
-def launch(head_dim: int, groups: int, page_size: int, scaled: bool) -> Launch:
-    """The launch for a shape; ``scaled``: float8 pages, which are converted in registers."""
-    block = min(page_size, max(16, 4096 // triton.next_power_of_2(head_dim)))
-    small = head_dim <= 64 and groups == 1 and not scaled
-    return Launch(block, 2, 4, 6 if small else 4)
-
-
 @triton.jit(
     do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "rows", "streams", "items_stride"],
 )
@@ -93,9 +86,9 @@ class DecodePlan:
     """The shares of one worker's layers, in buffers that stay where they are (CUDA graphs remember them).
 
     Args:
+        launch: of the decode kernel.
         layers, heads, groups, head_dim: of the worker: KV heads a layer, each a stream; query heads a KV head; d.
         page_size: tokens a page.
-        scaled: whether pages are float8.
         max_rows: most rows that a step can have.
         device: of the page pool.
 
@@ -113,19 +106,18 @@ class DecodePlan:
 
     def __init__(
         self,
+        launch: Launch,
         *,
         layers: int,
         heads: int,
         groups: int,
         head_dim: int,
         page_size: int,
-        scaled: bool,
         max_rows: int,
         device: torch.device,
     ) -> None:
-        self.layers, self.heads, self.page_size = layers, heads, page_size
-        self.launch = launch(head_dim, groups, page_size, scaled)
-        self.programs = num_processors(device) * self.launch.programs
+        self.launch, self.layers, self.heads, self.page_size = launch, layers, heads, page_size
+        self.programs = num_processors(device) * launch.programs
 
         def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)

@@ -45,14 +45,15 @@ def make_workspace(
     if not use_triton(device):
         return None
     from ...shares.plan import DecodePlan
+    from .kernel import launch
 
     return DecodePlan(
+        launch(head_dim, groups, page_size, scaled),
         layers=layers,
         heads=heads,
         groups=groups,
         head_dim=head_dim,
         page_size=page_size,
-        scaled=scaled,
         max_rows=max_rows,
         device=device,
     )

@@ -39,14 +39,15 @@ def make_workspace(
     if heads > 1:
         return SeenTokens(max_rows, streams, max_model_len, pages.device)
     from ...shares.plan import DecodePlan
+    from .decode_kernel import launch
 
     return DecodePlan(
+        launch(dim, pages.page_size, pages.dtype),
         layers=layers,
         heads=streams,
         groups=groups,
         head_dim=dim,
         page_size=pages.page_size,
-        scaled=pages.scales is not None,
         max_rows=max_rows,
         device=pages.device,
     )

@@ -1,8 +1,8 @@
 """Decode over pages of single KV heads in Triton: equal shares of all pages for all programs, then one reduction.
 
-Programs read the ends of a page's tokens first, and then K and V of those that are seen. Compaction keeps nearly
-all places of nearly all pages full, so there is little to leave out. What the loads of a block depend on is looked
-up a block ahead, so that several blocks are on their way at a time.
+Compaction keeps nearly all places of nearly all pages full, so there is little to leave out. K is therefore read of
+all tokens of a page, at the same time as the ends that say which of them are seen. V waits for those ends: whatever
+stands in the place of a dropped token would not be zero times a weight of zero if it were not a number.
 """
 
 from __future__ import annotations
@@ -12,25 +12,20 @@ import triton
 import triton.language as tl
 
 from ...common import LOG2E, page_id
+from ...float8 import FP8
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
-from ...shares.plan import DecodePlan
+from ...shares.plan import DecodePlan, Launch
 from ...shares.reduction import join_stretches
 from ..pages import SubsetPages
 
 
-@triton.jit
-def _look_up(
-    end_pages, chunk_of, entries, slot, stream, newest, step, count, length, max_chunks, streams,
-    PAGE_INTS: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The page of a stretch's block of tokens, and which of them are seen; none if there is no such block."""
-    SUB: tl.constexpr = P // BLOCK_N
-    # Behind the stretch, its last page is looked up once more.
-    page, offset = newest - tl.minimum(step, count - 1) // SUB, step % SUB * BLOCK_N + tl.arange(0, BLOCK_N)
-    this = page_id(chunk_of, entries, slot, stream, page, max_chunks, streams, CHUNK)
-    written = page * P + offset < tl.where(step < count, length, 0)
-    return this, tl.load(end_pages + this * PAGE_INTS + offset, mask=written, other=0) >= length
+def launch(head_dim: int, page_size: int, dtype: torch.dtype) -> Launch:
+    """The launch for a shape and the dtype of K and V in pages; float8 is converted in registers."""
+    block = min(page_size, max(16, 4096 // triton.next_power_of_2(head_dim)))
+    if dtype == torch.float32 or head_dim > 128 or (head_dim > 64 and dtype == FP8):
+        return Launch(block, 2, 4, 4)
+    return Launch(block, 1, 4, 8)
 
 
 @triton.jit(
@@ -72,25 +67,17 @@ def _decode(
             mass = tl.zeros([GROUP], tl.float32)
             value = tl.zeros([GROUP, BLOCK_D], tl.float32)
             # The newest page holds the query's own token, so an item's first stretch sees something.
-            count = (stop - at) * SUB
-            this, seen = _look_up(
-                end_pages, chunk_of, entries, slot, stream, newest, 0, count, length, max_chunks, streams,
-                PAGE_INTS, P, CHUNK, BLOCK_N,
-            )  # fmt: skip
-            for step in tl.range(0, count, num_stages=STAGES):
-                offset = step % SUB * BLOCK_N + n
-                there = seen[:, None] & (dim < D)[None, :]
-                here = this * PAGE + offset[:, None] * D + dim[None, :]
-                k = tl.load(k_pages + here, mask=there, other=0.0)
-                v = tl.load(v_pages + here, mask=there, other=0.0)
-                # On its way while this block is computed.
-                next_this, next_seen = _look_up(
-                    end_pages, chunk_of, entries, slot, stream, newest, step + 1, count, length, max_chunks,
-                    streams, PAGE_INTS, P, CHUNK, BLOCK_N,
-                )  # fmt: skip
+            for step in tl.range(0, (stop - at) * SUB, num_stages=STAGES):
+                page, offset = newest - step // SUB, step % SUB * BLOCK_N + n
+                this = page_id(chunk_of, entries, slot, stream, page, max_chunks, streams, CHUNK)
+                written = page * P + offset < length
+                seen = tl.load(end_pages + this * PAGE_INTS + offset, mask=written, other=0) >= length
+                here, inside = this * PAGE + offset[:, None] * D + dim[None, :], (dim < D)[None, :]
+                k = tl.load(k_pages + here, mask=written[:, None] & inside, other=0.0)
+                v = tl.load(v_pages + here, mask=seen[:, None] & inside, other=0.0)
                 if SCALED:
                     scales = scale_pages + this * PAGE_SCALES + 2 * offset
-                    k_scale = tl.load(scales, mask=seen, other=0.0).to(tl.float32)
+                    k_scale = tl.load(scales, mask=written, other=0.0).to(tl.float32)
                     v_scale = tl.load(scales + 1, mask=seen, other=0.0).to(tl.float32)
                     k = k.to(query.dtype)
                     # Not the weights: small ones times a small scale would underflow in float16.
@@ -107,7 +94,6 @@ def _decode(
                 mass = mass * shrink + tl.sum(weights, 1)
                 value = tl.dot(weights.to(v.dtype), v, value * shrink[:, None], input_precision=PRECISION)
                 peak = new_peak
-                this, seen = next_this, next_seen
             begins, ends = at == first, stop == behind
             if begins & ends:
                 result = (value / mass[:, None]).to(out.dtype.element_ty)
