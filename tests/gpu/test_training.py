@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.gradients import assert_near_float32, bound, real_tokens
-from vllm_fox.hf import ForgettingTransformerForCausalLM
+from vllm_fox.hf import ForgettingTransformerForCausalLM, compile_layers
 from vllm_fox.hf.fused import fuses
 
 pytestmark = [
@@ -118,3 +118,24 @@ def test_fused_layers_in_float32(fox_tiny: Path) -> None:
     print(distance)
     # Attention's kernels multiply float32 by TF32 or better.
     assert distance <= bound(4, torch.float32) * 2**13
+
+
+def test_a_layer_is_one_graph_that_reads_its_input_once(fox_tiny: Path) -> None:
+    """Counted as torch.compile traces a layer: the PyTorch of a machine with a GPU may trace otherwise than that of
+    a CPU build."""
+    model: Any = ForgettingTransformerForCausalLM.from_pretrained(fox_tiny, dtype=torch.float32)
+    model.cuda().train()
+    counts = list[int]()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        counts.append(sum("linear" in name for name in called))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compile_layers(model, backend=backend)
+    ids = real_tokens(fox_tiny, 64).cuda()[None]
+    model(input_ids=ids, labels=ids)
+    torch._dynamo.reset()
+    # One graph for all layers. To queries, keys, values and gates; of the attention's output; to gate and up; down.
+    assert counts == [4]

@@ -46,10 +46,15 @@ def fuses(module: nn.Module, x: torch.Tensor) -> bool:
     return module.training and can_fuse(x) and not getattr(module, "_is_replica", False)
 
 
+@torch.compiler.assume_constant_result
+def exporting() -> bool:
+    """Return whether torch.export traces. While torch.compile traces, PyTorch 2.11 would say that it does."""
+    return torch.compiler.is_exporting()
+
+
 def traced_with_gradients() -> bool:
     """Return whether torch.compile traces what gradients will be asked of, in a training step as a rule."""
-    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return compiled and torch.is_grad_enabled()
+    return torch.compiler.is_compiling() and torch.is_grad_enabled() and not exporting()
 
 
 def recomputed(function: Callable[..., Result], *given: Any) -> Result:
