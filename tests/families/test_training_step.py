@@ -261,8 +261,9 @@ def test_no_step_holds_all_logits_in_float32() -> None:
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
     largest = max(event.nbytes() for event in events if event.name() == "[memory]")
-    # A block of logits in float32, which is therefore seen.
-    assert largest == MIN_ROWS * vocab * 4
+    # A block of logits in float32, which is therefore seen. A CPU without bfloat16 in hardware multiplies in as
+    # much memory and some bytes more.
+    assert largest // (vocab * 4) == MIN_ROWS
 
 
 class Compilations(TrainerCallback):
