@@ -60,7 +60,8 @@ def finish(run: subprocess.Popen[str]) -> None:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Source code of this project."""
     folder = tmp_path_factory.mktemp("text")
-    for number, path in enumerate(sorted((ROOT / "vllm_fox").rglob("*.py"))):
+    sources = [path for part in ("vllm_fox", "benchmarks", "tests") for path in (ROOT / part).rglob("*.py")]
+    for number, path in enumerate(sorted(sources)):
         (folder / f"{number}.txt").write_text(path.read_text())
     return folder
 
