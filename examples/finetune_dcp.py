@@ -154,8 +154,9 @@ def finetune(args: argparse.Namespace, dense: GPT2LMHeadModel | None) -> None:
     near = {} if args.window is None else {"attention_mask": seen.triu(1 - args.window).to(accelerator.device)}
 
     def sparse_loss(model: Any, ids: torch.Tensor, step: int) -> torch.Tensor:
-        accelerator.unwrap_model(model).alpha = alpha_at(step, args)
-        loss: torch.Tensor = model(input_ids=ids, labels=ids, gamma=args.gamma).loss
+        whole = accelerator.unwrap_model(model)
+        whole.alpha, whole.gamma = alpha_at(step, args), args.gamma
+        loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
         return loss
 
     def sparse_figures(model: Any) -> dict[str, float]:

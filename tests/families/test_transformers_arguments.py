@@ -288,12 +288,13 @@ def test_what_is_kept_adds_up_too(sparse: Any) -> None:
     ids = torch.stack([text(20, seed) for seed in range(4)])
     labels = ids.clone()
     labels[0, 5:] = -100
-    whole = sparse(ids, labels=labels, gamma=0.7, num_items_in_batch=61).loss
+    plain = sparse(ids, labels=labels, num_items_in_batch=61).loss
+    sparse.gamma = 0.7
+    whole = sparse(ids, labels=labels, num_items_in_batch=61).loss
     ranges = (slice(0, 1), slice(1, 4))
     shares = (4 / 61, 57 / 61)
     kept = [sparse.transformer(ids[rows]).kept for rows in ranges]
-    plain = sparse(ids, labels=labels, num_items_in_batch=61).loss
-    parts = [sparse(ids[rows], labels=labels[rows], gamma=0.7, num_items_in_batch=61).loss for rows in ranges]
+    parts = [sparse(ids[rows], labels=labels[rows], num_items_in_batch=61).loss for rows in ranges]
     want = plain + 0.7 * sum(a * b for a, b in zip(shares, kept, strict=True))
     torch.testing.assert_close(sum(parts), want, rtol=1e-6, atol=0)  # the cross-entropy is float32
     torch.testing.assert_close(whole, plain + 0.7 * sparse.transformer(ids).kept, rtol=1e-6, atol=0)
@@ -315,13 +316,14 @@ def test_gradients_of_packed_and_padded_texts_that_are_half_dropped(propagate: b
     losses = [model(one[None], labels=one[None]).loss * n / sum(counts) for one, n in zip(texts, counts)]
     kept = [model.transformer(one[None]).kept * n / sum(pairs) for one, n in zip(texts, pairs)]
     want = gradients(sum(losses) + 0.7 * sum(kept))
+    model.gamma = 0.7
     line, (ids, mask) = torch.cat(texts)[None], padded("left", texts)
     positions = torch.cat([torch.arange(len(one)) for one in texts])[None]
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
-        packed = gradients(model(line, position_ids=positions, labels=line, gamma=0.7).loss)
-        rows = gradients(model(ids, attention_mask=mask, labels=ids, gamma=0.7).loss)
+        packed = gradients(model(line, position_ids=positions, labels=line).loss)
+        rows = gradients(model(ids, attention_mask=mask, labels=ids).loss)
         for found in (packed, rows):
             # The cross-entropy is float32.
             assert (found - want).norm() < 1e-6 * want.norm()

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .inputs import tokens_of, wants_hidden_states
-from .line import Line
+from .line import NO_LABEL, Line
 from .loss import logits_and_loss
 
 
@@ -44,8 +44,12 @@ class LineModelMixin:
         return None
 
     def context(self, x: torch.Tensor, line: Line, cache: Any) -> Any:
-        """Return what all layers get besides the line, given the embedded tokens x [N, hidden]."""
+        """Return what all layers get besides the line, given the embeddings of tokens x [N, hidden]."""
         return cache
+
+    def embedded(self, x: torch.Tensor, line: Line) -> torch.Tensor:
+        """Map embeddings of tokens [N, hidden] to what the first layer reads [N, hidden]."""
+        return x
 
     def run_layer(self, layer: nn.Module, x: torch.Tensor, line: Line, context: Any) -> tuple[torch.Tensor, Any]:
         """Map x [N, hidden] to the layer's output [N, hidden], and to what it has to say besides."""
@@ -122,6 +126,7 @@ class LineModelMixin:
             cache.positions = counts if cache.positions is None else counts + cache.positions
         x = line.pack(self.get_input_embeddings()(tokens) if inputs_embeds is None else inputs_embeds)
         context = self.context(x, line, cache)
+        x = self.embedded(x, line)
         states: list[Any] = []
         said: list[Any] = []
         for layer in self.layers:
@@ -138,16 +143,26 @@ class LineModelMixin:
 
 
 class LineForCausalLM:
-    """A language model: a :class:`LineModelMixin` called ``model``, and ``lm_head``."""
+    """A language model: a :class:`LineModelMixin`, which ``base_model_prefix`` names, and ``lm_head``."""
 
     # Trainer looks for a catch-all keyword otherwise.
     accepts_loss_kwargs = True
 
     if TYPE_CHECKING:
         config: Any
-        model: Any
+        base_model: Any
         lm_head: nn.Module
         loss_function: Any
+
+    # What a family may define.
+
+    def added_loss(self, outputs: Any) -> torch.Tensor | None:
+        """Return what the loss has besides the mean of the labels' losses, given the output of the base model.
+
+        Where the labels are a part of a batch's (``num_items_in_batch``), it counts by their share, so that the
+        losses of all parts add up.
+        """
+        return None
 
     @can_return_tuple
     def forward(
@@ -197,11 +212,11 @@ class LineForCausalLM:
             max_length_q=max_length_q,
             max_length_k=max_length_k,
             seq_idx=seq_idx,
-            **self.model.past_of(past_key_values, len(tokens)),
+            **self.base_model.past_of(past_key_values, len(tokens)),
         )
         if labels is not None:
             labels = line.labels(labels)
-        outputs = self.model(
+        outputs = self.base_model(
             input_ids=input_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -214,6 +229,11 @@ class LineForCausalLM:
         logits, loss = logits_and_loss(
             self, outputs.last_hidden_state, labels, shift_labels, num_items_in_batch, logits_to_keep
         )
+        if loss is not None and (added := self.added_loss(outputs)) is not None:
+            if num_items_in_batch is not None:
+                counted: Any = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
+                added = added * (counted != NO_LABEL).sum() / num_items_in_batch
+            loss = loss + added
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -164,8 +164,9 @@ def test_gradients_in_bfloat16_on_real_text(dcp_tiny: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("vllm_fox.hf.sparse_gpt2.modeling.dropping_attention", watched)
     ids = real_tokens(dcp_tiny, model.config.block_size)[None]
+    model.gamma = 0.5
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(ids, labels=ids, gamma=0.5).loss.backward()
+        model(ids, labels=ids).loss.backward()
     worst: dict[str, float] = {}
     for inputs, results in calls:
         grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in results]
@@ -208,7 +209,9 @@ def test_a_large_alpha_is_the_step() -> None:
 
 def test_loss_counts_what_is_kept_and_all_weights_learn() -> None:
     model, ids = make_sparse_gpt2().train(), tokens(40)
-    plain, weighted = (model(ids, labels=ids, gamma=gamma).loss for gamma in (0.0, 0.5))
+    plain = model(ids, labels=ids).loss
+    model.gamma = 0.5
+    weighted = model(ids, labels=ids).loss
     assert 0 < (weighted - plain).item() < 0.5
     weighted.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -230,8 +233,8 @@ def test_compiled_layers_serve_every_alpha(propagate: bool, monkeypatch: pytest.
     for alpha in (1.0, 1.3, 1.5, 8.0):
         for one in (model, compiled):
             one.zero_grad()
-            one.alpha = alpha
-            one(ids, labels=ids, gamma=0.5).loss.backward()
+            one.alpha, one.gamma = alpha, 0.5
+            one(ids, labels=ids).loss.backward()
         for want, found in zip(model.parameters(), compiled.parameters(), strict=True):
             # The same operators on the same numbers.
             torch.testing.assert_close(found.grad, want.grad, rtol=0, atol=0)

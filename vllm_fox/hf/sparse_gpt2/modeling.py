@@ -16,15 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
-from transformers.utils import can_return_tuple
+from transformers.modeling_outputs import BaseModelOutput
 
 from vllm_fox.families.sparse_gpt2.config import SparseGPT2Config
 from vllm_fox.hf.autocast import for_projections
 from vllm_fox.hf.generation import PackingGenerationMixin, RecomputingMixin
-from vllm_fox.hf.inputs import tokens_of, wants_hidden_states
-from vllm_fox.hf.line import NO_LABEL, Line
-from vllm_fox.hf.loss import logits_and_loss
+from vllm_fox.hf.line import Line
+from vllm_fox.hf.line_model import LineForCausalLM, LineModelMixin
 from vllm_fox.hf.watching import evaluating
 
 from .alpha_sigmoid import SoftStep, soft_step
@@ -84,21 +82,23 @@ class SparseSelfAttention(nn.Module):
         x: torch.Tensor,
         alpha: float | SoftStep,
         before: torch.Tensor | None,
+        rows: int,
         lengths: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Compute attention of normed x [B, T, hidden]; if ``lengths`` are given, of such sequences in one row.
+        """Compute attention of normed x [N, hidden], a line of so many equal rows or of sequences of such lengths.
 
         Returns:
-            The output [B, T, hidden]; the layer's log I plus ``before``, or None if layers above do not need it;
+            The output [N, hidden]; the layer's log I plus ``before``, or None if layers above do not need it;
             and the mean of I (see :mod:`.dropping_attention`).
         """
+        x = x.unflatten(0, (rows, -1)) if lengths is None else x[None]
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.c_attn(x).chunk(3, -1))
         inputs = (q, k, v, *self.interaction(x), self.int_bias, before, alpha)
         if lengths is None:
             out, logs, kept = dropping_attention(*inputs, hand_on=self.hands_on)
         else:
             out, logs, kept = ragged_dropping_attention(*inputs, lengths=lengths, hand_on=self.hands_on)
-        return self.c_proj(out.transpose(1, 2).flatten(2)), logs, kept
+        return self.c_proj(out.transpose(1, 2).flatten(2).flatten(0, 1)), logs, kept
 
 
 class MLP(nn.Module):
@@ -130,10 +130,11 @@ class Block(GradientCheckpointingLayer):
         x: torch.Tensor,
         alpha: float | SoftStep,
         before: torch.Tensor | None,
+        rows: int,
         lengths: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Return the output [B, T, hidden], and what else :meth:`SparseSelfAttention.forward` returns."""
-        y, logs, kept = self.attn(for_projections(self.ln_1(x)), alpha, before, lengths)
+        """Return the output [N, hidden], and what else :meth:`SparseSelfAttention.forward` returns."""
+        y, logs, kept = self.attn(for_projections(self.ln_1(x)), alpha, before, rows, lengths)
         x = x + y
         return x + self.mlp(self.ln_2(x)), logs, kept
 
@@ -168,8 +169,26 @@ class SparseGPT2PreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.int_bias, INITIAL_BIAS)
 
 
-class SparseGPT2Model(SparseGPT2PreTrainedModel):
+@dataclass
+class _Depth:
+    """What goes from layer to layer besides x.
+
+    Attributes:
+        alpha: of the alpha-sigmoid.
+        lengths: of the sequences, if not all have the same length.
+        before: the sum of the layers' log I so far, if layers above need it.
+    """
+
+    alpha: float | SoftStep
+    lengths: list[int] | None
+    before: torch.Tensor | None = None
+
+
+class SparseGPT2Model(LineModelMixin, SparseGPT2PreTrainedModel):
     """Embeddings, layers and final norm.
+
+    If the config's ``propagate_in_depth`` is set, memory in training grows with B * layers * T^2 floats: in 12
+    layers a text of 1,024 tokens takes 50 MB, and one of 4,096 tokens 800 MB.
 
     Args:
         draw: whether to draw fresh weights now; if not, ``post_init`` has to be called later.
@@ -193,6 +212,14 @@ class SparseGPT2Model(SparseGPT2PreTrainedModel):
         """Return a part by its name in checkpoints."""
         return self.get_submodule(name)
 
+    @property
+    def layers(self) -> nn.ModuleList:  # type: ignore[override]
+        return self.h
+
+    @property
+    def norm(self) -> nn.Module:  # type: ignore[override]
+        return self.ln_f
+
     def get_input_embeddings(self) -> nn.Module:
         return self.wte
 
@@ -200,112 +227,41 @@ class SparseGPT2Model(SparseGPT2PreTrainedModel):
         assert isinstance(value, nn.Embedding)
         self.wte = value
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        cache_position: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        cu_seq_lens_q: torch.Tensor | None = None,
-        cu_seq_lens_k: torch.Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
-        seq_idx: torch.Tensor | None = None,
-        line: Line | None = None,
-    ) -> SparseGPT2ModelOutput:
-        """Compute the hidden states of the last layer.
-
-        If the config's ``propagate_in_depth`` is set, memory in training grows with B * layers * T^2 floats: in 12
-        layers a text of 1,024 tokens takes 50 MB, and one of 4,096 tokens 800 MB. What is said of :meth:`.Line.of`
-        holds for the layout's arguments. ``return_dict=False`` gives a tuple.
-
-        Args:
-            input_ids: [B, T]; give either these or ``inputs_embeds`` [B, T, hidden]. No sequence may have more than
-                ``block_size`` tokens.
-            attention_mask: [B, T], 0 at padding, which may be anywhere. The hidden states of padding are those of
-                the token before it, or 0 if there is none.
-            position_ids: [B, T] number of each token in its sequence. Where it is 0 a sequence begins, and no
-                attention crosses such a border.
-            past_key_values, use_cache: only None and False are supported, because only a server has a cache.
-            output_attentions: only False is supported.
-            output_hidden_states: whether to return the hidden states before each layer as well, and those returned.
-            cu_seqlens: [S + 1] bounds of sequences packed into one row (B = 1). FlashAttention's ``cu_seq_lens_q``
-                and ``cu_seq_lens_k`` with ``max_length_q`` and ``max_length_k``, and ``seq_idx`` [1, T], say the
-                same.
-            line: the layout that all these describe, if the caller has made it.
-
-        Raises:
-            ValueError: an argument is none of this, or contradicts another; the message names it.
-        """
-        tokens = tokens_of(input_ids, inputs_embeds)
-        keep_states = wants_hidden_states(self.config, output_hidden_states, output_attentions)
-        if past_key_values is not None:
-            kind = type(past_key_values).__name__
-            raise ValueError(f"past_key_values is a {kind}: leave it out, because only a server has a cache.")
-        if use_cache:
-            raise ValueError("use_cache is true: leave it out, because only a server has a cache.")
-        if line is None:
-            line = Line.of(
-                tokens,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache_position=cache_position,
-                cu_seqlens=cu_seqlens,
-                cu_seq_lens_q=cu_seq_lens_q,
-                cu_seq_lens_k=cu_seq_lens_k,
-                max_length_q=max_length_q,
-                max_length_k=max_length_k,
-                seq_idx=seq_idx,
-            )
-        # Sequences of different lengths stand in one row.
+    def context(self, x: torch.Tensor, line: Line, cache: Any) -> _Depth:
         lengths = [n for n in line.cu_seqlens.diff().tolist() if n] if line.ragged else None
-        longest = tokens.shape[1] if lengths is None else max(lengths)
+        longest = line.length if lengths is None else max(lengths)
         if longest > self.config.block_size:
             raise ValueError(f"input_ids has {longest} tokens: the model's block_size is {self.config.block_size}.")
-        x = self.wte(tokens) if inputs_embeds is None else inputs_embeds
-        if lengths is not None:
-            x = line.pack(x)[None]
-        x = x + self.wpe(line.positions[:longest] if lengths is None else line.positions)
         alpha: float | SoftStep = self.alpha if self.training else math.inf
         if alpha != math.inf and self.dtype != torch.float64:
             alpha = soft_step(self.alpha, x.device)
+        return _Depth(alpha, lengths)
 
-        def whole(x: torch.Tensor) -> torch.Tensor:
-            return x if lengths is None else line.unpack(x[0])
+    def embedded(self, x: torch.Tensor, line: Line) -> torch.Tensor:
+        return x + self.wpe(line.positions)
 
-        states: list[Any] = []
-        kept, before = [], None
-        for block in self.h:
-            if keep_states:
-                # The layer computes with what is returned, so that gradients reach it.
-                states.append(whole(x))
-                x = states[-1] if lengths is None else line.pack(states[-1])[None]
-            x, before, mine = block(x, alpha, before, lengths)
-            kept.append(mine)
-        hidden: Any = whole(self.ln_f(x))  # transformers' annotation asks for a FloatTensor
-        return SparseGPT2ModelOutput(
-            last_hidden_state=hidden,
-            hidden_states=(*states, hidden) if keep_states else None,
-            kept=torch.stack(kept).mean(),
-        )
+    def run_layer(self, layer: nn.Module, x: torch.Tensor, line: Line, context: Any) -> tuple[torch.Tensor, Any]:
+        x, context.before, kept = layer(x, context.alpha, context.before, line.batch, context.lengths)
+        return x, kept
+
+    def output(self, hidden: Any, cache: Any, states: tuple[Any, ...] | None, said: list[Any]) -> Any:
+        return SparseGPT2ModelOutput(last_hidden_state=hidden, hidden_states=states, kept=torch.stack(said).mean())
 
 
-class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, RecomputingMixin, PackingGenerationMixin):
-    """A GPT-2 that learns which tokens to drop. It can be trained, and computes the logits that a server will."""
+class SparseGPT2LMHeadModel(LineForCausalLM, SparseGPT2PreTrainedModel, RecomputingMixin, PackingGenerationMixin):
+    """A GPT-2 that learns which tokens to drop. It can be trained, and computes the logits that a server will.
+
+    Attributes:
+        gamma: weight in the loss of what is kept, in training mode; at first 0. The loss grows by gamma times the
+            mean of I over layers, all queries but the last, and all T keys. Keys that a query cannot see count as
+            1, as in the paper's code.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
-    # Trainer looks for a catch-all keyword otherwise.
-    accepts_loss_kwargs = True
 
     def __init__(self, config: SparseGPT2Config) -> None:
         super().__init__(config)
+        self.gamma = 0.0
         # In this order a seed draws the weights that it has always drawn.
         self.transformer = SparseGPT2Model(config, draw=False)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -383,82 +339,10 @@ class SparseGPT2LMHeadModel(SparseGPT2PreTrainedModel, RecomputingMixin, Packing
         hooks = [block.attn.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in blocks]
         with evaluating(self, hooks):
             self.transformer(input_ids)
-        kept = torch.stack([block.attn.kept(x) for block, x in zip(blocks, inputs, strict=True)])
+        rows = [x.unflatten(0, input_ids.shape) for x in inputs]
+        kept = torch.stack([block.attn.kept(x) for block, x in zip(blocks, rows, strict=True)])
         return (kept.cumprod(0) if self.config.propagate_in_depth else kept).bool().tril()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        gamma: float = 0.0,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        cache_position: torch.Tensor | None = None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        cu_seq_lens_q: torch.Tensor | None = None,
-        cu_seq_lens_k: torch.Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
-        seq_idx: torch.Tensor | None = None,
-    ) -> CausalLMOutput:
-        """Compute next-token logits [B, T, vocab], and the loss if there are labels.
-
-        In training mode with labels there is the loss alone, and ``logits`` is None (:mod:`vllm_fox.hf.loss` says
-        why).
-
-        The other arguments are as in :meth:`SparseGPT2Model.forward`.
-
-        Args:
-            labels: [B, T]; each is compared with the logits of the token before it in its sequence. -100 stands for
-                no label, and there is none at padding and at a sequence's first token.
-            gamma: weight in the loss of what is kept. The loss grows by gamma times the mean of I over layers, all
-                queries but the last, and all T keys. Keys that a query cannot see count as 1, as in the paper's
-                code.
-            logits_to_keep: number of positions at the end whose logits are computed (0: all), or an index of them.
-            num_items_in_batch: what the sum of the labels' losses is divided by, instead of their number. What is
-                kept then counts by the share of these labels, so that the losses of a batch's parts add up.
-            shift_labels: [B, T] labels that are compared with the logits at their own place, instead of ``labels``.
-        """
-        line = Line.of(
-            tokens_of(input_ids, inputs_embeds),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache_position=cache_position,
-            cu_seqlens=cu_seqlens,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
-            seq_idx=seq_idx,
-        )
-        if labels is not None:
-            labels = line.labels(labels)
-        outputs = self.transformer(
-            input_ids=input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            line=line,
-        )
-        logits, loss = logits_and_loss(
-            self, outputs.last_hidden_state, labels, shift_labels, num_items_in_batch, logits_to_keep
-        )
-        if gamma and loss is not None:
-            share: Any = 1.0
-            if num_items_in_batch is not None:
-                counted: Any = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
-                share = (counted != NO_LABEL).sum() / num_items_in_batch
-            loss = loss + gamma * share * outputs.kept
-        return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+    def added_loss(self, outputs: Any) -> torch.Tensor | None:
+        """Return what keeping tokens costs."""
+        return self.gamma * outputs.kept if self.gamma and self.training else None
