@@ -5,7 +5,9 @@ The other tests of this folder hold against the formula what runs by default, wh
 
 from __future__ import annotations
 
+import math
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,3 +184,53 @@ def test_a_prompt_keeps_a_nan(wrong: float) -> None:
         run.subset_attention(pages, table, batch, 0, q, 32**-0.5, out, None)
     assert expected.isnan().all()
     assert given.isnan().all()
+
+
+def faint(length: int) -> dict[str, torch.Tensor]:
+    """Inputs of one head whose first token alone has a value, 2**-40, and 2**-100 of the weight of any other."""
+    q, k, v = (torch.zeros(length, 1, 32) for _ in range(3))
+    q[..., 0] = 1.0
+    k[0, 0, 0] = -100 * math.log(2) * 32**0.5
+    v[0] = 2.0**-40
+    return {"q": q[:, :, None], "k": k, "v": v, "log_f": torch.zeros(length, 1, 1)}
+
+
+def attended(family: str, parts: list[int]) -> list[torch.Tensor]:
+    """What attention gives for the faint inputs, read in parts of so many tokens."""
+    data, size, length = faint(sum(parts)), 16, sum(parts)
+    pieces = list(zip(*(x.split(parts) for x in data.values()), strict=True))
+    if family == "forgetting":
+        layer = OneLayer(heads=1, page_size=size)
+        slot = layer.open()
+        return [layer.step([(slot, dict(zip(data, piece, strict=True)))])[0] for piece in pieces]
+    form = SubsetPageFormat(size, 1, 32, 0, torch.float32, torch.float32)
+    pages = form.view(torch.zeros(100 * form.page_bytes, dtype=torch.uint8))
+    pool, table = pool_and_table(1, 1, 100, 32, "cpu")
+    slot, end, outs = pool.open(), 0, []
+    table.first_live[slot] = 0
+    extend(pool, table, slot, length, size)
+    for (q, k, v, _), new in zip(pieces, parts, strict=True):
+        end += new
+        batch = batch_of([new], [end], [slot], size, "cpu")
+        keep = Evictions(torch.zeros(new, 1, dtype=torch.bool), 1, 0)
+        subset_write(pages, table, batch, 0, k=k[:, None], v=v[:, None], int_k=None, evictions=keep)
+        outs.append(torch.full_like(q[:, None], float("nan")))
+        subset_cpu.subset_attention(pages, table, batch, 0, q[:, None].contiguous(), 32**-0.5, outs[-1], None)
+    return outs
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere such numbers are as fast as others")
+@pytest.mark.parametrize("family", ["forgetting", "subset"])
+def test_numbers_below_the_normal_ones_are_zero(family: str) -> None:
+    """In prompts and in decode. An Intel processor takes a hundred cycles for each of them."""
+    parts = [40, 1]
+    data = faint(sum(parts))
+    weights = (
+        (data["q"][:, 0, 0] @ data["k"][:, 0].T * 32**-0.5)
+        .masked_fill(torch.ones(sum(parts), sum(parts)).triu(1).bool(), -torch.inf)
+        .softmax(-1)
+    )
+    expected = (weights @ data["v"][:, 0]).split(parts)
+    assert all((want[-1] > 0).all() and (want[-1] < 2.0**-126).all() for want in expected)
+    prompt, single = attended(family, parts)
+    assert (prompt[1:] == 0).all() and (single == 0).all()
