@@ -119,6 +119,9 @@ def test_bound_of_quantised_projections(
         make_static(stored, scale)
     plain = load_model(tmp_path / "first", finish=True, dtype=dtype)
     model = load_model(stored, finish=True, dtype=dtype)
+    # The fixed scale clips these inputs, so they reach less than the bound, which does not count on that.
+    clips = scale is not None and not torch.cpu.get_capabilities().get("amx_tile")
+    least = 0.5 if clips else 0.6
     roundings = 3  # of the inputs, the products and the weights
     check_fox_weights(model, meant, rtol=(1 + torch.finfo(getattr(torch, dtype)).eps / 2) ** roundings - 1)
     for block, unquantised in zip(model.model.layers, plain.model.layers, strict=True):
@@ -138,7 +141,7 @@ def test_bound_of_quantised_projections(
         # The longest query of a head times the longest key, for any directions that they may have.
         longest_q, longest_k = (x.norm(dim=-1).amax(0) for x in (q, k))
         reached = longest_q * longest_k.repeat_interleave(len(longest_q) // len(longest_k)) / dim**0.5
-        assert ((reached <= bound) & (reached > 0.6 * bound)).all(), (reached, bound)
+        assert ((reached <= bound) & (reached > least * bound)).all(), (reached, bound)
         # Without biases and RoPE, the bound of weights that are not quantised knows the directions.
         before = unquantised.attn._logit_bound().double()
         assert ((bound > before) & (bound < 5 * before)).all(), (bound, before)
