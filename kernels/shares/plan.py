@@ -35,6 +35,11 @@ class Launch(NamedTuple):
     programs: int
 
 
+def keys_a_block(head_dim: int, page_size: int) -> int:
+    """Keys that a decode kernel computes together: 4,096 numbers of K, but no more than a page."""
+    return min(page_size, max(16, 4096 // int(triton.next_power_of_2(head_dim))))
+
+
 @triton.jit(
     do_not_specialize=["query_start", "seq_lens", "slots", "slot_stride", "rows", "streams", "items_stride"],
 )

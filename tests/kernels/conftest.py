@@ -1,4 +1,4 @@
-"""Triton's interpreter, faster: without what it does again and again and what nobody looks at."""
+"""A faster interpreter of Triton, which computes the same without some of the work that changes nothing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def speed_up(interpreter: Any, language: Any) -> None:
 
 
 def leave_out_unheard_checks(interpreter: Any, language: Any) -> None:
-    """Integers are computed in 64 bits and compared, for an assertion that is ignored unless in debug mode.
+    """Do not compute sums of integers a second time in 64 bits.
 
-    Without an assertion this was two fifths of the time of these tests.
+    The interpreter compares both for an assertion that it makes in debug mode only. The second sums took two fifths
+    of the time of these tests.
     """
     builder = interpreter.interpreter_builder
     if builder.options.sanitize_overflow and not builder.options.debug:
@@ -51,7 +52,7 @@ def patch_language_once(interpreter: Any, language: Any) -> None:
 
 
 def find_dtypes_once(interpreter: Any, language: Any) -> None:
-    """The interpreter makes a table of all dtypes whenever it looks one up."""
+    """Remember the dtypes that were looked up. The interpreter makes a table of all dtypes to find one."""
     look_up: Callable[[Any], Any] = interpreter._get_np_dtype
     known: dict[str, Any] = {}
 

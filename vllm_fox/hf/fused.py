@@ -48,7 +48,10 @@ def fuses(module: nn.Module, x: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def exporting() -> bool:
-    """Return whether torch.export traces. While torch.compile traces, PyTorch 2.11 would say that it does."""
+    """Return whether torch.export traces.
+
+    PyTorch 2.11 takes the answer for true in every graph that torch.compile traces, so it is not asked there.
+    """
     return torch.compiler.is_exporting()
 
 

@@ -15,14 +15,14 @@ from ...common import LOG2E, page_id
 from ...float8 import FP8
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
-from ...shares.plan import DecodePlan, Launch
+from ...shares.plan import DecodePlan, Launch, keys_a_block
 from ...shares.reduction import join_stretches
 from ..pages import ForgettingPages
 
 
 def launch(head_dim: int, groups: int, page_size: int, scaled: bool) -> Launch:
     """The launch for a shape; ``scaled``: float8 pages, which are converted in registers."""
-    block = min(page_size, max(16, 4096 // triton.next_power_of_2(head_dim)))
+    block = keys_a_block(head_dim, page_size)
     if head_dim <= 64 and groups == 1 and not scaled:
         return Launch(block, 1, 3, 8)
     return Launch(block, 2, 4, 4)

@@ -1,8 +1,8 @@
 """Decode over pages of single KV heads in Triton: equal shares of all pages for all programs, then one reduction.
 
 Compaction keeps nearly all places of nearly all pages full, so there is little to leave out. K is therefore read of
-all tokens of a page, at the same time as the ends that say which of them are seen. V waits for those ends: whatever
-stands in the place of a dropped token would not be zero times a weight of zero if it were not a number.
+all tokens of a page, at the same time as the ends that say which of them are seen. V is read when the ends are
+known, of the seen tokens alone: another place may hold NaN, which times a weight of zero is NaN.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from ...common import LOG2E, page_id
 from ...float8 import FP8
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
-from ...shares.plan import DecodePlan, Launch
+from ...shares.plan import DecodePlan, Launch, keys_a_block
 from ...shares.reduction import join_stretches
 from ..pages import SubsetPages
 
 
 def launch(head_dim: int, page_size: int, dtype: torch.dtype) -> Launch:
     """The launch for a shape and the dtype of K and V in pages; float8 is converted in registers."""
-    block = min(page_size, max(16, 4096 // triton.next_power_of_2(head_dim)))
-    if dtype == torch.float32 or head_dim > 128 or (head_dim > 64 and dtype == FP8):
+    block = keys_a_block(head_dim, page_size)
+    if head_dim > 128:
+        return Launch(block, 2, 3, 4)
+    if dtype == torch.float32 or (head_dim > 64 and dtype == FP8):
         return Launch(block, 2, 4, 4)
     return Launch(block, 1, 4, 8)
 
@@ -147,7 +149,7 @@ def decode_over_pages(
             pages.k.stride(0), pages.end.stride(0), scales.stride(0), pages.page_size, dim,
             triton.next_power_of_2(dim), heads, groups, TABLE_CHUNK, plan.launch.block,
             max(16, triton.next_power_of_2(groups)), pages.scales is not None,
-            "ieee" if q.dtype == torch.float32 else "tf32", plan.launch.stages if dim <= 128 else 3,
+            "ieee" if q.dtype == torch.float32 else "tf32", plan.launch.stages,
         ),
         num_warps=plan.launch.warps,
     )  # fmt: skip

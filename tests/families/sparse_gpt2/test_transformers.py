@@ -215,6 +215,11 @@ def test_loss_counts_what_is_kept_and_all_weights_learn() -> None:
     assert 0 < (weighted - plain).item() < 0.5
     weighted.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    # In evaluation the loss is that of the labels alone.
+    model.eval()
+    evaluated = model(ids, labels=ids).loss
+    model.gamma = 0.0
+    assert evaluated == model(ids, labels=ids).loss
 
 
 @pytest.mark.parametrize("propagate", [True, False])
