@@ -14,6 +14,8 @@ fail() { echo "setup: $*" >&2; exit 1; }
 case $device in cpu | gpu) ;; *) fail "DEVICE is '$device': it must be cpu or gpu." ;; esac
 command -v "$python" >/dev/null || fail "PYTHON is '$python', which is not on PATH: give an interpreter, 3.11 to 3.14."
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# venv --clear would empty the environment that a link leads to.
+[ ! -L "$venv" ] || fail "'$venv' is a link: remove it, and an environment is made in its place."
 case ${VLLM:-} in
 "" | [0-9]*.[0-9]*) ;;
 *) fail "VLLM is '$VLLM': give a release line or a release of vLLM, such as 0.33." ;;
