@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def take_turn(EARLY: tl.constexpr):
+    """Wait for the kernel before this one, and have the next one started. It stands before all else in a kernel.
+
+    A kernel that is started ``EARLY`` (see :class:`.launch.Launcher`) may begin while the one before it still runs.
+    """
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -30,10 +30,13 @@ class Launcher:
 
     Args:
         function: what ``@triton.jit`` made. Its ``do_not_specialize`` names all parameters that come as ``loose``.
+        early: have the GPU start the kernel while the one before it ends (programmatic dependent launch), where it
+            can. The function's last parameter is whether it does, and the function hands that to
+            :func:`.common.take_turn`. One that starts without it waits for what was launched before, as ever.
     """
 
-    def __init__(self, function: Any) -> None:
-        self.function = function
+    def __init__(self, function: Any, early: bool = False) -> None:
+        self.function, self.early = function, early
         self._compiled: dict[Hashable, Any] = {}
 
     def __call__(
@@ -55,6 +58,11 @@ class Launcher:
             constants: the function's ``tl.constexpr`` parameters.
             options: ``num_warps`` and the like.
         """
+        if self.early:
+            early = starts_early(tensors[0].device)
+            constants += (early,)
+            if early:  # Triton's interpreter does not know the option
+                options["launch_pdl"] = True
         types = [tensor.dtype for tensor in tensors] + [getattr(value, "dtype", None) for value in loose]
         key = (tensors[0].device, *types, strides, constants, *options.values())
         compiled = self._compiled.get(key)
@@ -66,6 +74,14 @@ class Launcher:
         # Triton's interpreter compiles nothing and returns None.
         if aligned and compiled is not None and compiled_kernels_can_be_launched(tensors[0].device):
             self._compiled[key] = compiled
+
+
+@cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a device can start a kernel while the one before it ends: NVIDIA's from compute capability 9.0 on."""
+    return (
+        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 @cache

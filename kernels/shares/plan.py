@@ -5,8 +5,8 @@ pages stand in one line, and each of a fixed number of programs takes an equal s
 and end. So programs are equally busy however much live lengths differ, and the grid is the same for any batch,
 which a CUDA graph needs.
 
-A program's share may begin and end in the middle of an item. It then hands on what it has summed up, which
-:mod:`.reduction` joins.
+A program's share may begin and end in the middle of an item. It then hands in what it has summed up, and the last
+of the programs that do joins it (:mod:`.reduction`).
 """
 
 from __future__ import annotations
@@ -38,6 +38,18 @@ class Launch(NamedTuple):
 def keys_a_block(head_dim: int, page_size: int) -> int:
     """Keys that a decode kernel computes together: 4,096 numbers of K, but no more than a page."""
     return min(page_size, max(16, 4096 // int(triton.next_power_of_2(head_dim))))
+
+
+@triton.jit
+def item_at(item_start, query_start, seq_lens, slots, slot_stride, item, items, H: tl.constexpr):
+    """An item's end in the line of all pages; the slot and the length of its row, and the row of its query."""
+    there = item < items
+    row = item // H
+    behind = tl.load(item_start + item + 1, mask=there, other=0)
+    slot = tl.load(slots + row * slot_stride, mask=there, other=0)
+    length = tl.load(seq_lens + row, mask=there, other=1)
+    token = tl.load(query_start + row, mask=there, other=0).to(tl.int64)
+    return behind, slot, length, token
 
 
 @triton.jit(
@@ -101,8 +113,8 @@ class DecodePlan:
         item_start: [layers, max_rows * heads + 1] int32: number of the first page of each item in the line, for
             the step's rows; then the number of all pages.
         program_item: [layers, programs] int32: item in which each program's share begins.
-        open_item: [programs] int32, of one layer at a time: the item that begins in a program's share and goes on
-            in the next one's, or -1.
+        arrived: [programs] int32, of one layer at a time: how many programs have handed in what they summed up of
+            the item that begins in this program's share and goes on in the next one's. It is 0 between layers.
         partials: [programs, 2, groups, head_dim + 3] float32, of one layer at a time: what a program has summed up
             of the items that are cut off at its share's ends. The one that goes on in the next program is at 1, the
             one that came from the program before at 0. The numbers are the weighted sum of the values, the largest
@@ -129,7 +141,7 @@ class DecodePlan:
 
         self.item_start = scratch(layers, max_rows * heads + 1)
         self.program_item = scratch(layers, self.programs)
-        self.open_item = scratch(self.programs)
+        self.arrived = scratch(self.programs)
         self.partials = scratch(self.programs, 2, groups, head_dim + 3, dtype=torch.float32)
 
     def update(self, table: PageTable, batch: Batch) -> None:

@@ -1,44 +1,70 @@
-"""What programs have summed up of one item, joined."""
+"""What programs have summed up of one item, joined by the last of them."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ..launch import Launcher
-from ..paged import Batch
-from .plan import DecodePlan
-
-SPLITS_PER_BLOCK = 16
-"""So many stretches of one item are joined together."""
+NUMBERS_AT_ONCE = 4096
+"""A warp joins so many numbers of an item's stretches together, in 128 of each thread's registers."""
 
 
-@triton.jit(do_not_specialize=["query_start", "item_start", "items"])
-def _join(
-    out, open_item, partials, query_start, item_start, items,
+def stretches_at_once(head_dim: int, groups: int, warps: int) -> int:
+    """Stretches of an item that are joined together: as many as registers hold, up to 16."""
+    numbers = int(triton.next_power_of_2(head_dim)) * int(triton.next_power_of_2(groups))
+    return max(1, min(16, NUMBERS_AT_ONCE * warps // numbers))
+
+
+@triton.jit
+def hand_in(
+    value, peak, mass, decay, out, partials, arrived, program, share, first, behind, begins, token, head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
-    SPLITS_PER_BLOCK: tl.constexpr,
+    JOINED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Join the stretches of the item that begins, but does not end, in a program's share."""
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    item = tl.load(open_item + program)
-    if item < 0:
-        return
-    share = tl.cdiv(tl.load(item_start + items), programs)
-    last = (tl.load(item_start + item + 1) - 1) // share
-    row, head = item // H, item % H
+    """Leave what a program has summed up of an item that others work on too; the last of them writes the output.
+
+    The stretches are added up from the newest to the oldest whoever is the last, so that every run gives the same
+    bits.
+
+    Args:
+        value, peak, mass, decay: [GROUP, BLOCK_D] and three times [GROUP]: the numbers of
+            :attr:`.plan.DecodePlan.partials`, of which G rows and D columns count.
+        program, share: the number of the program, and of pages that each program takes.
+        first, behind: the item's first page in the line of all pages, and the one behind its last.
+        begins: whether the item begins in this program's share.
+        token, head: row of the query, and its KV head.
+    """
+    g, dim = tl.arange(0, GROUP), tl.arange(0, BLOCK_D)
+    part = partials + ((program * 2 + begins.to(tl.int32)) * G + g) * (D + 3)
+    tl.store(part[:, None] + dim[None, :], value, mask=(g < G)[:, None] & (dim < D)[None, :])
+    tl.store(part + D, peak, mask=g < G)
+    tl.store(part + D + 1, mass, mask=g < G)
+    tl.store(part + D + 2, decay, mask=g < G)
+    owner, last = first // share, (behind - 1) // share
+    tl.debug_barrier()  # all threads have written before one says so
+    before_this = tl.atomic_add(arrived + owner, 1, sem="acq_rel")
+    if before_this == last - owner:
+        tl.store(arrived + owner, 0)
+        _join(out, partials, owner, last, token, head, D, BLOCK_D, H, G, JOINED, AT_ONCE)
+
+
+@triton.jit
+def _join(
+    out, partials, owner, last, token, head,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Join the stretches of the item that begins in program ``owner`` and ends in program ``last``."""
     dim, group = tl.arange(0, BLOCK_D), tl.arange(0, GROUP)
     asked = (group < G)[:, None] & (dim < D)[None, :]
     peak = tl.full([GROUP], float("-inf"), tl.float32)
     mass, decay = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32)
     value = tl.zeros([GROUP, BLOCK_D], tl.float32)
-    for start in range(program, last + 1, SPLITS_PER_BLOCK):
+    for start in range(owner, last + 1, AT_ONCE):
         # [stretches, query heads], and with d behind them.
-        source = start + tl.arange(0, SPLITS_PER_BLOCK)
+        source = start + tl.arange(0, AT_ONCE)
         valid = (source <= last)[:, None] & (group < G)[None, :]
-        slot = source * 2 + (source == program).to(tl.int32)
+        slot = source * 2 + (source == owner).to(tl.int32)
         part = partials + (slot[:, None] * G + group[None, :]) * (D + 3)
         there = valid[:, :, None] & (dim < D)[None, None, :]
         values = tl.load(part[:, :, None] + dim[None, None, :], mask=there, other=0.0)
@@ -54,29 +80,5 @@ def _join(
         value = value * shrink[:, None] + tl.sum(weights[:, :, None] * values, 0)
         peak = new_peak
         decay += tl.sum(stretch, 0)
-    token = tl.load(query_start + row).to(tl.int64)
     result = (value / mass[:, None]).to(out.dtype.element_ty)
     tl.store(out + (token * H * G + head * G + group)[:, None] * D + dim[None, :], result, mask=asked)
-
-
-_launch = Launcher(_join)
-
-
-def join_stretches(plan: DecodePlan, batch: Batch, layer: int, out: torch.Tensor) -> None:
-    """Write the output of every item that more than one program has worked on.
-
-    Args:
-        plan: for the batch. Its scratch holds what the programs have summed up (:attr:`.plan.DecodePlan.partials`).
-        batch: the step's requests.
-        layer: index of the layer on this worker.
-        out: [T, H, G, d], contiguous, written.
-    """
-    groups, dim = plan.partials.shape[2], out.shape[-1]
-    _launch(
-        (plan.programs, 1, 1),
-        (out, plan.open_item, plan.partials),
-        (batch.query_start, plan.item_start[layer], batch.num_rows * plan.heads),
-        (),
-        (dim, triton.next_power_of_2(dim), plan.heads, groups, triton.next_power_of_2(groups), SPLITS_PER_BLOCK),
-        num_warps=min(4, triton.next_power_of_2(groups)),
-    )

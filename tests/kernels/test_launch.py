@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_fox.kernels.launch import Launcher, compiled_kernels_can_be_launched
+from vllm_fox.kernels.common import take_turn
+from vllm_fox.kernels.launch import Launcher, compiled_kernels_can_be_launched, starts_early
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CPU = torch.device("cpu")
@@ -20,6 +21,14 @@ CPU = torch.device("cpu")
 def _line(out, number, stride, CONSTANT: tl.constexpr):
     program = tl.program_id(0)
     tl.store(out + program * stride, number * CONSTANT + program)
+
+
+@triton.jit
+def _after(before, out, EARLY: tl.constexpr):
+    take_turn(EARLY)
+    # The later a program writes, the sooner a kernel that did not wait for it would be found out.
+    at = (tl.num_programs(0) - 1 - tl.program_id(0)) * 128 + tl.arange(0, 128)
+    tl.store(out + at, tl.load(before + tl.num_programs(0) * 128 - 1 - at) + 1)
 
 
 class Compiled:
@@ -117,3 +126,36 @@ def test_a_real_kernel() -> None:
     launcher = Launcher(_line)
     launch_thrice(launcher, torch.device("cuda") if torch.cuda.is_available() else CPU)
     assert bool(launcher._compiled) == torch.cuda.is_available()
+
+
+def test_early_kernels_wait_for_each_other() -> None:
+    """Each of a line of kernels reads what the one before it has written, started early where the device can."""
+    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+        pytest.skip("needs a CUDA GPU, or Triton's interpreter")
+    device = torch.device("cuda") if torch.cuda.is_available() else CPU
+    programs, kernels = (2000, 100) if torch.cuda.is_available() else (2, 3)
+    launcher = Launcher(_after, early=True)
+    buffers = torch.zeros(kernels + 1, programs * 128, dtype=torch.int32, device=device)
+
+    def line() -> None:
+        for before, out in zip(buffers, buffers[1:]):
+            launcher((programs, 1, 1), (before, out), (), (), ())
+
+    line()
+    assert (buffers == torch.arange(kernels + 1, device=device)[:, None]).all()
+    if not torch.cuda.is_available():
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        line()
+    for start in (7, 100):
+        buffers[0] = start
+        graph.replay()
+        assert (buffers == start + torch.arange(kernels + 1, device=device)[:, None]).all()
+
+
+def test_what_starts_early() -> None:
+    assert not starts_early(CPU)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        assert starts_early(device) == (torch.cuda.get_device_capability(device) >= (9, 0))

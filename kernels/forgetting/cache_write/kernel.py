@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import page_id, power_of_two_above
+from ...common import page_id, power_of_two_above, take_turn
 from ...float8 import FP8, FP8_MAX
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
@@ -108,8 +108,9 @@ def _cache_write(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, ONE_TOKEN: tl.constexpr, KV_BYTES: tl.constexpr,
     MODEL_BYTES: tl.constexpr, SHIFT_K: tl.constexpr, SHIFT_V: tl.constexpr, KEPT: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, LOG2_ROPE: tl.constexpr, FLOOR: tl.constexpr,
-    SCALED: tl.constexpr, FP8_LARGEST: tl.constexpr, BLOCK_KEPT: tl.constexpr,
+    SCALED: tl.constexpr, FP8_LARGEST: tl.constexpr, BLOCK_KEPT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    take_turn(EARLY)
     head = tl.program_id(0)
     if ONE_TOKEN:
         row = tl.program_id(1)
@@ -227,7 +228,7 @@ def _cache_write(
         tl.store(keep + D + dim[None, :], raw_v, mask=mask[:, None])
 
 
-_launch = Launcher(_cache_write)
+_launch = Launcher(_cache_write, early=True)
 
 
 def cache_write(

@@ -11,12 +11,22 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...common import LOG2E
+from ...common import LOG2E, take_turn
 from ...float8 import FP8
 from ...launch import Launcher
 from ...paged import QUERY_BLOCK, Batch, PageTable
 from ..pages import ForgettingPages
-from .plan import PrefillPlan
+from .plan import LENGTH_CLASSES, PrefillPlan
+
+LANES: tl.constexpr = tl.constexpr(4)
+"""So many threads hold a row of a tensor core's result, each of them pairs of columns in turn."""
+
+
+@triton.jit
+def _partial_sums(x):
+    """Sums over a row's columns of each thread, [M, LANES] of x [M, N], for which threads exchange nothing."""
+    pairs = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * LANES), LANES, 2])
+    return tl.sum(tl.sum(pairs, 3), 1)
 
 
 @triton.jit
@@ -25,7 +35,7 @@ def _block(
     length, factor, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
     TMA: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the softmax's running maximum, sum and value after it."""
+    """One block of keys: the softmax's running maximum, sum and value after it. BOUNDED sums are partial ones."""
     n, dim = tl.arange(0, BLOCK_N), tl.arange(0, D)
     if TMA:
         k = keys.load([row, 0])
@@ -50,7 +60,7 @@ def _block(
         if MASKED:
             logits += row_bias[:, None]
         weights = tl.exp2(logits)
-        mass += tl.sum(weights, 1)
+        mass += _partial_sums(weights)
     else:
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         weights = tl.exp2(logits - new_peak[:, None])
@@ -72,18 +82,21 @@ def _block(
 
 
 @triton.jit(
-    do_not_specialize=["query_start", "seq_lens", "rows", "tiles", "order", "max_pages", "scale"],
+    do_not_specialize=["query_start", "seq_lens", "rows", "tiles", "order", "histogram", "max_pages", "scale"],
 )
 def _prefill(
     k_pages, v_pages, gate_pages, scale_pages, ids, before, tile_first, tile_decay, q, out,
-    k_rows, v_rows, query_start, seq_lens, rows, tiles, order, max_pages, scale, q_stride,
+    k_rows, v_rows, query_start, seq_lens, rows, tiles, order, histogram, max_pages, scale, q_stride,
     PAGE_BYTES: tl.constexpr, KV_BYTES: tl.constexpr, P: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SORTED: tl.constexpr, SCALED: tl.constexpr,
     TMA: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    MASKED_STAGES: tl.constexpr,
+    MASKED_STAGES: tl.constexpr, CLASSES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    take_turn(EARLY)
     this_tile = tl.program_id(0)
     if SORTED:
+        if this_tile == 0:
+            tl.store(histogram + tl.arange(0, CLASSES), 0)
         this_tile = tl.load(order + this_tile)
     tile, query_head = this_tile // (H * G), this_tile % (H * G)
     index, block = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
@@ -109,7 +122,10 @@ def _prefill(
     ELEMENTS: tl.constexpr = PAGE_BYTES // KV_BYTES
     ROWS: tl.constexpr = ELEMENTS // D
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
+    if BOUNDED:
+        mass = tl.zeros([BLOCK_M, LANES], tl.float32)
+    else:
+        mass = tl.zeros([BLOCK_M], tl.float32)
     value = tl.zeros([BLOCK_M, D], tl.float32)
     factor = scale * LOG2E
     begin = first * SUB
@@ -145,7 +161,7 @@ def _prefill(
         row_bias = (older + (tl.load(before + 2 * own + 1, mask=inside, other=0.0) - c_rest) + in_page) * LOG2E
         row_bias = tl.where(inside, row_bias, 0.0)
         passed = tl.exp2(row_bias)
-        mass, value = mass * passed, value * passed[:, None]
+        mass, value = mass * passed[:, None], value * passed[:, None]
     for at in tl.range(masked_from, end, num_stages=MASKED_STAGES):
         page, sub = at // SUB, at % SUB
         this = tl.load(ids + page).to(tl.int64)
@@ -156,6 +172,8 @@ def _prefill(
             scale_pages + this * WORDS, this * ELEMENTS + sub * BLOCK_N * D, 0, at * BLOCK_N, decay, query_pos,
             length, factor, D, BLOCK_N, True, SCALED, False, BOUNDED, PRECISION,
         )  # fmt: skip
+    if BOUNDED:
+        mass = tl.sum(mass, 1)
     value = value / mass[:, None]
     tl.store(
         out + token[:, None] * (H * G * D) + query_head * D + dim[None, :], value.to(out.dtype.element_ty),
@@ -181,10 +199,12 @@ def _launch(device: torch.device, dim: int, dtype: torch.dtype, scaled: bool, pa
     block = min(page_size, 64 if dim <= 128 else 32)
     if dtype == torch.float32:
         return Launch(min(block, 32), 8, 2, 1, None, False)
-    return Launch(block, 4 if dim <= 64 else 8, 5 if dim <= 128 else 3, 3, None, hopper and not scaled)
+    return Launch(
+        block, 4 if dim <= 64 else 8, 5 if dim <= 128 else 3, 2 if dim <= 64 else 3, None, hopper and not scaled
+    )
 
 
-_launch_prefill = Launcher(_prefill)
+_launch_prefill = Launcher(_prefill, early=True)
 
 # A pool as two matrices of rows of d, for TMA: from the first page's K on, and from its V on.
 _matrices: WeakKeyDictionary[ForgettingPages, tuple[TensorDescriptor, TensorDescriptor]] = WeakKeyDictionary()
@@ -230,13 +250,15 @@ def prefill_attention(
         (
             *(_rows_of(pages, launch.block) if launch.tma else (pages.k, pages.v)),
             batch.query_start, batch.seq_lens, work.rows, work.tiles,
-            plan.tile_first if plan.order is None else plan.order, work.max_pages, scale,
+            plan.tile_first if plan.order is None else plan.order, plan.histogram, work.max_pages,
+            scale,
         ),
         (q.stride(0),),
         (
             pages.gates.stride(0) * 4, pages.k.element_size(), pages.page_size, dim, heads, groups, QUERY_BLOCK,
             launch.block, plan.order is not None, scaled, launch.tma, bounded and q.dtype != torch.float16,
             "ieee" if q.dtype == torch.float32 else "tf32", launch.stages, launch.masked_stages,
+            LENGTH_CLASSES,
         ),
         num_warps=launch.warps, maxnreg=launch.registers,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import masked_page_id
+from ...common import masked_page_id, take_turn
 from ...launch import Launcher
 from ...leaf import num_processors
 from ...paged import QUERY_BLOCK, TABLE_CHUNK, Batch, PageTable, PrefillWork
@@ -51,8 +51,9 @@ def _plan(
     query_start, seq_lens, slots, rows, first_tile, threshold, length_class, rank, histogram,
     slot_stride, layer, max_chunks, streams, max_pages,
     PAGE_BYTES: tl.constexpr, P: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CHUNK: tl.constexpr,
-    W: tl.constexpr, BLOCK_M: tl.constexpr, CLASSES: tl.constexpr, SORTED: tl.constexpr,
+    W: tl.constexpr, BLOCK_M: tl.constexpr, CLASSES: tl.constexpr, SORTED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    take_turn(EARLY)
     index, query_head = tl.program_id(0), tl.program_id(1)
     head, g = query_head // G, query_head % G
     row = tl.load(rows + index)
@@ -117,7 +118,11 @@ def _plan(
 
 
 @triton.jit(do_not_specialize=["length_class", "rank", "order", "tiles"])
-def _sort(histogram, length_class, rank, order, tiles, CLASSES: tl.constexpr, TILES_PER_BLOCK: tl.constexpr):
+def _sort(
+    histogram, length_class, rank, order, tiles,
+    CLASSES: tl.constexpr, TILES_PER_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    take_turn(EARLY)
     tile = tl.program_id(0) * TILES_PER_BLOCK + tl.arange(0, TILES_PER_BLOCK)
     valid = tile < tiles
     kind = tl.load(length_class + tile, mask=valid, other=0)
@@ -128,7 +133,7 @@ def _sort(histogram, length_class, rank, order, tiles, CLASSES: tl.constexpr, TI
     tl.store(order + place, tile, mask=valid)
 
 
-_launch_plan, _launch_sort = Launcher(_plan), Launcher(_sort)
+_launch_plan, _launch_sort = Launcher(_plan, early=True), Launcher(_sort, early=True)
 
 
 class PrefillPlan:
@@ -147,6 +152,8 @@ class PrefillPlan:
         tile_first: [t, H * G] int32: first live page of each tile.
         tile_decay: [t, H * G, 2] float32: the same sum up to the tile's first query, its own gate included.
         order: [t * H * G] int32: tiles from the longest to the shortest; None without a sort.
+        histogram: [LENGTH_CLASSES] int32: tiles of each class of length. Who has used ``order`` sets it to zero for
+            the next layer.
     """
 
     def __init__(self, work: PrefillWork, heads: int, groups: int, sort: bool | None = None) -> None:
@@ -168,7 +175,7 @@ class PrefillPlan:
         # For each tile, its class of length, and how many of the class came before it.
         self._class = scratch(tiles) if sort else self.tile_first
         self._rank = scratch(tiles) if sort else self.tile_first
-        self._histogram = scratch(LENGTH_CLASSES) if sort else self.tile_first
+        self.histogram = torch.zeros(LENGTH_CLASSES, dtype=torch.int32, device=device)
 
     def update(
         self, pages: ForgettingPages, table: PageTable, batch: Batch, layer: int, threshold: torch.Tensor
@@ -176,8 +183,6 @@ class PrefillPlan:
         """Plan a layer, whose new tokens are in their pages."""
         work, (heads, groups), order = batch.work, threshold.shape, self.order
         assert work is not None
-        if order is not None:
-            self._histogram.zero_()
         _launch_plan(
             self.grid,
             (
@@ -186,7 +191,7 @@ class PrefillPlan:
             ),
             (
                 batch.query_start, batch.seq_lens, batch.slots, work.rows, work.first_tile, threshold,
-                self._class, self._rank, self._histogram, batch.slots.stride(0), layer, table.chunk_of.shape[1],
+                self._class, self._rank, self.histogram, batch.slots.stride(0), layer, table.chunk_of.shape[1],
                 table.entries.shape[1], work.max_pages,
             ),
             (),
@@ -200,7 +205,7 @@ class PrefillPlan:
             tiles = len(order)
             _launch_sort(
                 (triton.cdiv(tiles, TILES_PER_BLOCK), 1, 1),
-                (self._histogram,),
+                (self.histogram,),
                 (self._class, self._rank, order, tiles),
                 (),
                 (LENGTH_CLASSES, TILES_PER_BLOCK),

@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import LOG2E, page_id
+from ...common import LOG2E, page_id, take_turn
 from ...float8 import FP8
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
-from ...shares.plan import DecodePlan, Launch, keys_a_block
-from ...shares.reduction import join_stretches
+from ...shares.plan import DecodePlan, Launch, item_at, keys_a_block
+from ...shares.reduction import hand_in, stretches_at_once
 from ..pages import SubsetPages
 
 
@@ -35,32 +35,34 @@ def launch(head_dim: int, page_size: int, dtype: torch.dtype) -> Launch:
                        "max_chunks", "streams", "items", "scale"],
 )  # fmt: skip
 def _decode(
-    k_pages, v_pages, end_pages, scale_pages, chunk_of, entries, q, out, open_item, partials,
+    k_pages, v_pages, end_pages, scale_pages, chunk_of, entries, q, out, arrived, partials,
     query_start, seq_lens, slots, item_start, program_item,
     slot_stride, layer, max_chunks, streams, items, scale, q_stride,
     PAGE: tl.constexpr, PAGE_INTS: tl.constexpr, PAGE_SCALES: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, H: tl.constexpr, G: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    JOINED: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    take_turn(EARLY)
     program, programs = tl.program_id(0), tl.num_programs(0)
     total = tl.load(item_start + items)
     share = tl.cdiv(total, programs)
     at = program * share
     end = tl.minimum(at + share, total)
     item = tl.load(program_item + program)
+    first = tl.load(item_start + item)
+    behind, slot, length, token = item_at(item_start, query_start, seq_lens, slots, slot_stride, item, items, H)
     SUB: tl.constexpr = P // BLOCK_N
     g, n, dim = tl.arange(0, GROUP), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     asked = (g < G)[:, None] & (dim < D)[None, :]
-    to_open = -1
     while at < end:
-        first = tl.load(item_start + item)
-        behind = tl.load(item_start + item + 1)
+        # What the next stretch is of is asked for before this one is computed.
+        next_behind, next_slot, next_length, next_token = item_at(
+            item_start, query_start, seq_lens, slots, slot_stride, item + 1, items, H
+        )
         stop = tl.minimum(behind, end)
         if stop > at:
-            row, head = item // H, item % H
-            slot = tl.load(slots + row * slot_stride)
-            length = tl.load(seq_lens + row)
-            token = tl.load(query_start + row).to(tl.int64)
+            head = item % H
             stream = layer * H + head
             newest = (length - 1) // P - (at - first)  # of this stretch
             heads = (head * G + g)[:, None] * D + dim[None, :]
@@ -101,19 +103,16 @@ def _decode(
                 result = (value / mass[:, None]).to(out.dtype.element_ty)
                 tl.store(out + token * (H * G * D) + heads, result, mask=asked)
             else:
-                part = partials + ((program * 2 + begins.to(tl.int32)) * G + g) * (D + 3)
-                tl.store(part[:, None] + dim[None, :], value, mask=asked)
-                tl.store(part + D, peak, mask=g < G)
-                tl.store(part + D + 1, mass, mask=g < G)
-                tl.store(part + D + 2, tl.zeros([GROUP], tl.float32), mask=g < G)
-                if begins:
-                    to_open = item
+                hand_in(
+                    value, peak, mass, tl.zeros([GROUP], tl.float32), out, partials, arrived,
+                    program, share, first, behind, begins, token, head, D, BLOCK_D, H, G, GROUP, JOINED, AT_ONCE,
+                )  # fmt: skip
             at = stop
         item += 1
-    tl.store(open_item + program, to_open)
+        first, behind, slot, length, token = behind, next_behind, next_slot, next_length, next_token
 
 
-_launch = Launcher(_decode)
+_launch = Launcher(_decode, early=True)
 
 
 def decode_over_pages(
@@ -136,7 +135,7 @@ def decode_over_pages(
     _launch(
         (plan.programs, 1, 1),
         (
-            pages.k, pages.v, pages.end, scales, table.chunk_of, table.entries, q, out, plan.open_item,
+            pages.k, pages.v, pages.end, scales, table.chunk_of, table.entries, q, out, plan.arrived,
             plan.partials,
         ),
         (
@@ -150,7 +149,7 @@ def decode_over_pages(
             triton.next_power_of_2(dim), heads, groups, TABLE_CHUNK, plan.launch.block,
             max(16, triton.next_power_of_2(groups)), pages.scales is not None,
             "ieee" if q.dtype == torch.float32 else "tf32", plan.launch.stages,
+            triton.next_power_of_2(groups), stretches_at_once(dim, groups, plan.launch.warps),
         ),
         num_warps=plan.launch.warps,
     )  # fmt: skip
-    join_stretches(plan, batch, layer, out)
