@@ -1,11 +1,11 @@
-"""Leaf functions, a folder for each operation: ``GROUP/NAME``, and ``table_update``, which all groups share.
+"""Leaf functions, a folder for each operation: ``GROUP/NAME``, and ``NAME`` for those of no group.
 
 ``reference.py`` is the plain PyTorch form and reads like the formula; faster implementations stand beside
 it with the same signature, in Triton for a GPU and in C++ for a CPU, and ``__init__.py`` picks one. Nothing here
 knows vLLM.
 
-All but ``forgetting.training`` and ``subset.training`` work on the pages of a server's KV cache. Those two take
-whole sequences.
+All but ``forgetting.training``, ``subset.training``, ``gated_mlp`` and ``rms_norm`` work on the pages of a server's
+KV cache. Those four are for training, and the first two take whole sequences.
 """
 
 from typing import TYPE_CHECKING, Any

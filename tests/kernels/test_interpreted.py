@@ -18,6 +18,8 @@ FILES = {
     "test_subset": 8,
     "test_fading": 8,
     "test_page_copy": 9,
+    "test_gated_mlp": 37,
+    "test_rms_norm": 40,
     "test_training": 20,
 }
 """So many tests at least of each file run and pass."""

@@ -11,11 +11,15 @@ def autocasts(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
+def projection_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return in which dtype projections compute, given one: that of autocast where it is on, else that."""
+    on = autocasts(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on and dtype != torch.float64 else dtype
+
+
 def for_projections(x: torch.Tensor) -> torch.Tensor:
-    """Return x in the dtype in which projections compute: that of autocast where it is on, else its own.
+    """Return x in the dtype in which projections compute.
 
     Autocast by itself would cast x once for each projection, and the gradient of x once more for each.
     """
-    kind = x.device.type
-    on = autocasts(kind) and torch.is_autocast_enabled(kind)
-    return x.to(torch.get_autocast_dtype(kind)) if on and x.dtype != torch.float64 else x
+    return x.to(projection_dtype(x.device, x.dtype))

@@ -10,7 +10,7 @@ from torch import nn
 
 from .autocast import for_projections
 from .fused import recomputed, traced_with_gradients
-from .plain import is_plain
+from .plain import is_trained_plain
 
 ALIGNED = 16
 """The number of rows of a joint matrix is a multiple of this. Matrix products of odd sizes are slow on a GPU."""
@@ -23,26 +23,34 @@ def joint(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
     gradients. Then x is read once. The gradient of x is one sum in float32, where each layer by itself would round
     a part of it and add that to the others. A product with a few outputs costs a GPU as much as one with hundreds.
     """
-    traced = traced_with_gradients()
-    joined = [layer for layer in layers if traced and isinstance(layer, nn.Linear) and _may_join(layer)]
+    joined = [layer for layer in layers if traced_with_gradients() and is_trained_plain(layer)]
     if len(joined) < 2:
         return [layer(x) for layer in layers]
     joined.sort(key=lambda layer: -len(layer.weight))  # so that the parts begin where a GPU reads fast
-    weights = [for_projections(layer.weight) for layer in joined]
-    sizes = [len(weight) for weight in weights]
-    sizes.append(-sum(sizes) % ALIGNED)
-    weights.append(weights[0].new_zeros(sizes[-1], x.shape[-1]))
-    # The matrix is made again in the backward pass, or a copy of all weights would be kept until then.
-    together = recomputed(_together, *weights)
-    parts = dict(zip(joined, F.linear(x, together).split(sizes, -1)))
+    made = _product(x, [layer.weight for layer in joined])
+    sizes = [len(layer.weight) for layer in joined]
+    parts = dict(zip(joined, made.split([*sizes, made.shape[-1] - sum(sizes)], -1)))
     return [_with_bias(parts[layer], layer.bias) if layer in parts else layer(x) for layer in layers]
 
 
-def _may_join(layer: nn.Linear) -> bool:
-    """Return whether a layer need not be called, and its weights are being trained."""
-    # The weights of a layer that is sharded by itself are of another type.
-    trained = layer.training and type(layer.weight) is nn.Parameter and layer.weight.requires_grad
-    return trained and is_plain(layer)
+def side_by_side(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor | None:
+    """Return what :func:`joint` makes of x as one tensor: the layers' columns in their order.
+
+    None if not all of them become one product, or if one has a bias.
+    """
+    joined = [layer for layer in layers if traced_with_gradients() and is_trained_plain(layer)]
+    if len(joined) < len(layers) or any(layer.bias is not None for layer in joined):
+        return None
+    return _product(x, [layer.weight for layer in joined])[..., : sum(len(layer.weight) for layer in joined)]
+
+
+def _product(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return x times all weights [..., out of all], followed by zeros as padding."""
+    matrices = [for_projections(weight) for weight in weights]
+    padding = -sum(len(matrix) for matrix in matrices) % ALIGNED
+    matrices.append(matrices[0].new_zeros(padding, x.shape[-1]))
+    # The matrix is made again in the backward pass, or a copy of all weights would be kept until then.
+    return F.linear(x, recomputed(_together, *matrices))
 
 
 def _together(*weights: torch.Tensor) -> torch.Tensor:

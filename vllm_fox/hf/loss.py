@@ -49,7 +49,7 @@ def _with_gradients(
         if of_hidden:
             torch.mm(grad, weight, out=grad_hidden[at : at + rows])
         if of_weight:
-            grad_weight += grad.T @ x
+            _add_product(grad_weight, grad.T, x)
     return total, grad_hidden, grad_weight.to(weight.dtype)
 
 
@@ -61,6 +61,16 @@ def _block(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, to
     own = torch.arange(wide.shape[1], device=wide.device) == index
     grad = torch.where(counts[:, None], (wide - lse[:, None]).exp() - own.to(wide.dtype), 0.0)
     return losses, grad.to(logits.dtype)
+
+
+def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Add x @ y to a total, which is in float32 or wider."""
+    if total.is_cuda and x.dtype != total.dtype:
+        # cuBLAS adds to float32 what it multiplies in half precision, and rounds no product. Only for CUDA does
+        # PyTorch have this.
+        torch.addmm(total, x, y, out_dtype=total.dtype, out=total)
+    else:
+        total += x @ y
 
 
 def _room(x: torch.Tensor, wanted: bool) -> torch.Tensor:

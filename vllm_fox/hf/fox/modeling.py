@@ -19,10 +19,10 @@ from transformers.utils import logging
 from vllm_fox.families.fox.architecture import OFFICIAL, Architecture
 from vllm_fox.families.fox.bounds import projection_bound, qk_norm_bound, with_rounding
 from vllm_fox.families.fox.config import FlaForgettingTransformerConfig, FoxConfig
-from vllm_fox.hf.autocast import for_projections
 from vllm_fox.hf.fused import fused, fuses, recomputed
+from vllm_fox.hf.gated import can_project, gated, projected
 from vllm_fox.hf.generation import PackingGenerationMixin
-from vllm_fox.hf.joint import joint
+from vllm_fox.hf.joint import joint, side_by_side
 from vllm_fox.hf.line import Line
 from vllm_fox.hf.line_model import LineForCausalLM, LineModelMixin
 from vllm_fox.kernels import forgetting_attention
@@ -30,36 +30,9 @@ from vllm_fox.kernels.acp import pruning_threshold
 from vllm_fox.kernels.rope import rotate
 
 from .cache import ForgettingCache
+from .norm import RMSNorm, add_norm
 
 logger = logging.get_logger(__name__)
-
-
-class RMSNorm(nn.Module):
-    """RMS norm, x / rms(x) * weight, computed in float32 over groups of the last dimension.
-
-    Args:
-        shape: size of the weight.
-        eps: added to the mean square.
-        group: number of elements that are normed together; all of the weight's unless given.
-    """
-
-    def __init__(self, shape: int, eps: float, group: int | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.eps, self.group = eps, group or shape
-
-    def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [..., n] to float32 (or wider) [..., n / group, group]."""
-        x = x.unflatten(-1, (-1, self.group)).to(torch.promote_types(x.dtype, torch.float32))
-        weight = self.weight.to(x.dtype).view(-1, self.group)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [..., n] to the normed x [..., n]."""
-        return fused(type(self)._normed)(self, x) if fuses(self, x) else self._normed(x)
-
-    def _normed(self, x: torch.Tensor) -> torch.Tensor:
-        return self.wide(x).flatten(-2).to(x.dtype)
 
 
 class ShiftedLinear(nn.Module):
@@ -265,16 +238,15 @@ class GatedMLP(nn.Module):
         if not joint:
             self.up_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=False)
         self.down_proj = nn.Linear(arch.intermediate_size, arch.hidden_size, bias=False)
-        self.joint, self.act = joint, F.silu if arch.mlp_act == "silu" else torch.sigmoid
+        self.joint, self.activation = joint, arch.mlp_act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [N, hidden] to the output [N, hidden]."""
-        gate, up = self.gate_proj(x).chunk(2, -1) if self.joint else joint(x, (self.gate_proj, self.up_proj))
-        return self.down_proj(recomputed(self._gated, gate, up))
-
-    def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
-        return (self.act(wide) * up).to(up.dtype)  # rounded once
+        both = self.gate_proj(x) if self.joint else side_by_side(x, (self.gate_proj, self.up_proj))
+        if both is not None and can_project(both, self.down_proj):
+            return projected(both, self.down_proj, self.activation)
+        gate, up = joint(x, (self.gate_proj, self.up_proj)) if both is None else both.chunk(2, -1)
+        return self.down_proj(recomputed(gated, gate, up, self.activation))
 
 
 class ForgettingTransformerBlock(GradientCheckpointingLayer):
@@ -294,8 +266,9 @@ class ForgettingTransformerBlock(GradientCheckpointingLayer):
         return self._compute(x, line, cache)
 
     def _compute(self, x: torch.Tensor, line: Line, cache: ForgettingCache | None) -> torch.Tensor:
-        x = x + self.attn(for_projections(self.attn_norm(x)), line, cache)
-        return x + self.mlp(for_projections(self.mlp_norm(x)))
+        x, normed = add_norm(self.attn_norm, x)
+        x, normed = add_norm(self.mlp_norm, x, self.attn(normed, line, cache))
+        return x + self.mlp(normed)
 
 
 class ForgettingPreTrainedModel(PreTrainedModel):
