@@ -79,9 +79,9 @@ class Launcher:
 @cache
 def starts_early(device: torch.device) -> bool:
     """Whether a device can start a kernel while the one before it ends: NVIDIA's from compute capability 9.0 on."""
-    return (
-        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+    if device.type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

@@ -27,4 +27,5 @@ def product_backward(
         act, slope = gate * one, one * (1 + gate * rest)
     else:
         act, slope = one, one * rest
-    return torch.cat((given * up * slope, given * act), 1).to(gate_up.dtype), (act * up).to(gate_up.dtype)
+    product = (act * up).to(gate_up.dtype).contiguous()
+    return torch.cat((given * up * slope, given * act), 1).to(gate_up.dtype), product

@@ -68,7 +68,7 @@ def backward(
     rows, n = total.shape
     block, at_once, warps, programs = _shares(rows, n, total.device)
     grad_x = torch.empty_like(total, dtype=x_dtype)
-    grad_delta = total.new_empty(0 if delta_dtype is None else total.shape, dtype=delta_dtype)
+    grad_delta = total.new_empty(0 if delta_dtype is None else total.shape, dtype=delta_dtype or inverse.dtype)
     sums = inverse.new_empty((programs, n) if with_weight else 0)
     if rows:
         _launch(

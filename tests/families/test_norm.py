@@ -125,7 +125,7 @@ def test_gradients_are_those_of_plain_layers(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 def test_under_autocast(dtype: torch.dtype, weights: torch.dtype) -> None:
-    """Both round as often. Gradients that differ by a rounding in one place differ by several further on."""
+    """Gradients that differ by a rounding in one place differ by several further on."""
     models, seen = [fox().to(weights) for _ in range(2)], list[int]()
     torch._dynamo.reset()
     compile_layers(models[0], backend=counting(seen))

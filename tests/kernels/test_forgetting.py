@@ -16,6 +16,7 @@ from tests.support.harness import cut, formula, random_inputs
 from vllm_fox.kernels.acp import pruning_threshold
 from vllm_fox.kernels.float8 import FP8
 from vllm_fox.kernels.forgetting.pages import LIVE_RANGE_PERIOD
+from vllm_fox.kernels.forgetting.prefill.plan import PrefillPlan
 from vllm_fox.kernels.paged import TABLE_CHUNK, PageTable
 from vllm_fox.kernels.table_update import table_update
 
@@ -51,6 +52,21 @@ def test_chunked_prefill_then_decode(gates: str, page_size: int) -> None:
         assert freed == 0
     if gates in ("all", "floor") and page_size <= 64:
         assert freed > 0
+
+
+def test_one_plan_serves_all_layers_of_a_step() -> None:
+    """Tiles are sorted anew in each, whatever the layer before has left."""
+    inputs = cut(random_inputs(300, gates="mixed", seed=5), 0, 300)
+    layer = OneLayer(threshold=-16 - math.log(300) - 10, logit_bound=8.0)
+    step, batch = layer.prepare([(layer.open(), inputs)])
+    layer.state.begin_step(batch)
+    if layer.state.prefill_workspace is not None:  # so few tiles would not be sorted
+        assert batch.work is not None
+        layer.state.prefill_workspace = PrefillPlan(batch.work, layer.heads, layer.groups, sort=True)
+    for _ in range(3):
+        out = torch.full_like(step.q, float("nan"))
+        layer.impl.forward(step.flat(), batch, layer.state, out.flatten(1))
+        close(out.cpu(), formula(inputs), EXACT)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])

@@ -1,4 +1,4 @@
-"""The second half of a gated MLP, whose backward pass reads what it is made of once."""
+"""The second half of a gated MLP: the product of gate and up, and the projection of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Decode over live pages in Triton: equal shares of all pages for all programs, then one reduction.
+"""Decode over live pages in Triton: equal shares of all pages for all programs, which join what was cut.
 
 A program's share may begin and end in the middle of an item, a (row, head). It sums a stretch of an item with
-decay counted from the stretch's own newest key, and hands on by how much the whole stretch decays; the reduction
+decay counted from the stretch's own newest key, and hands in by how much the whole stretch decays; joining
 adds up the decay of the newer stretches. So no program needs to know what lies outside its share.
 """
 

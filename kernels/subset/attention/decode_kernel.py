@@ -1,4 +1,4 @@
-"""Decode over pages of single KV heads in Triton: equal shares of all pages for all programs, then one reduction.
+"""Decode over pages of single KV heads in Triton: equal shares for all programs, which join what was cut.
 
 Compaction keeps nearly all places of nearly all pages full, so there is little to leave out. K is therefore read of
 all tokens of a page, at the same time as the ends that say which of them are seen. V is read when the ends are
