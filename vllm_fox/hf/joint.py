@@ -23,7 +23,7 @@ def joint(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
     gradients. Then x is read once. The gradient of x is one sum in float32, where each layer by itself would round
     a part of it and add that to the others. A product with a few outputs costs a GPU as much as one with hundreds.
     """
-    joined = [layer for layer in layers if traced_with_gradients() and is_trained_plain(layer)]
+    joined = _joined(layers)
     if len(joined) < 2:
         return [layer(x) for layer in layers]
     joined.sort(key=lambda layer: -len(layer.weight))  # so that the parts begin where a GPU reads fast
@@ -38,10 +38,15 @@ def side_by_side(x: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor |
 
     None if not all of them become one product, or if one has a bias.
     """
-    joined = [layer for layer in layers if traced_with_gradients() and is_trained_plain(layer)]
+    joined = _joined(layers)
     if len(joined) < len(layers) or any(layer.bias is not None for layer in joined):
         return None
     return _product(x, [layer.weight for layer in joined])[..., : sum(len(layer.weight) for layer in joined)]
+
+
+def _joined(layers: Sequence[nn.Module]) -> list[nn.Linear]:
+    """Return those of some layers that become one product."""
+    return [layer for layer in layers if is_trained_plain(layer)] if traced_with_gradients() else []
 
 
 def _product(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -175,7 +175,7 @@ class PrefillPlan:
         # For each tile, its class of length, and how many of the class came before it.
         self._class = scratch(tiles) if sort else self.tile_first
         self._rank = scratch(tiles) if sort else self.tile_first
-        self.histogram = torch.zeros(LENGTH_CLASSES, dtype=torch.int32, device=device)
+        self.histogram = scratch(LENGTH_CLASSES).zero_() if sort else self.tile_first
 
     def update(
         self, pages: ForgettingPages, table: PageTable, batch: Batch, layer: int, threshold: torch.Tensor

@@ -56,7 +56,7 @@ def _decode(
     g, n, dim = tl.arange(0, GROUP), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     asked = (g < G)[:, None] & (dim < D)[None, :]
     while at < end:
-        # What the next stretch is of is asked for before this one is computed.
+        # The next stretch's row is looked up before this one is computed, so that nothing waits for it later.
         next_behind, next_slot, next_length, next_token = item_at(
             item_start, query_start, seq_lens, slots, slot_stride, item + 1, items, H
         )
