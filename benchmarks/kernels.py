@@ -1,10 +1,11 @@
 """Our kernels and their peers on one GPU, side by side: prefill and decode, 1k to 128k tokens.
 
-python -m benchmarks.kernels [--gates gates.safetensors] [--lengths 1024 4096 ...] [--plot docs/kernels.png]
+python -m benchmarks.kernels [--gates gates.safetensors] [--lengths 1024 4096 ...] [--float8] [--plot kernels.png]
 
-One layer of 24 heads of 64 in bfloat16. Prefill is one prompt as one chunk; decode is one new token of 64 sequences
-(16 from 64k on). Everything is timed as replays of a CUDA graph with a cold L2 cache. The limit of prefill is the
-time of FlashAttention 3 times the share of pairs that are live; that of decode is the live bytes at copy bandwidth.
+One layer of 24 heads of 64 in bfloat16; with --float8 our pages hold K and V as float8. Prefill is one prompt as
+one chunk; decode is one new token of 64 sequences (16 from 64k on). Everything is timed as replays of a CUDA graph
+with a cold L2 cache. The limit of prefill is the time of FlashAttention 3 times the share of pairs that are live;
+that of decode is the live bytes at copy bandwidth.
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ from typing import Any
 
 import torch
 
-from benchmarks.one_layer import OneLayer
+from benchmarks.one_layer import DEVICE, OneLayer
 from benchmarks.options import Parser, existing_file, positive_int
 from benchmarks.peers import (
     DECODE,
     PREFILL,
+    AbsentError,
     Decode,
     Gates,
     Prefill,
     copy_bandwidth,
+    flash_attention_3,
     live_pairs,
     load_gates,
     median_ms,
     pruning_threshold,
 )
 from benchmarks.record import save
+from vllm_fox.kernels.float8 import FP8
 from vllm_fox.kernels.forgetting.cache_write import cache_write
 from vllm_fox.kernels.forgetting.decode import decode_attention
 from vllm_fox.kernels.forgetting.live_range import live_range
@@ -41,6 +45,9 @@ HEADS, DIM, PAGE = 24, 64, 64
 SCALE = DIM**-0.5
 LAYERS = 8
 """Layers that a captured piece of a decode step repeats."""
+
+SHORT_PROMPTS, SHORTEST, LONGEST = 14, 200, 1000
+"""Prompts that are read in one step, and their lengths in tokens, which lie evenly: 8,400 tokens together."""
 
 SLOWEST = {"official FoX": 65536, "official FoX, head first": 65536, "fla": 65536, "SDPA, contiguous": 16384}
 """Longest prompt at which a slow peer is timed."""
@@ -55,7 +62,7 @@ def timed(call: Callable[[], Any]) -> float:
         return median_ms(call, rep_ms=150)
 
 
-def new_layer(gates: Gates, length: int, rows: int, prune: bool) -> OneLayer:
+def new_layer(gates: Gates, length: int, rows: int, prune: bool, float8: bool) -> OneLayer:
     """An empty layer for ``rows`` sequences of ``length`` tokens."""
     threshold = pruning_threshold(gates.logit_bound, length)[:, None]
     pages = -(-length // PAGE)
@@ -64,6 +71,7 @@ def new_layer(gates: Gates, length: int, rows: int, prune: bool) -> OneLayer:
         dim=DIM,
         page_size=PAGE,
         dtype=torch.bfloat16,
+        kv_dtype=FP8 if float8 else None,
         shift=True,
         threshold=threshold if prune else float("-inf"),
         num_slots=rows,
@@ -77,10 +85,10 @@ def random_tokens(gates: Gates, start: int, end: int, roll: int = 0) -> dict[str
     """Normal q, k, v and the gates of tokens ``start:end`` (moved on by ``roll``, for another sequence)."""
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(end - start, HEADS, *shape, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(end - start, HEADS, *shape, device=DEVICE, dtype=torch.bfloat16)
 
-    log_f = gates.log_forget.roll(-roll, 0)[start:end, :, None].cuda()
-    shift = torch.full((end - start, HEADS), 0.1, device="cuda")
+    log_f = gates.log_forget.roll(-roll, 0)[start:end, :, None].to(DEVICE)
+    shift = torch.full((end - start, HEADS), 0.1, device=DEVICE)
     return {
         "q": normal(1, DIM),
         "k": normal(DIM),
@@ -93,7 +101,7 @@ def random_tokens(gates: Gates, start: int, end: int, roll: int = 0) -> dict[str
 
 def write(layer: OneLayer, step: Any, batch: Batch) -> None:
     """The page write of a step."""
-    norm = torch.ones(HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    norm = torch.ones(HEADS, DIM, device=DEVICE, dtype=torch.bfloat16)
     cache_write(
         layer.pages,
         layer.table,
@@ -110,11 +118,17 @@ def write(layer: OneLayer, step: Any, batch: Batch) -> None:
     )
 
 
-def ours_prefill(gates: Gates, length: int, prune: bool) -> dict[str, float]:
+def ours_prefill(gates: Gates, length: int, prune: bool, float8: bool = False) -> dict[str, float]:
     """Milliseconds of prefill attention and of the page write for one prompt."""
-    layer = new_layer(gates, length, 1, prune)
+    layer = new_layer(gates, length, 1, prune, float8)
     step, batch = layer.prepare([(layer.open(), random_tokens(gates, 0, length))])
     write(layer, step, batch)
+    attention = timed(prefill_call(layer, step, batch))
+    return {"attention": attention, "write": timed(lambda: write(layer, step, batch))}
+
+
+def prefill_call(layer: OneLayer, step: Any, batch: Batch) -> Callable[[], None]:
+    """Prefill attention of a step that has been written."""
     out, state, threshold = torch.empty_like(step.q), layer.state, layer.state.thresholds[0]
     state.begin_step(batch)
 
@@ -132,12 +146,37 @@ def ours_prefill(gates: Gates, length: int, prune: bool) -> dict[str, float]:
             state.prefill_workspace,
         )
 
-    return {"attention": timed(attend), "write": timed(lambda: write(layer, step, batch))}
+    return attend
 
 
-def ours_decode(gates: Gates, length: int, rows: int, prune: bool) -> dict[str, float]:
+def short_prompts(gates_path: str | None, float8: bool) -> dict[str, float | None]:
+    """Milliseconds of many short prompts in one step, and of the same in FlashAttention 3 if it runs here."""
+    lengths = torch.linspace(SHORTEST, LONGEST, SHORT_PROMPTS).long().tolist()
+    gates = load_gates(gates_path, HEADS, LONGEST)
+    layer = new_layer(gates, LONGEST, SHORT_PROMPTS, True, float8)
+    work = [(layer.open(), random_tokens(gates, 0, length)) for length in lengths]
+    step, batch = layer.prepare(work)
+    write(layer, step, batch)
+    times: dict[str, float | None] = {"ours": timed(prefill_call(layer, step, batch)), "FlashAttention 3": None}
+    try:
+        attention, _ = flash_attention_3()
+    except (ImportError, AbsentError):
+        return times
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(step.q.device)
+    q, k, v = step.q[:, :, 0], step.k, step.v
+
+    def dense() -> None:
+        attention(
+            q, k, v, max_seqlen_q=LONGEST, cu_seqlens_q=bounds, max_seqlen_k=LONGEST, cu_seqlens_k=bounds,
+            causal=True, fa_version=3,
+        )  # fmt: skip
+
+    return times | {"FlashAttention 3": timed(dense)}
+
+
+def ours_decode(gates: Gates, length: int, rows: int, prune: bool, float8: bool = False) -> dict[str, float]:
     """Milliseconds of decode attention, of the page write and the live range, and of the plan; and live pages."""
-    layer = new_layer(gates, length, rows, prune)
+    layer = new_layer(gates, length, rows, prune, float8)
     slots = [layer.open() for _ in range(rows)]
     # Requests come to a live-range check at different times.
     ends = [length - row % LIVE_RANGE_PERIOD for row in range(rows)]
@@ -176,7 +215,7 @@ def ours_decode(gates: Gates, length: int, rows: int, prune: bool) -> dict[str, 
         "live_pages": live_pages,
         "live_share": live_pages / (rows * HEADS * (newest + 1)),
         # K, V and gates of live pages; q and out are a thousandth of them.
-        "bytes": live_pages * PAGE * (2 * DIM * 2 + 4),
+        "bytes": live_pages * PAGE * (2 * DIM * layer.pages.k.element_size() + 4),
     }
 
 
@@ -197,10 +236,10 @@ def time_peers(peers: Any, inputs: Any, length: int) -> tuple[dict[str, float], 
     return times, absent
 
 
-def prefill(gates_path: str | None, length: int) -> dict[str, Any]:
+def prefill(gates_path: str | None, length: int, float8: bool) -> dict[str, Any]:
     """One row of the prefill table."""
     gates = load_gates(gates_path, HEADS, length)
-    pruned, dense = ours_prefill(gates, length, True), ours_prefill(gates, length, False)
+    pruned, dense = (ours_prefill(gates, length, prune, float8) for prune in (True, False))
     tokens = random_tokens(gates, 0, length)
     inputs = Prefill(
         q=tokens["q"][None, :, :, 0],
@@ -224,13 +263,13 @@ def prefill(gates_path: str | None, length: int) -> dict[str, Any]:
     }
 
 
-def decode(gates_path: str | None, length: int, bandwidth: float) -> dict[str, Any]:
+def decode(gates_path: str | None, length: int, bandwidth: float, float8: bool) -> dict[str, Any]:
     """One row of the decode table."""
     rows = 64 if length <= 16384 else 16
     gates = load_gates(gates_path, HEADS, length)
-    pruned = ours_decode(gates, length, rows, True)
+    pruned = ours_decode(gates, length, rows, True, float8)
     torch.cuda.empty_cache()
-    dense = ours_decode(gates, length, rows, False)
+    dense = ours_decode(gates, length, rows, False, float8)
     torch.cuda.empty_cache()
     blocks = rows * -(-length // 256)
     cache = torch.randn(2, blocks, 256, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
@@ -273,6 +312,10 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _times(found: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {'-' if ms is None else f'{ms:.3f} ms'}" for name, ms in found.items())
+
+
 def plot(path: str, results: dict[str, list[dict[str, Any]]]) -> None:
     """Milliseconds against length, both in log scale."""
     import matplotlib
@@ -301,6 +344,7 @@ def main() -> None:
         "--gates", type=existing_file, help="safetensors with log_forget and logit_bound (default: synthetic gates)"
     )
     parser.add_argument("--lengths", type=positive_int, nargs="+", default=[1024, 4096, 16384, 65536, 131072])
+    parser.add_argument("--float8", action="store_true", help="our pages hold K and V as float8")
     parser.add_argument("--out", default="results/kernels.json")
     parser.add_argument("--plot", help="also draw this picture")
     args = parser.parse_args()
@@ -308,15 +352,16 @@ def main() -> None:
         raise SystemExit("benchmarks.kernels needs a CUDA GPU: none was found.")
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
+    short = short_prompts(args.gates, args.float8)
     results: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
     for length in args.lengths:
-        results["prefill"].append(prefill(args.gates, length))
-        results["decode"].append(decode(args.gates, length, bandwidth))
+        results["prefill"].append(prefill(args.gates, length, args.float8))
+        results["decode"].append(decode(args.gates, length, bandwidth, args.float8))
         torch.cuda.empty_cache()
         print(f"{length} tokens done", flush=True)
         for rows in results.values():
             rows.sort(key=lambda row: row["length"])
-        save(args.out, {"copy_bandwidth": bandwidth, **results})
+        save(args.out, {"copy_bandwidth": bandwidth, "float8": args.float8, "short_prompts_ms": short, **results})
     for kind, rows in results.items():
         print("\n" + table(f"{kind}, ms (times ours with ACP)", rows))
     for row in results["decode"]:
@@ -327,6 +372,7 @@ def main() -> None:
             f"{100 * share['ours, all live']:.0f} % with all live; write and live range "
             f"{100 * small / row['ms']['ours, ACP']:.1f} % of attention"
         )
+    print(f"{SHORT_PROMPTS} prompts of {SHORTEST} to {LONGEST:,} tokens in one step: {_times(short)}")
     reasons = {label: why for rows in results.values() for row in rows for label, why in row["absent"].items()}
     for label, why in reasons.items():
         print(f"not timed: {label}: {why}")

@@ -7,7 +7,8 @@ python -m benchmarks.serving run --system dense --save results/serving_dense.jso
 python -m benchmarks.serving run --system fox-unpruned --latency --save results/serving_fox_unpruned.json
 python -m benchmarks.serving report results/serving_*.json --plot docs/serving.png
 
-Several GPUs: --tensor-parallel-size, --pipeline-parallel-size, --data-parallel-size, --executor ray.
+Float8 pages: --kv-cache-dtype fp8. Several GPUs: --tensor-parallel-size, --pipeline-parallel-size,
+--data-parallel-size, --executor ray.
 """
 
 from __future__ import annotations
@@ -74,11 +75,27 @@ class Recorder(StatLoggerBase):
         """Nothing is logged."""
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a command that runs one system, for :func:`engine_options`."""
+    parser.add_argument("--system", choices=SYSTEMS, required=True)
+    parser.add_argument("--models", default=str(Path(tempfile.gettempdir()) / "vllm-fox-bench"))
+    add_geometry_options(parser)
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--max-num-seqs", type=positive_int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=positive_int, default=8192)
+    parser.add_argument("--gpu-memory-utilization", type=fraction, default=0.8)
+    for name in ("tensor", "pipeline", "data"):
+        parser.add_argument(f"--{name}-parallel-size", type=positive_int, default=1)
+    parser.add_argument("--executor", choices=["mp", "ray"])
+    parser.add_argument("--save", help="JSON file for the result")
+
+
 def engine_options(args: argparse.Namespace, longest: int) -> dict[str, Any]:
     """Engine arguments of the system asked for; the same flags for all."""
     size, folder = Geometry(args.layers, args.hidden, args.heads), Path(args.models)
     options: dict[str, Any] = {
         "dtype": "bfloat16",
+        "kv_cache_dtype": args.kv_cache_dtype,
         "max_model_len": longest,
         "max_num_seqs": args.max_num_seqs,
         "max_num_batched_tokens": args.max_num_batched_tokens,
@@ -211,6 +228,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 def label(figures: dict[str, Any]) -> str:
     """System and layout of a saved run."""
     options, parts = figures["options"], [figures["system"]]
+    if options["kv_cache_dtype"] != "auto":
+        parts.append(options["kv_cache_dtype"])
     for kind in ("tensor", "pipeline", "data"):
         if (size := options[f"{kind}_parallel_size"]) > 1:
             parts.append(f"{kind[0].upper()}P={size}")
@@ -290,18 +309,8 @@ def _plot(path: str, total: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    common = Parser(add_help=False)
-    common.add_argument("--models", default=str(Path(tempfile.gettempdir()) / "vllm-fox-bench"))
-    add_geometry_options(common)
-    common.add_argument("--max-num-seqs", type=positive_int, default=256)
-    common.add_argument("--max-num-batched-tokens", type=positive_int, default=8192)
-    common.add_argument("--gpu-memory-utilization", type=fraction, default=0.8)
-    for name in ("tensor", "pipeline", "data"):
-        common.add_argument(f"--{name}-parallel-size", type=positive_int, default=1)
-    common.add_argument("--executor", choices=["mp", "ray"])
-    common.add_argument("--save", help="JSON file for the result")
-    one = commands.add_parser("run", parents=[common])
-    one.add_argument("--system", choices=SYSTEMS, required=True)
+    one = commands.add_parser("run")
+    add_engine_options(one)
     one.add_argument("--requests", type=non_negative_int, default=256, help="0: latency only")
     one.add_argument("--prompt", type=positive_int, default=16384)
     one.add_argument("--output", type=positive_int, default=1024)

@@ -181,13 +181,17 @@ class System:
         return torch.stack(losses).sum()
 
 
+def of_other_size(config: Any, layers: int, hidden: int, heads: int) -> Any:
+    """A config like another one, with an MLP as wide as its hidden size asks for."""
+    given = config.to_dict() | {"num_hidden_layers": layers, "hidden_size": hidden, "num_heads": heads}
+    return type(config)(**given | {"num_kv_heads": None, "intermediate_size": None, "log_pruning_tolerance": -10.0})
+
+
 def geometry(args: argparse.Namespace) -> Any:
     """A model with the run's vocabulary and random weights, whose heads forget half of the past in 2 to 5,600
     tokens. A trained model's gates leave less of it, and the losses mean nothing."""
     config = ForgettingTransformerForCausalLM.from_pretrained(args.run / "model").config
-    config.num_hidden_layers, config.hidden_size, config.num_heads = args.layers, args.hidden, args.heads
-    config.num_kv_heads = None
-    config.log_pruning_tolerance = -10.0
+    config = of_other_size(config, args.layers, args.hidden, args.heads)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model: Any = ForgettingTransformerForCausalLM(config)
@@ -301,11 +305,12 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
         live = live_shares(model.cuda().eval(), batch[:1]).mean().item()
         counted = operations(model, batch, live)
         speed = {name: statistics.median(rate) for name, rate in rates.items()}
+        parameters = sum(p.numel() for p in model.parameters())
         figures[str(context)] = {
             "live_share": live,
             "compiled": args.compile,
             "checkpointing": args.checkpointing,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": parameters,
             "tokens_per_second": speed,
             "all_tokens_per_second": rates,
             "busy_seconds": busy,
@@ -314,7 +319,7 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
             "step_gib": peaks,
             "absent": absent,
         }
-        print(f"{context:,} tokens: {100 * live:.1f} % of pairs live")
+        print(f"{context:,} tokens, {parameters:,} parameters: {100 * live:.1f} % of pairs live")
         for name, rate in speed.items():
             seconds = batch.numel() / rate
             of_peak = " and ".join(f"{count / seconds / args.peak_tflops / 1e10:.0f}" for count in counted)

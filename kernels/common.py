@@ -53,6 +53,31 @@ def power_of_two_above(x):
     return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def beside_float8(query):
+    """Queries as they are multiplied with float8 numbers, and the power of two to multiply the products by.
+
+    A GPU makes float16 of float8 with one instruction for two numbers, and bfloat16 with five. So queries in
+    bfloat16 become float16, which is exact for all that are not below 2^-14 of the largest; those are off by at
+    most 2^-25 of it.
+    """
+    size = 1.0
+    if query.dtype == tl.bfloat16:
+        wide = query.to(tl.float32)
+        size = power_of_two_above(tl.max(tl.abs(wide)))
+        query = (wide / size).to(tl.float16)
+    return query, size
+
+
+@triton.constexpr_function
+def below_peak(dtype):
+    """How far below the largest logit (to base 2) weights of ``dtype`` are 1.
+
+    The least float16 is 2^-24. With 15 the largest weight is 2^15, so that those down to 2^-39 of it are not lost.
+    """
+    return 15.0 if dtype == tl.float16 else 0.0
+
+
 @triton.jit(do_not_specialize=["number"])
 def trial_kernel(out, number, stride, CONSTANT: tl.constexpr):
     """What ``launch.py`` tries out: ``number * CONSTANT`` plus the program's number at every stride-th place."""

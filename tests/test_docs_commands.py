@@ -84,6 +84,7 @@ NOT_RUN = {
     "python -m benchmarks.dcp_serving": "a GPU",
     "python -m benchmarks.eviction_kernels": "a GPU",
     "python -m benchmarks.fuzz": "Schemathesis, and minutes; tests/benchmarks/test_fuzz.py tests its parts",
+    "python -m benchmarks.goodput": "a GPU; tests/benchmarks/test_goodput.py tests its parts",
     "python -m benchmarks.kernels": "a GPU",
     "python -m benchmarks.kills": "minutes; tests/benchmarks/test_kills.py tests its parts",
     "python -m benchmarks.kills_ray": "minutes; tests/benchmarks/test_kills_ray.py tests its parts",

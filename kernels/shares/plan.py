@@ -117,8 +117,9 @@ class DecodePlan:
             the item that begins in this program's share and goes on in the next one's. It is 0 between layers.
         partials: [programs, 2, groups, head_dim + 3] float32, of one layer at a time: what a program has summed up
             of the items that are cut off at its share's ends. The one that goes on in the next program is at 1, the
-            one that came from the program before at 0. The numbers are the weighted sum of the values, the largest
-            logit, the sum of the weights, and the decay over the stretch. Logits and decay are to base 2.
+            one that came from the program before at 0. The numbers are the weighted sum of the values, the logit
+            at which weights are 1, the sum of the weights, and the decay over the stretch. Logits and decay are to
+            base 2.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from tests.support.command_lines import check_ranges, refused, scripts
 
 PRECISION = ["precision", "learning", "checkpoint", "text", "--output=o"]
 SERVING = ["serving", "run", "--system=fox"]
+GOODPUT = ["goodput", "run", "--system=fox"]
 
 
 @pytest.mark.parametrize("script", scripts("benchmarks"))
@@ -51,6 +52,12 @@ def test_a_benchmark_finds_the_examples_by_itself() -> None:
         (["dcp_serving", "--contexts", "2000"], "--contexts is 2000: it must be at most 1024"),
         (["dcp_serving", "--contexts", "2", "--answer-share=0.1"], "--answer-share is 0.1: of --contexts 2"),
         (["dcp_serving", "--dense=d", "--profiles=p"], "--model and --dense go together."),
+        ([*GOODPUT, "--prompt=9", "--trace=setup.cfg"], "--trace is setup.cfg: it must be a file."),
+        (
+            [*GOODPUT, "--prompt=131000"],
+            "--prompt is 131000: with --output it must be at most --max-model-len 131072.",
+        ),
+        ([*GOODPUT, "--rates=0.1", "--seconds=5"], "--rates has 0.1: within --seconds, 5, no request may arrive."),
         (["kernels", "--lengths", "1024", "0"], "--lengths is 0: it must be at least 1."),
         (["kernels", "--gates=gates.safetensors"], "--gates is gates.safetensors: it must be a file."),
         (["page_size", "--prompt=8192"], "--prompt is 8192: it must be from 1 to 8128."),

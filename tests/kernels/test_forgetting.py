@@ -240,10 +240,17 @@ def test_float8_pages(page_size: int, dtype: torch.dtype) -> None:
         close(got[part], expected[part], 0.12 if INTERPRETED else 0.06)
 
 
+@pytest.mark.parametrize("kv_dtype", [FP8, None])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
-def test_small_values_beside_a_sink_in_float8_pages(dtype: torch.dtype, tolerance: float) -> None:
-    """The first token takes nearly all weight and adds nothing: what is left are small weights of small values,
-    whose product with a page's scale is no normal number in float16."""
+@pytest.mark.parametrize("sink, size", [(44.0, 2.0**-7), (112.0, 2.0**10)])
+def test_small_weights_beside_a_sink(
+    sink: float, size: float, dtype: torch.dtype, tolerance: float, kv_dtype: torch.dtype | None
+) -> None:
+    """The first token takes nearly all weight and adds nothing, so what is left are small weights.
+
+    Those of small values give no normal number in float16 when a float8 page's scale multiplies them. The others
+    are 2^-29, which float16 does not have.
+    """
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter has no bfloat16 dot product")
     length, dim, rng = 260, 32, torch.Generator().manual_seed(0)
@@ -251,17 +258,30 @@ def test_small_values_beside_a_sink_in_float8_pages(dtype: torch.dtype, toleranc
     inputs = {
         "q": unit.expand(length, 1, 1, dim).contiguous(),
         "k": torch.zeros(length, 1, dim),
-        "v": torch.randint(2, (length, 1, dim), generator=rng).mul(2.0).sub(1.0) * 2**-7,
+        "v": torch.randint(2, (length, 1, dim), generator=rng).mul(2.0).sub(1.0) * size,
         "log_f": torch.zeros(length, 1, 1),
     }
-    inputs["k"][0], inputs["v"][0] = 44 * unit, 0.0  # numbers that float8 has
-    layer = OneLayer(heads=1, page_size=64, dtype=dtype, kv_dtype=FP8)
+    inputs["k"][0], inputs["v"][0] = sink * unit, 0.0  # numbers that float8 has
+    layer = OneLayer(heads=1, page_size=64, dtype=dtype, kv_dtype=kv_dtype)
     slot = layer.open()
     out = layer.step([(slot, cut(inputs, 0, 250))])
     out += [layer.step([(slot, cut(inputs, t, t + 1))])[0] for t in range(250, length)]
     # Weights and output are rounded.
     close(torch.cat(out[:1]), formula(inputs)[:250], tolerance)
     close(torch.cat(out[1:]), formula(inputs)[250:], tolerance)
+
+
+def test_queries_of_any_size_beside_float8_pages() -> None:
+    """In bfloat16 they may be far above the largest float16, and differ as much between the heads of a group."""
+    inputs = random_inputs(40, heads=1, groups=2, gates="never")
+    inputs["q"] = (inputs["q"] * torch.tensor([2.0**40, 2.0**30])[:, None]).bfloat16().float()
+    k = (inputs["k"] * 16).round().clamp(-15, 15) / 16  # numbers that float8 has
+    inputs["k"] = k * 2.0**-40
+    inputs["v"] = (inputs["v"] * 16).round().clamp(-15, 15) / 16
+    layer = OneLayer(heads=1, groups=2, dtype=torch.bfloat16, kv_dtype=FP8)
+    slot = layer.open()
+    out = [layer.step([(slot, cut(inputs, t, t + 1))])[0] for t in range(40)]
+    close(torch.cat(out), formula(inputs), 8e-3)  # weights and output are rounded
 
 
 def test_table_update_writes_what_is_new_and_nothing_else() -> None:

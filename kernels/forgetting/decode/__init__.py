@@ -23,7 +23,7 @@ def make_workspace(
     groups: int,
     head_dim: int,
     page_size: int,
-    scaled: bool,
+    dtype: torch.dtype,
     max_rows: int,
     device: torch.device,
 ) -> DecodePlan | None:
@@ -35,7 +35,7 @@ def make_workspace(
         groups: query heads a KV head.
         head_dim: d.
         page_size: tokens a page.
-        scaled: whether pages are float8.
+        dtype: of K and V in pages.
         max_rows: most rows that a step can have.
         device: of the page pool.
 
@@ -48,7 +48,7 @@ def make_workspace(
     from .kernel import launch
 
     return DecodePlan(
-        launch(head_dim, groups, page_size, scaled),
+        launch(head_dim, groups, page_size, dtype),
         layers=layers,
         heads=heads,
         groups=groups,

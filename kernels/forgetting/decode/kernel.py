@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import LOG2E, page_id, take_turn
+from ...common import LOG2E, below_peak, beside_float8, page_id, take_turn
 from ...float8 import FP8
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
@@ -20,12 +20,14 @@ from ...shares.reduction import hand_in, stretches_at_once
 from ..pages import ForgettingPages
 
 
-def launch(head_dim: int, groups: int, page_size: int, scaled: bool) -> Launch:
-    """The launch for a shape; ``scaled``: float8 pages, which are converted in registers."""
-    block = keys_a_block(head_dim, page_size)
-    if head_dim <= 64 and groups == 1 and not scaled:
-        return Launch(block, 1, 3, 8)
-    return Launch(block, 2, 4, 4)
+def launch(head_dim: int, groups: int, page_size: int, dtype: torch.dtype) -> Launch:
+    """The launch for a shape and the dtype of K and V in pages."""
+    block, scaled = keys_a_block(head_dim, page_size), dtype == FP8
+    if dtype == torch.float32 or head_dim > 128:
+        return Launch(block, 2, 4, 4)
+    if groups > 1 or head_dim > 64:
+        return Launch(block, 1, 4 if scaled else 2, 8)
+    return Launch(block, 1, 2, 12) if scaled or head_dim <= 32 else Launch(block, 1, 3, 8)
 
 
 @triton.jit(
@@ -67,6 +69,11 @@ def _decode(
             query = tl.load(
                 q + token * q_stride + (head * G + g)[:, None] * D + dim[None, :], mask=(g < G)[:, None], other=0.0
             )
+            factor = scale * LOG2E
+            if SCALED:
+                query, size = beside_float8(query)
+                factor *= size
+            BELOW: tl.constexpr = below_peak(query.dtype)
             peak = tl.full([GROUP], float("-inf"), tl.float32)
             mass = tl.zeros([GROUP], tl.float32)
             value = tl.zeros([GROUP, D], tl.float32)
@@ -98,22 +105,25 @@ def _decode(
                 else:
                     in_page = tl.minimum(tl.where(sub == SUB - 1, 0.0, in_page), tl.min(gates, 1))
                 bias = (decay + in_page)[:, None] - gates
-                factor = scale * LOG2E
+                k_factor = factor
                 if SCALED:
-                    factor = factor * tl.load(scale_pages + this * (PAGE_BYTES // 4))
-                    k = k.to(query.dtype)
-                    # Not the weights: small ones times a small scale would underflow in float16.
-                    v = (v.to(query.dtype) * tl.load(scale_pages + this * (PAGE_BYTES // 4) + 1)).to(query.dtype)
-                logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * factor + bias * LOG2E
+                    k_factor = factor * tl.load(scale_pages + this * (PAGE_BYTES // 4))
+                    k, v = k.to(query.dtype), v.to(query.dtype)
+                logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * k_factor + bias * LOG2E
                 logits = tl.where(valid[None, :], logits, float("-inf"))
-                new_peak = tl.maximum(peak, tl.max(logits, 1))
+                new_peak = tl.maximum(peak, tl.max(logits, 1) - BELOW)
                 # A block in which nothing is written yet leaves the peak at -inf.
                 anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
                 weights = tl.exp2(logits - anchor[:, None])
                 shrink = tl.exp2(peak - anchor)
                 mass = mass * shrink + tl.sum(weights, 1)
                 value = value * shrink[:, None]
-                value = tl.dot(weights.to(v.dtype), v, value, input_precision=PRECISION)
+                if SCALED:
+                    # Not the weights are scaled: small ones times a small scale would underflow in float16.
+                    v_scale = tl.load(scale_pages + this * (PAGE_BYTES // 4) + 1)
+                    value += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * v_scale
+                else:
+                    value = tl.dot(weights.to(v.dtype), v, value, input_precision=PRECISION)
                 peak = new_peak
                 decay += tl.where(sub == 0, in_page, 0.0)
             begins, ends = at == first, stop == behind

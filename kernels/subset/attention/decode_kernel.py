@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import LOG2E, page_id, take_turn
-from ...float8 import FP8
+from ...common import LOG2E, below_peak, beside_float8, page_id, power_of_two_above, take_turn
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
 from ...shares.plan import DecodePlan, Launch, item_at, keys_a_block
@@ -21,11 +20,11 @@ from ..pages import SubsetPages
 
 
 def launch(head_dim: int, page_size: int, dtype: torch.dtype) -> Launch:
-    """The launch for a shape and the dtype of K and V in pages; float8 is converted in registers."""
+    """The launch for a shape and the dtype of K and V in pages."""
     block = keys_a_block(head_dim, page_size)
     if head_dim > 128:
         return Launch(block, 2, 3, 4)
-    if dtype == torch.float32 or (head_dim > 64 and dtype == FP8):
+    if dtype == torch.float32:
         return Launch(block, 2, 4, 4)
     return Launch(block, 1, 4, 8)
 
@@ -67,6 +66,11 @@ def _decode(
             newest = (length - 1) // P - (at - first)  # of this stretch
             heads = (head * G + g)[:, None] * D + dim[None, :]
             query = tl.load(q + token * q_stride + heads, mask=asked, other=0.0)
+            factor = scale * LOG2E
+            if SCALED:
+                query, size = beside_float8(query)
+                factor *= size
+            BELOW: tl.constexpr = below_peak(query.dtype)
             peak = tl.full([GROUP], float("-inf"), tl.float32)
             mass = tl.zeros([GROUP], tl.float32)
             value = tl.zeros([GROUP, BLOCK_D], tl.float32)
@@ -83,20 +87,25 @@ def _decode(
                     scales = scale_pages + this * PAGE_SCALES + 2 * offset
                     k_scale = tl.load(scales, mask=written, other=0.0).to(tl.float32)
                     v_scale = tl.load(scales + 1, mask=seen, other=0.0).to(tl.float32)
-                    k = k.to(query.dtype)
-                    # Not the weights: small ones times a small scale would underflow in float16.
-                    v = (v.to(tl.float32) * v_scale[:, None]).to(query.dtype)
-                logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+                    k, v = k.to(query.dtype), v.to(query.dtype)
+                logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * factor
                 if SCALED:
                     logits = logits * k_scale[None, :]
                 logits = tl.where(seen[None, :], logits, float("-inf"))
-                new_peak = tl.maximum(peak, tl.max(logits, 1))
+                new_peak = tl.maximum(peak, tl.max(logits, 1) - BELOW)
                 # A block of which nothing is seen leaves the peak at -inf.
                 anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
                 weights = tl.exp2(logits - anchor[:, None])
                 shrink = tl.exp2(peak - anchor)
                 mass = mass * shrink + tl.sum(weights, 1)
-                value = tl.dot(weights.to(v.dtype), v, value * shrink[:, None], input_precision=PRECISION)
+                value = value * shrink[:, None]
+                if SCALED:
+                    # Relative to the block's largest scale: a small weight times a small scale would underflow.
+                    largest = power_of_two_above(tl.max(v_scale))
+                    weights *= (v_scale / largest)[None, :]
+                    value += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * largest
+                else:
+                    value = tl.dot(weights.to(v.dtype), v, value, input_precision=PRECISION)
                 peak = new_peak
             begins, ends = at == first, stop == behind
             if begins & ends:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import LOG2E, masked_page_id
+from ...common import LOG2E, below_peak, masked_page_id
 from ...launch import Launcher
 from ...paged import QUERY_BLOCK, TABLE_CHUNK, Batch, PageTable
 from ..pages import NEVER, SubsetPages
@@ -144,7 +144,7 @@ def _add(query, k, v, logits_bias, factor, peak, mass, value, MASKED: tl.constex
     logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * factor
     if MASKED:
         logits += logits_bias
-    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    new_peak = tl.maximum(peak, tl.max(logits, 1) - below_peak(v.dtype))
     anchor = new_peak
     if MASKED:
         # A query that has seen nothing yet leaves its peak at -inf.

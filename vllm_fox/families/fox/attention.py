@@ -55,7 +55,7 @@ class ForgettingState(WorkerState):
             groups=groups,
             head_dim=pages.k.shape[-1],
             page_size=pages.page_size,
-            scaled=pages.scales is not None,
+            dtype=pages.dtype,
             max_rows=max_rows,
         )
 
