@@ -29,7 +29,16 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from benchmarks.checkpoint import Geometry, add_geometry_options, geometry_of, ready, write_fox, write_llama
+from benchmarks.checkpoint import (
+    Geometry,
+    add_geometry_options,
+    fox_parameters,
+    geometry_of,
+    llama_parameters,
+    ready,
+    write_fox,
+    write_llama,
+)
 from benchmarks.engine_profile import check_py_spy, sampled, summary
 from benchmarks.options import Parser, fraction, non_negative_int, positive_float, positive_int
 from benchmarks.record import save, saved
@@ -178,6 +187,7 @@ async def throughput(engine: AsyncLLM, args: argparse.Namespace) -> dict[str, An
         "peak_kv_usage": max(step[4] for one in steps for step in one),
         "preemptions": sum(recorder.preemptions for recorder in Recorder.engines),
         "blocks": engine.vllm_config.cache_config.num_gpu_blocks,
+        "block_tokens": engine.vllm_config.cache_config.block_size,
         "steps": steps[0],
     }
 
@@ -236,6 +246,32 @@ def label(figures: dict[str, Any]) -> str:
     return " ".join(parts + [options["executor"]] * (options["executor"] is not None))
 
 
+def limit_seconds(figures: dict[str, Any], copy_tbs: float, tflops: float) -> tuple[float, float]:
+    """Seconds in which the GPUs of a saved run could at best read what is in memory, once a step, and multiply.
+
+    Args:
+        figures: of one engine (with data parallelism only the first one's steps are saved).
+        copy_tbs, tflops: TB/s of copies, and TFLOP/s of the model's matrix products, of one GPU.
+
+    Returns:
+        Seconds for reading the pages in use, K, V and gates; and for two operations a weight and token. The weights
+        of the head count only for tokens that are answered.
+    """
+    options, total = figures["options"], figures["result"]["throughput"]
+    size = Geometry(options["layers"], options["hidden"], options["heads"])
+    fox = figures["system"] != "dense"
+    number = 1 if options["kv_cache_dtype"] == "fp8" else 2
+    token = size.layers * (2 * size.hidden * number + (4 * size.heads if fox else 0))
+    held = total["blocks"] * total["block_tokens"] * token
+    read = held * sum(step[4] for step in total["steps"]) / (1e12 * copy_tbs)
+    head = size.vocab * size.hidden
+    layers = (fox_parameters(size) if fox else llama_parameters(size)) - 2 * head
+    answered = total["output_tokens"]
+    products = 2 * (layers * (total["prompt_tokens"] + answered) + head * answered) / (1e12 * tflops)
+    gpus = options["tensor_parallel_size"] * options["pipeline_parallel_size"]
+    return read / gpus, products / gpus
+
+
 def report(args: argparse.Namespace) -> None:
     """Join saved results to tables."""
     found = [saved(path) for path in args.files]
@@ -253,11 +289,15 @@ def report(args: argparse.Namespace) -> None:
         _throughput_table(totals)
     for name, rows in latencies.items():
         for length, row in rows.items():
-            to = latencies.get("dense", rows).get(length, row)
-            ratios = [row[column] / to[column] for column in ("first_token_ms", "per_token_ms")]
+            first, each = row["first_token_ms"], row["per_token_ms"]
+            to, of_dense = latencies.get("dense", {}).get(length), ("", "")
+            if to is not None:
+                of_dense = (
+                    f" ({first / to['first_token_ms']:.2f}x dense)", f" ({each / to['per_token_ms']:.2f}x dense)"
+                )  # fmt: skip
             print(
-                f"{name:<18}{length:>8,} tokens: first token {row['first_token_ms']:8.1f} ms "
-                f"({ratios[0]:.2f}x dense), each after {row['per_token_ms']:.3f} ms ({ratios[1]:.2f}x dense)"
+                f"{name:<18}{length:>8,} tokens: first token {first:8.1f} ms{of_dense[0]}, "
+                f"each after {each:.3f} ms{of_dense[1]}"
             )
     for name, total in totals.items():
         if share := total.get("profile"):
@@ -265,6 +305,15 @@ def report(args: argparse.Namespace) -> None:
                 f"{name}, of the engine's time: scheduler's side of the plugin {100 * share['scheduler']:.1f} %, "
                 f"page table and reports on a worker {100 * share['worker']:.1f} %"
             )
+    for one in found if args.copy_tbs else []:
+        if "throughput" not in one["result"] or one["options"]["data_parallel_size"] > 1:
+            continue
+        read, products = limit_seconds(one, args.copy_tbs, args.tflops)
+        seconds = one["result"]["throughput"]["seconds"]
+        print(
+            f"{label(one)}: limit {read + products:.1f} s, of which reading {read:.1f} s and products "
+            f"{products:.1f} s: {100 * (read + products) / seconds:.0f} % of the run"
+        )
     if args.plot:
         _plot(args.plot, totals)
 
@@ -320,8 +369,12 @@ def main() -> None:
     joined = commands.add_parser("report")
     joined.add_argument("files", nargs="+")
     joined.add_argument("--plot")
+    joined.add_argument("--copy-tbs", type=positive_float, help="TB/s of copies on the GPU: also print the limit")
+    joined.add_argument("--tflops", type=positive_float, help="TFLOP/s of matrix products, for the limit")
     args = parser.parse_args()
     if args.command == "report":
+        if (args.copy_tbs is None) != (args.tflops is None):
+            joined.error("--copy-tbs and --tflops go together.")
         report(args)
         return
     geometry_of(args)

@@ -66,6 +66,7 @@ def test_a_benchmark_finds_the_examples_by_itself() -> None:
         ([*PRECISION, "--lr=inf"], "--lr is inf: it must be a number above 0."),
         (["scheduler_cost", "--steps=0"], "--steps is 0: it must be at least 1."),
         ([*SERVING, "--requests=0", "--latency"], "--requests is 0 and --latency has no lengths"),
+        (["serving", "report", "f", "--tflops=600"], "--copy-tbs and --tflops go together."),
         ([*SERVING, "--heads=7"], "--hidden 1536 and --heads 7 do not go together"),
         ([*SERVING, "--gpu-memory-utilization=0"], "--gpu-memory-utilization is 0"),
         (["training", "steps", "run"], "run is run: it must be the --output folder of a training script."),
