@@ -38,8 +38,9 @@ from benchmarks.options import (
     positive_int,
     read_text,
     refuse,
+    seed_number,
 )
-from benchmarks.record import save, saved
+from benchmarks.record import prepare, save, saved
 from benchmarks.serving import add_engine_options, engine_options, greedy, label, prompt
 
 PROMPTS = (6909, 12035)
@@ -47,6 +48,12 @@ PROMPTS = (6909, 12035)
 
 ANSWERS = 343
 """Mean of their answers, whose lengths lie evenly between one token and twice as many."""
+
+WARM_ANSWER = 32
+"""Tokens of the answers before anything is measured."""
+
+TRAFFIC = ("first_ms", "each_ms", "trace", "prompt", "output", "seconds", "seed", "max_model_len")
+"""Options in which runs that are compared agree."""
 
 GIVE_UP_S = 10.0
 """So long after the last arrival, requests that are not done are judged by the tokens that they have."""
@@ -65,19 +72,20 @@ class Request:
 
     arrival: float
     lengths: Lengths
-    tokens: list[int]
     came: list[float] = field(default_factory=list)
 
-    def in_time(self, first_s: float, each_s: float) -> bool:
-        """Whether it was answered in time, as far as it was answered."""
+    def in_time(self, first_s: float, each_s: float, until: float) -> bool:
+        """Whether it was answered in time, as far as it was answered ``until`` so many seconds after the start."""
         if not self.came or self.came[0] > first_s:
             return False
-        after = len(self.came) - 1
-        return after == 0 or (self.came[-1] - self.came[0]) / after <= each_s
+        done = len(self.came) >= self.lengths.answer
+        # The next token of a request that is not done has taken until now.
+        last, after = (self.came[-1], len(self.came) - 1) if done else (until - self.arrival, len(self.came))
+        return after == 0 or (last - self.came[0]) / after <= each_s
 
 
 def conversation(rng: random.Random, longest: int) -> Lengths:
-    """Lengths as in conversations; the prompt with its answer has at most ``longest`` tokens."""
+    """Lengths as in conversations. Both together are at most ``longest``, which is at least twice ANSWERS."""
     median, mean = PROMPTS
     answer = rng.randint(1, 2 * ANSWERS - 1)
     spread = math.sqrt(2 * math.log(mean / median))  # of a log-normal distribution with this mean
@@ -102,7 +110,7 @@ def of_trace(path: Path, longest: int) -> list[Lengths]:
     return found
 
 
-def arrivals(args: argparse.Namespace, trace: list[Lengths], engine: AsyncLLM, rate: float) -> list[Request]:
+def arrivals(args: argparse.Namespace, trace: list[Lengths], rate: float) -> list[Request]:
     """The requests of ``args.seconds`` at ``rate`` a second. The same arrive first at every rate, in less time."""
     rng, at = random.Random(args.seed), 0.0
     found: list[Request] = []
@@ -111,24 +119,27 @@ def arrivals(args: argparse.Namespace, trace: list[Lengths], engine: AsyncLLM, r
             lengths = Lengths(args.prompt, args.output)
         else:
             lengths = rng.choice(trace) if trace else conversation(rng, args.max_model_len)
-        found.append(Request(at, lengths, prompt(engine, lengths.prompt, len(found))))
+        found.append(Request(at, lengths))
     return found
 
 
-async def answer(engine: AsyncLLM, name: str, request: Request, start: float) -> None:
-    """Send a request when it is to arrive, and note when its tokens come."""
+async def answer(engine: AsyncLLM, name: str, request: Request, tokens: list[int], start: float) -> None:
+    """Send a request, whose prompt is ``tokens``, when it is to arrive, and note when its tokens come."""
     await asyncio.sleep(start + request.arrival - time.perf_counter())
     params = greedy(request.lengths.answer, RequestOutputKind.DELTA)
-    async for output in engine.generate({"prompt_token_ids": request.tokens}, params, name):
+    async for output in engine.generate({"prompt_token_ids": tokens}, params, name):
         now = time.perf_counter() - start - request.arrival
         request.came += [now] * len(output.outputs[0].token_ids)
 
 
-async def at_rate(engine: AsyncLLM, args: argparse.Namespace, trace: list[Lengths], rate: float) -> dict[str, Any]:
+async def at_rate(engine: AsyncLLM, args: argparse.Namespace, requests: list[Request]) -> dict[str, Any]:
     """What share of the requests was answered in time, and how long they waited."""
-    requests = arrivals(args, trace, engine, rate)
+    prompts = [prompt(engine, one.lengths.prompt, n) for n, one in enumerate(requests)]
     start = time.perf_counter()
-    tasks = [asyncio.create_task(answer(engine, f"{rate:g} {n}", one, start)) for n, one in enumerate(requests)]
+    tasks = [
+        asyncio.create_task(answer(engine, f"{n} of {len(requests)}", one, tokens, start))
+        for n, (one, tokens) in enumerate(zip(requests, prompts, strict=True))
+    ]
     done, left = await asyncio.wait(tasks, timeout=args.seconds + GIVE_UP_S)
     seconds = time.perf_counter() - start
     for task in left:
@@ -136,12 +147,13 @@ async def at_rate(engine: AsyncLLM, args: argparse.Namespace, trace: list[Length
     await asyncio.gather(*left, return_exceptions=True)
     for task in done:
         task.result()
-    good = sum(one.in_time(args.first_ms / 1e3, args.each_ms / 1e3) for one in requests)
+    good = sum(one.in_time(args.first_ms / 1e3, args.each_ms / 1e3, seconds) for one in requests)
     first = sorted(1e3 * one.came[0] if one.came else math.inf for one in requests)
     each = sorted(1e3 * (one.came[-1] - one.came[0]) / (len(one.came) - 1) for one in requests if len(one.came) > 1)
     return {
-        "rate": rate,
         "requests": len(requests),
+        "prompt_tokens": sum(one.lengths.prompt for one in requests),
+        "answer_tokens": sum(one.lengths.answer for one in requests),
         "in_time": good / len(requests),
         "unfinished": len(left),
         "tokens_per_second": sum(len(one.came) for one in requests) / seconds,
@@ -156,16 +168,17 @@ def _quantile(found: list[float], percent: int) -> float | None:
     return value if math.isfinite(value) else None
 
 
-async def run(args: argparse.Namespace, trace: list[Lengths]) -> list[dict[str, Any]]:
+async def run(args: argparse.Namespace, traffic: dict[float, list[Request]]) -> list[dict[str, Any]]:
     """Rates in rising order, up to the first at which fewer than half are in time."""
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_options(args, args.max_model_len)))
     try:
         for n in (900, 7000, 12000):  # what is compiled or captured late is not to count
-            size = min(n, args.max_model_len - 32)
-            await answer(engine, f"warm-up {n}", Request(0.0, Lengths(size, 32), prompt(engine, size, n)), 0.0)
+            size = min(n, args.max_model_len - WARM_ANSWER)
+            warm = Request(0.0, Lengths(size, WARM_ANSWER))
+            await answer(engine, f"warm-up {n}", warm, prompt(engine, size, n), time.perf_counter())
         rows = []
-        for rate in sorted(args.rates):
-            rows.append(await at_rate(engine, args, trace, rate))
+        for rate, requests in sorted(traffic.items()):
+            rows.append({"rate": rate} | await at_rate(engine, args, requests))
             print(line(rows[-1]), flush=True)
             if rows[-1]["in_time"] < 0.5:
                 break
@@ -200,20 +213,30 @@ def most(rows: list[dict[str, Any]], share: float) -> float:
 
 def report(args: argparse.Namespace) -> None:
     """Join saved results to a table."""
-    rates: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for path in args.files:
         one = saved(path)
-        if not isinstance(one, dict) or "rows" not in one:
+        if not isinstance(one, dict) or not {"system", "options", "rows"} <= one.keys():
             raise SystemExit(f"{path} holds no run of `python -m benchmarks.goodput run`.")
-        name, options = label(one), one["options"]
-        rates[name] = most(one["rows"], args.share)
+        if (name := label(one)) in found:
+            raise SystemExit(f"{path} is another run of {name}: give one file of each.")
+        found[name] = one
+        kept = next(iter(found.values()))["options"]
+        for option in TRAFFIC:
+            if one["options"][option] != kept[option]:
+                raise SystemExit(
+                    f"{path} has --{option.replace('_', '-')} {one['options'][option]}, and the first file has "
+                    f"{kept[option]}: only runs of the same traffic can be compared."
+                )
+        options = one["options"]
         print(f"{name}: first token within {options['first_ms']:g} ms, each after within {options['each_ms']:g} ms")
         for row in one["rows"]:
             print(line(row))
-    first = next(iter(rates.values()))
-    for name, rate in rates.items():
-        ratio = f" ({rate / first:.2f}x)" if first else ""
-        print(f"{name}: {rate:g} requests a second with {100 * args.share:g} % in time{ratio}")
+    for name, one in found.items():
+        rate = most(one["rows"], args.share)
+        lowest, highest = one["rows"][0]["rate"], one["rows"][-1]["rate"]
+        said = f"fewer than {lowest:g}" if not rate else f"at least {rate:g}" if rate == highest else f"{rate:g}"
+        print(f"{name}: {said} requests a second with {100 * args.share:g} % in time")
 
 
 def main() -> None:
@@ -227,11 +250,13 @@ def main() -> None:
     one.add_argument("--seconds", type=positive_float, default=30, help="of arrivals at each rate")
     one.add_argument("--trace", type=existing_file, help="take lengths from this file")
     one.add_argument("--prompt", type=positive_int, help="tokens of every prompt, instead of conversations'")
-    one.add_argument("--output", type=positive_int, default=ANSWERS, help="tokens of every answer, with --prompt")
+    one.add_argument(
+        "--output", type=positive_int, help=f"tokens of every answer, with --prompt (default: {ANSWERS})"
+    )
     one.add_argument("--max-model-len", type=positive_int, default=131072)
     one.add_argument("--first-ms", type=positive_float, default=1000)
     one.add_argument("--each-ms", type=positive_float, default=50)
-    one.add_argument("--seed", type=positive_int, default=1)
+    one.add_argument("--seed", type=seed_number, default=0)
     joined = commands.add_parser("report")
     joined.add_argument("files", nargs="+")
     joined.add_argument("--share", type=inner_fraction, default=0.9, help="of requests that are to be in time")
@@ -242,16 +267,26 @@ def main() -> None:
     geometry_of(args)
     if args.prompt and args.trace:
         one.error("--prompt and --trace exclude one another: both say how long prompts are.")
+    if args.output and not args.prompt:
+        one.error(f"--output is {args.output}: it goes with --prompt only.")
+    args.output = args.output or ANSWERS
     if args.prompt and args.prompt + args.output > args.max_model_len:
         one.error(
-            f"--prompt is {args.prompt}: with --output it must be at most --max-model-len {args.max_model_len}."
+            f"--prompt is {args.prompt}: with answers of {args.output} tokens it must be at most --max-model-len "
+            f"{args.max_model_len}."
         )
-    if min(args.rates) * args.seconds < 1:
-        one.error(f"--rates has {min(args.rates):g}: within --seconds, {args.seconds:g}, no request may arrive.")
+    if args.max_model_len < 2 * ANSWERS:
+        one.error(f"--max-model-len is {args.max_model_len}: it must be at least {2 * ANSWERS}.")
+    if args.save:
+        prepare("--save", Path(args.save))
     trace = of_trace(args.trace, args.max_model_len) if args.trace else []
+    traffic = {rate: arrivals(args, trace, rate) for rate in args.rates}
+    for rate, requests in traffic.items():
+        if not requests:
+            one.error(f"--rates has {rate:g}: within --seconds, {args.seconds:g}, no request arrives.")
     # A forked process inherits locks of threads that do not exist in it.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    rows = asyncio.run(run(args, trace))
+    rows = asyncio.run(run(args, traffic))
     if args.save:
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         save(args.save, {"system": args.system, "options": options, "rows": rows})

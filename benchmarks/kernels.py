@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.one_layer import DEVICE, OneLayer
+from benchmarks.one_layer import OneLayer
 from benchmarks.options import Parser, existing_file, positive_int
 from benchmarks.peers import (
     DECODE,
@@ -47,7 +47,7 @@ LAYERS = 8
 """Layers that a captured piece of a decode step repeats."""
 
 SHORT_PROMPTS, SHORTEST, LONGEST = 14, 200, 1000
-"""Prompts that are read in one step, and their lengths in tokens, which lie evenly: 8,400 tokens together."""
+"""Prompts that are read in one step, and their lengths in tokens, which lie evenly: 8,394 tokens together."""
 
 SLOWEST = {"official FoX": 65536, "official FoX, head first": 65536, "fla": 65536, "SDPA, contiguous": 16384}
 """Longest prompt at which a slow peer is timed."""
@@ -85,10 +85,10 @@ def random_tokens(gates: Gates, start: int, end: int, roll: int = 0) -> dict[str
     """Normal q, k, v and the gates of tokens ``start:end`` (moved on by ``roll``, for another sequence)."""
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(end - start, HEADS, *shape, device=DEVICE, dtype=torch.bfloat16)
+        return torch.randn(end - start, HEADS, *shape, device="cuda", dtype=torch.bfloat16)
 
-    log_f = gates.log_forget.roll(-roll, 0)[start:end, :, None].to(DEVICE)
-    shift = torch.full((end - start, HEADS), 0.1, device=DEVICE)
+    log_f = gates.log_forget.roll(-roll, 0)[start:end, :, None].cuda()
+    shift = torch.full((end - start, HEADS), 0.1, device="cuda")
     return {
         "q": normal(1, DIM),
         "k": normal(DIM),
@@ -101,7 +101,7 @@ def random_tokens(gates: Gates, start: int, end: int, roll: int = 0) -> dict[str
 
 def write(layer: OneLayer, step: Any, batch: Batch) -> None:
     """The page write of a step."""
-    norm = torch.ones(HEADS, DIM, device=DEVICE, dtype=torch.bfloat16)
+    norm = torch.ones(HEADS, DIM, device="cuda", dtype=torch.bfloat16)
     cache_write(
         layer.pages,
         layer.table,

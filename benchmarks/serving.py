@@ -154,7 +154,7 @@ async def ask(engine: AsyncLLM, name: str, tokens: list[int], output: int) -> No
 
 async def throughput(engine: AsyncLLM, args: argparse.Namespace) -> dict[str, Any]:
     """Total time for many long prompts, and how many ran at once."""
-    length = min(args.prompt, args.max_num_batched_tokens) + 8
+    length = min(args.prompt, args.max_num_batched_tokens + 8)
     warm = [prompt(engine, length, args.requests + n) for n in range(4)]
     await asyncio.gather(*(ask(engine, f"warm-up {n}", one, min(16, args.output)) for n, one in enumerate(warm)))
     prompts = [prompt(engine, args.prompt, index) for index in range(args.requests)]
@@ -238,8 +238,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 def label(figures: dict[str, Any]) -> str:
     """System and layout of a saved run."""
     options, parts = figures["options"], [figures["system"]]
-    if options["kv_cache_dtype"] != "auto":
-        parts.append(options["kv_cache_dtype"])
+    if (pages := options.get("kv_cache_dtype", "auto")) != "auto":  # older runs have no such option
+        parts.append(pages)
     for kind in ("tensor", "pipeline", "data"):
         if (size := options[f"{kind}_parallel_size"]) > 1:
             parts.append(f"{kind[0].upper()}P={size}")
@@ -260,7 +260,7 @@ def limit_seconds(figures: dict[str, Any], copy_tbs: float, tflops: float) -> tu
     options, total = figures["options"], figures["result"]["throughput"]
     size = Geometry(options["layers"], options["hidden"], options["heads"])
     fox = figures["system"] != "dense"
-    number = 1 if options["kv_cache_dtype"] == "fp8" else 2
+    number = 1 if options.get("kv_cache_dtype") == "fp8" else 2
     token = size.layers * (2 * size.hidden * number + (4 * size.heads if fox else 0))
     held = total["blocks"] * total["block_tokens"] * token
     read = held * sum(step[4] for step in total["steps"]) / (1e12 * copy_tbs)

@@ -55,27 +55,30 @@ def power_of_two_above(x):
 
 @triton.jit
 def beside_float8(query):
-    """Queries as they are multiplied with float8 numbers, and the power of two to multiply the products by.
+    """Queries [M, D] as they are multiplied with float8 numbers, and powers of two [M] to multiply the products by.
 
-    A GPU makes float16 of float8 with one instruction for two numbers, and bfloat16 with five. So queries in
-    bfloat16 become float16, which is exact for all that are not below 2^-14 of the largest; those are off by at
-    most 2^-25 of it.
+    A GPU makes float16 of two float8 numbers with one instruction, and bfloat16 of one with more. So queries in
+    bfloat16 become float16. That is exact for numbers down to 2^-16 of a query's largest. Those below are off by at
+    most 2^-24 of it.
     """
-    size = 1.0
+    size = tl.full([query.shape[0]], 1.0, tl.float32)
     if query.dtype == tl.bfloat16:
         wide = query.to(tl.float32)
-        size = power_of_two_above(tl.max(tl.abs(wide)))
-        query = (wide / size).to(tl.float16)
+        size = power_of_two_above(tl.max(tl.abs(wide), 1))
+        query = (wide / size[:, None]).to(tl.float16)
     return query, size
 
 
-@triton.constexpr_function
-def below_peak(dtype):
-    """How far below the largest logit (to base 2) weights of ``dtype`` are 1.
+@triton.jit
+def peak_below(largest, dtype: tl.constexpr):
+    """The logit (to base 2) at which weights are 1, for rows whose largest logit is ``largest``.
 
-    The least float16 is 2^-24. With 15 the largest weight is 2^15, so that those down to 2^-39 of it are not lost.
+    The least float16 is 2^-24. So weights in float16 are up to 2^15, and those down to 2^-39 of the largest are not
+    lost. A float32 of a million and more is too coarse to subtract 15 from it.
     """
-    return 15.0 if dtype == tl.float16 else 0.0
+    if dtype == tl.float16:
+        largest -= tl.where(tl.abs(largest) < 1048576.0, 15.0, 0.0)
+    return largest
 
 
 @triton.jit(do_not_specialize=["number"])

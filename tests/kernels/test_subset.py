@@ -326,6 +326,36 @@ def test_float8_pages(heads: int, group: int, dim: int, dtype: torch.dtype) -> N
     close(torch.cat(out, 1), formula(layers, rounded)[0], 8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+@pytest.mark.parametrize("kv_dtype", [FP8, None])
+@pytest.mark.parametrize("heads", [1, 3])  # decode over pages, and over lists
+def test_small_weights_beside_a_sink(heads: int, kv_dtype: torch.dtype | None) -> None:
+    """The first token takes nearly all weight and adds nothing. The others have 2^-29, less than float16 has."""
+    layers = Layers((0.0,), heads=heads, int_dim=0, window=400, dtype=torch.float16, kv_dtype=kv_dtype)
+    inputs = inputs_of(layers, 90)
+    q, k, v = cut_up(inputs[0], layers.sizes)[:3]
+    unit = torch.eye(32)[0]
+    q[:], k[:], v[:] = unit, 0.0, torch.where(torch.rand_like(v) < 0.5, 2.0**14, -(2.0**14))
+    k[0], v[0] = 112 * unit, 0.0
+    slot = layers.open()
+    out = layers.step([(slot, inputs[:, :80])])
+    out += [layers.step([(slot, inputs[:, t : t + 1])])[0] for t in range(80, 90)]
+    close(torch.cat(out, 1), formula(layers, inputs)[0], 1e-3)  # weights and output are rounded
+
+
+def test_values_of_any_size_in_float8_pages() -> None:
+    """In bfloat16 scales may be far below the least float16, and far apart."""
+    layers = Layers((0.0,), heads=1, int_dim=0, window=400, dtype=torch.bfloat16, kv_dtype=FP8)
+    inputs = inputs_of(layers, 50)
+    _, k, v = cut_up(inputs[0], layers.sizes)[:3]
+    v *= 2.0**-60
+    v[20:30] *= 2.0**-10
+    k[:], v[:] = as_float8(k), as_float8(v)
+    slot = layers.open()
+    # The interpreter has no bfloat16 dot product, which prompts need.
+    out = [layers.step([(slot, inputs[:, t : t + 1])])[0] for t in range(50)]
+    close(torch.cat(out, 1), formula(layers, inputs)[0], 8e-3)  # weights and output are rounded
+
+
 def as_float8(x: torch.Tensor) -> torch.Tensor:
     """[..., d] as a page holds it: numbers of at most 448 with three bits after the first, times a power of two."""
     wide = x.float()

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import LOG2E, below_peak, beside_float8, page_id, take_turn
+from ...common import LOG2E, beside_float8, page_id, peak_below, take_turn
 from ...float8 import FP8
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
@@ -21,7 +21,7 @@ from ..pages import ForgettingPages
 
 
 def launch(head_dim: int, groups: int, page_size: int, dtype: torch.dtype) -> Launch:
-    """The launch for a shape and the dtype of K and V in pages."""
+    """The launch for a shape and the dtype of K and V in pages. With float8 pages it is that of 16-bit models."""
     block, scaled = keys_a_block(head_dim, page_size), dtype == FP8
     if dtype == torch.float32 or head_dim > 128:
         return Launch(block, 2, 4, 4)
@@ -72,8 +72,7 @@ def _decode(
             factor = scale * LOG2E
             if SCALED:
                 query, size = beside_float8(query)
-                factor *= size
-            BELOW: tl.constexpr = below_peak(query.dtype)
+                factor = (factor * size)[:, None]
             peak = tl.full([GROUP], float("-inf"), tl.float32)
             mass = tl.zeros([GROUP], tl.float32)
             value = tl.zeros([GROUP, D], tl.float32)
@@ -111,7 +110,7 @@ def _decode(
                     k, v = k.to(query.dtype), v.to(query.dtype)
                 logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * k_factor + bias * LOG2E
                 logits = tl.where(valid[None, :], logits, float("-inf"))
-                new_peak = tl.maximum(peak, tl.max(logits, 1) - BELOW)
+                new_peak = tl.maximum(peak, peak_below(tl.max(logits, 1), query.dtype))
                 # A block in which nothing is written yet leaves the peak at -inf.
                 anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
                 weights = tl.exp2(logits - anchor[:, None])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...common import LOG2E, below_peak, beside_float8, take_turn
+from ...common import LOG2E, beside_float8, peak_below, take_turn
 from ...float8 import FP8
 from ...launch import Launcher
 from ...paged import QUERY_BLOCK, Batch, PageTable
@@ -33,11 +33,11 @@ def _partial_sums(x):
 def _block(
     query, row_bias, peak, mass, value, keys, values, sums, scales, page_offset, row, start, decay, query_pos,
     length, factor, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
-    TMA: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TMA: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the softmax's running maximum, sum and value after it. BOUNDED sums are partial ones.
+    """One block of keys: the softmax's running peak, sum and value after it. BOUNDED sums are partial ones.
 
-    Weights and values are multiplied as WIDE, the model's dtype, whatever the page's.
+    Weights and values are multiplied in the model's DTYPE, whatever the page's is.
     """
     n, dim = tl.arange(0, BLOCK_N), tl.arange(0, D)
     if TMA:
@@ -65,7 +65,7 @@ def _block(
         weights = tl.exp2(logits)
         mass += _partial_sums(weights)
     else:
-        new_peak = tl.maximum(peak, tl.max(logits, 1) - below_peak(WIDE))
+        new_peak = tl.maximum(peak, peak_below(tl.max(logits, 1), DTYPE))
         weights = tl.exp2(logits - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         peak = new_peak
@@ -79,7 +79,7 @@ def _block(
         v = tl.load(values + where)
     if SCALED:
         # Not the weights: small ones times a small scale would underflow in float16.
-        v = (v.to(tl.float32) * tl.load(scales + 1)).to(WIDE)
+        v = (v.to(tl.float32) * tl.load(scales + 1)).to(DTYPE)
     value = tl.dot(weights.to(v.dtype), v, value, input_precision=PRECISION)
     return peak, mass, value
 
@@ -131,10 +131,10 @@ def _prefill(
         mass = tl.zeros([BLOCK_M], tl.float32)
     value = tl.zeros([BLOCK_M, D], tl.float32)
     factor = scale * LOG2E
-    WIDE: tl.constexpr = query.dtype
+    DTYPE: tl.constexpr = query.dtype
     if SCALED:
         query, size = beside_float8(query)
-        factor *= size
+        factor = (factor * size)[:, None]
     begin = first * SUB
     # Blocks before this one lie wholly before the tile's first query.
     masked_from = tl.maximum((first_pos + 1) // BLOCK_N, begin)
@@ -149,13 +149,13 @@ def _prefill(
             peak, mass, value = _block(
                 query, peak, peak, mass, value, k_rows, v_rows, sums, sums, 0,
                 (this * ROWS).to(tl.int32) + sub * BLOCK_N, at * BLOCK_N, decay, query_pos, length, factor,
-                D, BLOCK_N, False, False, True, BOUNDED, PRECISION, WIDE,
+                D, BLOCK_N, False, False, True, BOUNDED, PRECISION, DTYPE,
             )  # fmt: skip
         else:
             peak, mass, value = _block(
                 query, peak, peak, mass, value, k_pages, v_pages, sums, scale_pages + this * WORDS,
                 this * ELEMENTS + sub * BLOCK_N * D, 0, at * BLOCK_N, decay, query_pos, length, factor,
-                D, BLOCK_N, False, SCALED, False, BOUNDED, PRECISION, WIDE,
+                D, BLOCK_N, False, SCALED, False, BOUNDED, PRECISION, DTYPE,
             )  # fmt: skip
     row_bias = tl.zeros([BLOCK_M], tl.float32)
     row_bias = peak
@@ -177,7 +177,7 @@ def _prefill(
             query, row_bias, peak, mass, value, k_pages, v_pages,
             gate_pages + this * WORDS + sums_offset + sub * BLOCK_N,
             scale_pages + this * WORDS, this * ELEMENTS + sub * BLOCK_N * D, 0, at * BLOCK_N, decay, query_pos,
-            length, factor, D, BLOCK_N, True, SCALED, False, BOUNDED, PRECISION, WIDE,
+            length, factor, D, BLOCK_N, True, SCALED, False, BOUNDED, PRECISION, DTYPE,
         )  # fmt: skip
     if BOUNDED:
         mass = tl.sum(mass, 1)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import LOG2E, below_peak, beside_float8, page_id, power_of_two_above, take_turn
+from ...common import LOG2E, beside_float8, page_id, peak_below, power_of_two_above, take_turn
 from ...launch import Launcher
 from ...paged import TABLE_CHUNK, Batch, PageTable
 from ...shares.plan import DecodePlan, Launch, item_at, keys_a_block
@@ -20,7 +20,7 @@ from ..pages import SubsetPages
 
 
 def launch(head_dim: int, page_size: int, dtype: torch.dtype) -> Launch:
-    """The launch for a shape and the dtype of K and V in pages."""
+    """The launch for a shape and the dtype of K and V in pages. With float8 pages it is that of 16-bit models."""
     block = keys_a_block(head_dim, page_size)
     if head_dim > 128:
         return Launch(block, 2, 3, 4)
@@ -69,8 +69,7 @@ def _decode(
             factor = scale * LOG2E
             if SCALED:
                 query, size = beside_float8(query)
-                factor *= size
-            BELOW: tl.constexpr = below_peak(query.dtype)
+                factor = (factor * size)[:, None]
             peak = tl.full([GROUP], float("-inf"), tl.float32)
             mass = tl.zeros([GROUP], tl.float32)
             value = tl.zeros([GROUP, BLOCK_D], tl.float32)
@@ -92,7 +91,7 @@ def _decode(
                 if SCALED:
                     logits = logits * k_scale[None, :]
                 logits = tl.where(seen[None, :], logits, float("-inf"))
-                new_peak = tl.maximum(peak, tl.max(logits, 1) - BELOW)
+                new_peak = tl.maximum(peak, peak_below(tl.max(logits, 1), query.dtype))
                 # A block of which nothing is seen leaves the peak at -inf.
                 anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
                 weights = tl.exp2(logits - anchor[:, None])

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common import LOG2E, below_peak, masked_page_id
+from ...common import LOG2E, masked_page_id, peak_below
 from ...launch import Launcher
 from ...paged import QUERY_BLOCK, TABLE_CHUNK, Batch, PageTable
 from ..pages import NEVER, SubsetPages
@@ -140,11 +140,11 @@ def _rows(
 
 @triton.jit
 def _add(query, k, v, logits_bias, factor, peak, mass, value, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """The softmax's running maximum, sum and value after a block of tokens; ``logits_bias``: 0 or -inf."""
+    """The softmax's running peak, sum and value after a block of tokens; ``logits_bias``: 0 or -inf."""
     logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * factor
     if MASKED:
         logits += logits_bias
-    new_peak = tl.maximum(peak, tl.max(logits, 1) - below_peak(v.dtype))
+    new_peak = tl.maximum(peak, peak_below(tl.max(logits, 1), v.dtype))
     anchor = new_peak
     if MASKED:
         # A query that has seen nothing yet leaves its peak at -inf.
