@@ -25,6 +25,10 @@ ITEMS_PER_BLOCK = 1024
 """The planning kernel counts so many items together."""
 
 
+REGISTERS = 65536
+"""Of a processor. The compiler gives a thread up to 255 of them, by eights."""
+
+
 class Launch(NamedTuple):
     """How the decode kernel is compiled: keys a block, warps, pipeline stages; and programs on each processor, as
     many as its registers and shared memory hold at once."""
@@ -33,6 +37,12 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     programs: int
+
+    @property
+    def registers(self) -> int | None:
+        """Most registers of a thread with which the programs fit on a processor; None if any number does."""
+        most = REGISTERS // (32 * self.warps * self.programs)
+        return None if most > 255 else most // 8 * 8
 
 
 def keys_a_block(head_dim: int, page_size: int) -> int:

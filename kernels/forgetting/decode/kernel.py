@@ -179,5 +179,5 @@ def decode_attention(
             "ieee" if q.dtype == torch.float32 else "tf32", plan.launch.stages,
             triton.next_power_of_2(groups), stretches_at_once(dim, groups, plan.launch.warps),
         ),
-        num_warps=plan.launch.warps,
+        num_warps=plan.launch.warps, maxnreg=plan.launch.registers,
     )  # fmt: skip
