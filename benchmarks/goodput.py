@@ -17,14 +17,12 @@ import argparse
 import asyncio
 import json
 import math
-import os
 import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -41,7 +39,7 @@ from benchmarks.options import (
     seed_number,
 )
 from benchmarks.record import prepare, save, saved
-from benchmarks.serving import add_engine_options, engine_options, greedy, label, prompt
+from benchmarks.serving import add_engine_options, greedy, label, prompt, start_engine
 
 PROMPTS = (6909, 12035)
 """Median and mean of prompts, in tokens: the conversations of Mooncake's traces (FAST 2025, arXiv 2407.00079)."""
@@ -170,7 +168,7 @@ def _quantile(found: list[float], percent: int) -> float | None:
 
 async def run(args: argparse.Namespace, traffic: dict[float, list[Request]]) -> list[dict[str, Any]]:
     """Rates in rising order, up to the first at which fewer than half are in time."""
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_options(args, args.max_model_len)))
+    engine = start_engine(args, args.max_model_len)
     try:
         for n in (900, 7000, 12000):  # what is compiled or captured late is not to count
             size = min(n, args.max_model_len - WARM_ANSWER)
@@ -284,8 +282,6 @@ def main() -> None:
     for rate, requests in traffic.items():
         if not requests:
             one.error(f"--rates has {rate:g}: within --seconds, {args.seconds:g}, no request arrives.")
-    # A forked process inherits locks of threads that do not exist in it.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     rows = asyncio.run(run(args, traffic))
     if args.save:
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

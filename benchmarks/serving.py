@@ -30,7 +30,6 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from benchmarks.checkpoint import (
-    Geometry,
     add_geometry_options,
     fox_parameters,
     geometry_of,
@@ -101,7 +100,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(args: argparse.Namespace, longest: int) -> dict[str, Any]:
     """Engine arguments of the system asked for; the same flags for all."""
-    size, folder = Geometry(args.layers, args.hidden, args.heads), Path(args.models)
+    size, folder = geometry_of(args), Path(args.models)
     options: dict[str, Any] = {
         "dtype": "bfloat16",
         "kv_cache_dtype": args.kv_cache_dtype,
@@ -132,6 +131,13 @@ def engine_options(args: argparse.Namespace, longest: int) -> dict[str, Any]:
     if args.system == "fox-unpruned":
         options["additional_config"] = {"fox": {"log_pruning_tolerance": None, "release": False}}
     return {"model": str(model), **options}
+
+
+def start_engine(args: argparse.Namespace, longest: int, **more: Any) -> AsyncLLM:
+    """The engine of the system asked for, for requests of up to ``longest`` tokens."""
+    # A forked process inherits locks of threads that do not exist in it.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_options(args, longest)), **more)
 
 
 def prompt(engine: AsyncLLM, tokens: int, seed: int) -> list[int]:
@@ -224,8 +230,8 @@ async def latency(engine: AsyncLLM, lengths: list[int]) -> list[dict[str, Any]]:
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     """Latency, then throughput, of one engine."""
-    options = engine_options(args, max([args.prompt + args.output] + [n + LATENCY_OUTPUT for n in args.latency]))
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options), stat_loggers=[Recorder])
+    longest = max([args.prompt + args.output] + [n + LATENCY_OUTPUT for n in args.latency])
+    engine = start_engine(args, longest, stat_loggers=[Recorder])
     try:
         result: dict[str, Any] = {"latency": await latency(engine, args.latency)}
         if args.requests:
@@ -258,7 +264,7 @@ def limit_seconds(figures: dict[str, Any], copy_tbs: float, tflops: float) -> tu
         of the head count only for tokens that are answered.
     """
     options, total = figures["options"], figures["result"]["throughput"]
-    size = Geometry(options["layers"], options["hidden"], options["heads"])
+    size = geometry_of(argparse.Namespace(**options))
     fox = figures["system"] != "dense"
     number = 1 if options.get("kv_cache_dtype") == "fp8" else 2
     token = size.layers * (2 * size.hidden * number + (4 * size.heads if fox else 0))
@@ -382,8 +388,6 @@ def main() -> None:
         parser.error("--requests is 0 and --latency has no lengths: there is nothing to measure.")
     if args.profile:
         check_py_spy()
-    # A forked process inherits locks of threads that do not exist in it.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     result = asyncio.run(run(args))
     figures = {"system": args.system, "caption": CAPTION, "options": vars(args)}
     figures["result"] = result

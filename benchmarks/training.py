@@ -184,7 +184,7 @@ class System:
 def of_other_size(config: Any, layers: int, hidden: int, heads: int) -> Any:
     """A config like another one, with an MLP as wide as its hidden size asks for."""
     given = config.to_dict() | {"num_hidden_layers": layers, "hidden_size": hidden, "num_heads": heads}
-    return type(config)(**given | {"num_kv_heads": None, "intermediate_size": None, "log_pruning_tolerance": -10.0})
+    return type(config)(**given | {"num_kv_heads": None, "intermediate_size": None})
 
 
 def geometry(args: argparse.Namespace) -> Any:
@@ -192,6 +192,7 @@ def geometry(args: argparse.Namespace) -> Any:
     tokens. A trained model's gates leave less of it, and the losses mean nothing."""
     config = ForgettingTransformerForCausalLM.from_pretrained(args.run / "model").config
     config = of_other_size(config, args.layers, args.hidden, args.heads)
+    config.log_pruning_tolerance = -10.0
     torch.manual_seed(0)
     with torch.device("cuda"):
         model: Any = ForgettingTransformerForCausalLM(config)

@@ -54,8 +54,8 @@ def power_of_two_above(x):
 
 
 @triton.jit
-def beside_float8(query):
-    """Queries [M, D] as they are multiplied with float8 numbers, and powers of two [M] to multiply the products by.
+def beside_float8(query, factor):
+    """Queries [M, D] as they are multiplied with float8 numbers, and the factor [M, 1] of the products.
 
     A GPU makes float16 of two float8 numbers with one instruction, and bfloat16 of one with more. So queries in
     bfloat16 become float16. That is exact for numbers down to 2^-16 of a query's largest. Those below are off by at
@@ -66,7 +66,7 @@ def beside_float8(query):
         wide = query.to(tl.float32)
         size = power_of_two_above(tl.max(tl.abs(wide), 1))
         query = (wide / size[:, None]).to(tl.float16)
-    return query, size
+    return query, (factor * size)[:, None]
 
 
 @triton.jit

@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from vllm_fox.kernels.float8 import FP8
+from vllm_fox.kernels.forgetting.decode import kernel as forgetting
 from vllm_fox.kernels.forgetting.pages import HEAD_DIMS
 from vllm_fox.kernels.shares.plan import Launch
-
-pytest.importorskip("triton")
-from vllm_fox.kernels.forgetting.decode import kernel as forgetting  # noqa: E402
-from vllm_fox.kernels.subset.attention import decode_kernel as subset  # noqa: E402
+from vllm_fox.kernels.subset.attention import decode_kernel as subset
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8)
 

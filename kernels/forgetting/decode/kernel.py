@@ -71,8 +71,7 @@ def _decode(
             )
             factor = scale * LOG2E
             if SCALED:
-                query, size = beside_float8(query)
-                factor = (factor * size)[:, None]
+                query, factor = beside_float8(query, factor)
             peak = tl.full([GROUP], float("-inf"), tl.float32)
             mass = tl.zeros([GROUP], tl.float32)
             value = tl.zeros([GROUP, D], tl.float32)
@@ -118,7 +117,7 @@ def _decode(
                 mass = mass * shrink + tl.sum(weights, 1)
                 value = value * shrink[:, None]
                 if SCALED:
-                    # Not the weights are scaled: small ones times a small scale would underflow in float16.
+                    # The product is scaled and not the weights: small ones times a small scale would underflow.
                     v_scale = tl.load(scale_pages + this * (PAGE_BYTES // 4) + 1)
                     value += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * v_scale
                 else:

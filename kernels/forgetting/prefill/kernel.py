@@ -133,8 +133,7 @@ def _prefill(
     factor = scale * LOG2E
     DTYPE: tl.constexpr = query.dtype
     if SCALED:
-        query, size = beside_float8(query)
-        factor = (factor * size)[:, None]
+        query, factor = beside_float8(query, factor)
     begin = first * SUB
     # Blocks before this one lie wholly before the tile's first query.
     masked_from = tl.maximum((first_pos + 1) // BLOCK_N, begin)

@@ -68,8 +68,7 @@ def _decode(
             query = tl.load(q + token * q_stride + heads, mask=asked, other=0.0)
             factor = scale * LOG2E
             if SCALED:
-                query, size = beside_float8(query)
-                factor = (factor * size)[:, None]
+                query, factor = beside_float8(query, factor)
             peak = tl.full([GROUP], float("-inf"), tl.float32)
             mass = tl.zeros([GROUP], tl.float32)
             value = tl.zeros([GROUP, BLOCK_D], tl.float32)
