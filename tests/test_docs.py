@@ -78,3 +78,11 @@ def test_the_reference_has_all_leaf_functions_and_models_for_transformers() -> N
     for path in (ROOT / "kernels").rglob("reference.py"):
         leaf = ".".join(("vllm_fox", *path.parent.relative_to(ROOT).parts))
         assert any(name.startswith(f"{leaf}.") for name in named), leaf
+
+
+def test_no_table_has_a_row_twice() -> None:
+    """Tables are pasted from what benchmarks print."""
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for part in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
+            rows = part.splitlines()
+            assert [row for row in set(rows) if rows.count(row) > 1] == [], page.relative_to(ROOT)
