@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
+
 from .conftest import Run, documented
 
 
@@ -49,6 +51,22 @@ def test_json(run: Run, dcp_tiny: Path, text: Path, tmp_path: Path, monkeypatch:
     assert found["tokens"] == 700 and found["bytes"] == (tmp_path / "map.html").stat().st_size
     assert set(found) | set(found["heads"][0]) | set(found["dropped_first"][0]) == documented("map")
     assert sum(found["kinds"].values()) == found["streams"] == len(found["heads"]) == 4
+
+
+@pytest.mark.parametrize("name", ["fox-tiny", "dcp-tiny"])
+def test_the_documentation_shows_what_a_map_says(name: str, run: Run, tmp_path: Path) -> None:
+    """But for percentages and kilobytes, which differ by one where a processor rounds otherwise."""
+    shown = (ROOT / "docs" / "command_line.md").read_text()
+    wanted = shown.split(f"    $ vllm-fox map examples/{name} LICENSE")[1].split("\n\n")[0].splitlines()[1:]
+    out = tmp_path / "map.html"
+    done = run("map", ROOT / "examples" / name, ROOT / "LICENSE", "--output", out)
+    found = done.out.replace(f"{ROOT}/", "").replace(str(out), "map.html" if name == "fox-tiny" else "dcp.html")
+    number = r"\b(\d+)(?=%| kB)"
+    for line, said in zip(wanted, found.splitlines(), strict=True):
+        assert re.sub(number, "", said) == re.sub(number, "", line.strip())
+        assert [int(n) for n in re.findall(number, said)] == pytest.approx(
+            [int(n) for n in re.findall(number, line)], abs=1
+        )
 
 
 def test_mistakes(run: Run, fox_tiny: Path, text: Path, tmp_path: Path) -> None:
