@@ -21,6 +21,9 @@ prepare_cpu_environment(threads=1)
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# A server closes connections that are idle for so many seconds, by default 5. A client that then uses one gets an
+# error, and on a busy machine a test may be idle for longer than that.
+os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "600")
 
 # No example is too slow: on a busy machine any may be.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
