@@ -23,7 +23,7 @@ from tests.support import ROOT, patience, stuck_engine
 
 LIMIT_S = 300
 PROMPTS = {f"{n:02}.txt": f"def function_{n}(a, b):\n    " for n in range(18)}
-TOKENS = 200
+TOKENS = 80
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'ray[data]'"
@@ -194,7 +194,7 @@ def test_mistakes_end_in_one_sentence(prompts: Path, tmp_path: Path) -> None:
     (empty / "bad.jsonl").write_text('{"text": "x"}\n')
     assert "bad.jsonl:1: expected" in refused(empty, tmp_path / "a")
     (tmp_path / "old").mkdir()
-    settings = {"model": "other", "max_tokens": 200, "temperature": 0.0, "engine_args": {}}
+    settings = {"model": "other", "max_tokens": TOKENS, "temperature": 0.0, "engine_args": {}}
     (tmp_path / "old" / "run.json").write_text(json.dumps(settings))
     assert "model was 'other'" in refused(prompts, tmp_path / "old")
     settings |= {"model": str(ROOT / "examples" / "fox-tiny"), "engine_args": {"load_format": "dummy"}}

@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -56,9 +55,7 @@ def run_batch(model: Path, folder: Path, lines: dict[str, tuple[str, Any]], *opt
     return {one["custom_id"]: one for one in found}
 
 
-@pytest.mark.parametrize("name", ["fox_tiny", "dcp_tiny"])
-def test_chats(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    path: Path = request.getfixturevalue(name)
+def test_chats(fox_tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     common = {"temperature": 0, "max_tokens": ANSWER, "ignore_eos": True, "logprobs": True}
 
@@ -70,10 +67,10 @@ def test_chats(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Non
     lines["too long"] = chat(TOO_LONG)
     lines["other model"] = chat("import os\n", model="other")
     lines["no such use"] = "/v1/embeddings", {"input": "import os\n"}
-    found = run_batch(path, tmp_path, lines, "--chat-template", "chat.jinja")
+    found = run_batch(fox_tiny, tmp_path, lines, "--chat-template", "chat.jinja")
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(fox_tiny, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(fox_tiny)
     for prompt in PROMPTS:
         one = found[prompt]
         assert one["response"]["status_code"] == 200 and one["error"] is None
