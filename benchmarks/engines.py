@@ -13,7 +13,9 @@ from typing import Any
 
 import psutil
 from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
 from vllm_fox.pages.manager import StreamPageManager
 
@@ -58,13 +60,28 @@ def engine(model: str | Path, fox: dict[str, Any] | None = None, **options: Any)
     try:
         yield llm
     finally:
+        unhook(llm)
         llm.llm_engine.engine_core.shutdown()
         del llm
+        LAYERWISE_INFO.clear()  # what it says of weights that come later would keep their model for good
         cleanup_dist_env_and_memory()
         gc.collect()
         # A worker on a CPU looks through all modules when it starts, and fails at one that vLLM's n-gram
         # drafter has imported. Nobody looks this module up again.
         sys.modules.pop("llvmlite.binding.ffi", None)
+
+
+def unhook(llm: LLM) -> None:
+    """Take a compiled model's hooks out of PyTorch, which would keep it, and its KV cache, for good.
+
+    vLLM does so when an engine is collected, if its model is still there. After a shutdown it no longer is.
+    """
+    executor: Any = getattr(llm.llm_engine, "model_executor", None)  # of an engine in this process
+    worker = getattr(executor, "driver_worker", None)  # of a model in this process
+    if worker is not None:
+        for module in worker.model_runner.model.modules():
+            if isinstance(module, TorchCompileWithNoGuardsWrapper):
+                module.cleanup()
 
 
 def scheduler(llm: LLM) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +85,12 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_ways_to_run_a_model(model: Path, options: dict[str, Any], usual: Usual) -> None:
     with engine(model, {"page_size": PAGE}, max_model_len=512, **options) as llm:
         assert answers(llm) == usual.answers
+        layer, *_ = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        kept = weakref.ref(layer)
+        del layer, _
+    del llm
+    gc.collect()
+    assert kept() is None, "many engines of one process would fill its memory"
 
 
 def test_priorities(model: Path) -> None:
