@@ -85,9 +85,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_ways_to_run_a_model(model: Path, options: dict[str, Any], usual: Usual) -> None:
     with engine(model, {"page_size": PAGE}, max_model_len=512, **options) as llm:
         assert answers(llm) == usual.answers
-        layer, *_ = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-        kept = weakref.ref(layer)
-        del layer, _
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        kept = weakref.ref(next(iter(layers)))
+        del layers
     del llm
     gc.collect()
     assert kept() is None, "many engines of one process would fill its memory"
