@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 import vllm_fox.hf  # noqa: F401  # transformers then knows the models
 from benchmarks.engines import add, engine, generate, greedy, run_to_the_end, run_until_decoding, step
 from tests.support.checkpoints import save_sparse_gpt2
-from tests.support.engines import assert_all_free
+from tests.support.engines import a_layer, assert_all_free, assert_gone
 from tests.support.gradients import real_tokens
 from tests.support.new_weights import Weights, all_others, changed, found, larger_norms, wanted
 
@@ -77,6 +77,9 @@ def test_weights_for_a_model_without_any(fox_tiny: Path, text: list[int]) -> Non
     with engine(fox_tiny, max_model_len=1024, max_num_batched_tokens=256, load_format="dummy") as llm:
         llm.apply_model(in_buckets(llm, fox_tiny))
         assert_serves(llm, fox_tiny, text)
+        layer = a_layer(llm)
+    del llm
+    assert_gone(layer)
 
 
 def test_dropping_follows_new_weights(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
-"""What tests ask of an engine in this process: random requests, nothing kept after them, and nothing compiled."""
+"""What tests ask of an engine in this process: random requests, nothing kept afterwards, and nothing compiled."""
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
+import weakref
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,3 +79,14 @@ def compiled_kernels() -> dict[str, int]:
             if isinstance(value, JITFunction) and value.device_caches:
                 found[f"{module}.{name}"] = sum(len(cache[0]) for cache in value.device_caches.values())
     return found
+
+
+def a_layer(llm: LLM) -> weakref.ref[Any]:
+    """One of a model's attention layers, for :func:`assert_gone`."""
+    return weakref.ref(next(iter(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values())))
+
+
+def assert_gone(layer: weakref.ref[Any]) -> None:
+    """An engine that has ended leaves no model, or many of them would fill the memory of one process."""
+    gc.collect()
+    assert layer() is None
