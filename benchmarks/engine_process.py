@@ -34,20 +34,28 @@ class EngineProcess:
 
     def measure(self, *job: Any) -> dict[str, Any]:
         """What the process answers to a job."""
-        self._pipe.send(job)
+        with self._ends_with_the_engine():
+            self._pipe.send(job)
         row: dict[str, Any] = self._answer()
         return row
 
     def close(self) -> None:
-        """End the process."""
-        if self._process.is_alive():
+        """End the process, which may have ended by itself."""
+        # An engine that ends closes its pipe a moment before it counts as ended.
+        with contextlib.suppress(ConnectionError):
             self._pipe.send(None)
         self._process.join()
 
     def _answer(self) -> Any:
-        try:
+        with self._ends_with_the_engine():
             return self._pipe.recv()
-        except EOFError:
+
+    @contextlib.contextmanager
+    def _ends_with_the_engine(self) -> Iterator[None]:
+        # Nobody writes any more, nobody reads any more, or nobody has read what was sent.
+        try:
+            yield
+        except (EOFError, ConnectionError):
             raise SystemExit(f"The engine of {self.name} has ended; what it said is above.") from None
 
 

@@ -16,6 +16,8 @@ def echo(name: str, pipe: Connection, greeting: str) -> None:
     if greeting == "dies":
         return
     pipe.send(None)
+    if greeting == "dies later":
+        return
     while (job := pipe.recv()) is not None:
         pipe.send({"said": [greeting, name, *job], "method": os.environ["VLLM_WORKER_MULTIPROC_METHOD"]})
 
@@ -46,4 +48,14 @@ def test_an_engine_that_does_not_start_ends_the_others() -> None:
         engine_processes(echo, [("good", "hello"), ("bad", "dies")]),
     ):
         pytest.fail("they are not all there")
+    assert set(multiprocessing.active_children()) <= others
+
+
+def test_an_engine_that_dies_between_jobs_ends_the_others() -> None:
+    others = set(multiprocessing.active_children())
+    with engine_processes(echo, [("good", "hello"), ("bad", "dies later")]) as (good, bad):
+        for _ in range(2):
+            with pytest.raises(SystemExit, match="The engine of bad has ended"):
+                bad.measure(1)
+        assert good.measure(2)["said"] == ["hello", "good", 2]
     assert set(multiprocessing.active_children()) <= others
