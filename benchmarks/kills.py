@@ -68,13 +68,14 @@ def kinds(server: Server) -> dict[str, psutil.Process]:
     """A process of each kind: by its name, and the server itself by ``vllm``."""
     found = {"vllm": psutil.Process(server.process.pid)}
     for process in processes_of(server):
-        words = command_of(process)
-        # API servers of several differ in nothing but their numbers.
-        own = re.sub(r"(?<=^APIServer)_\d+$", "", words.partition("::")[2].strip()) or process.name()
-        # Python's own helper of multiprocessing, which cleans up after the others.
-        name = "resource_tracker" if "resource_tracker" in words else own
-        if process.pid != server.process.pid:
-            found.setdefault(name, process)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = command_of(process)
+            # API servers of several differ in nothing but their numbers.
+            own = re.sub(r"(?<=^APIServer)_\d+$", "", words.partition("::")[2].strip()) or process.name()
+            # Python's own helper of multiprocessing, which cleans up after the others.
+            name = "resource_tracker" if "resource_tracker" in words else own
+            if process.pid != server.process.pid:
+                found.setdefault(name, process)
     return found
 
 
@@ -198,7 +199,6 @@ def conclude(args: argparse.Namespace, rows: dict[str, dict[str, Any]], wrong: l
 def main() -> None:
     import local_server
 
-    end_when_told()
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint")
     parser.add_argument("--tensor", type=positive_int, default=1, help="tensor-parallel ranks")
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--limit", type=positive_float, default=60.0, help="seconds in which all must be over")
     parser.add_argument("--json", type=Path, default=Path("results/kills.json"))
     args = parser.parse_args()
+    end_when_told()
     prepare("--json", args.json)
     folder = args.model.resolve()
     rows, wrong = dict[str, dict[str, Any]](), list[str]()

@@ -190,13 +190,13 @@ def failures(victim: str, row: dict[str, Any]) -> list[str]:
 def main() -> None:
     import local_server
 
-    end_when_told()
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint")
     parser.add_argument("--replicas", type=positive_int, default=1)
     parser.add_argument("--limit", type=positive_float, default=240.0, help="seconds in which all must be replaced")
     parser.add_argument("--json", type=Path, default=Path("results/kills_ray.json"))
     args = parser.parse_args()
+    end_when_told()
     prepare("--json", args.json)
     folder = args.model.resolve()
     rows, wrong = dict[str, dict[str, Any]](), list[str]()

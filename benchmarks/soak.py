@@ -98,11 +98,14 @@ class Watch:
     async def idle(self) -> dict[str, Any]:
         """The server's state when nothing is in use any more, or when that has taken too long."""
         limit = time.monotonic() + IDLE_S
-        state = await self.read()
-        while any([state[name] for name in IN_USE]) and time.monotonic() < limit:
+        while time.monotonic() < limit:
+            with contextlib.suppress(OSError):  # as above
+                state = await self.read()
+                if not any([state[name] for name in IN_USE]):
+                    return state
+            self._server.check()
             await asyncio.sleep(0.5)
-            state = await self.read()
-        return state
+        return await self.read()
 
 
 def memory(pid: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ found, and always stops the server.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -193,9 +194,13 @@ class Watcher(threading.Thread):
         if self.error:
             raise self.error
         deadline = time.monotonic() + 60  # a busy machine is no failure
-        while (sample := self.read()).live and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # as above
+                if not (sample := self.read()).live:
+                    return sample
+            self.server.check()
             time.sleep(0.1)
-        return sample
+        return self.read()
 
 
 # --- the requests -------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.metadata
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -75,14 +77,17 @@ class Server:
     log: Path
 
     def get(self, path: str, body: dict[str, Any] | None = None) -> bytes:
-        """The answer to a GET, or to a POST of ``body`` as JSON; raises OSError (URLError is one)."""
+        """The answer to a GET, or to a POST of ``body`` as JSON; raises OSError (URLError is one) without one."""
         request = urllib.request.Request(
             self.url + path,
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with _direct.open(request, timeout=30) as answer:
-            return answer.read()
+        try:
+            with _direct.open(request, timeout=30) as answer:
+                return answer.read()
+        except http.client.HTTPException as error:  # it ended in the middle of its answer
+            raise ConnectionError(f"{self.url}{path}: {error}") from error
 
     def check(self, patience: float = 0) -> None:
         """Raise ServerError, quoting the log, if the server has ended or does within ``patience`` seconds."""
@@ -103,9 +108,15 @@ class Server:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nothing listens on, and that no program is given that leaves the choice to the system.
+
+    So it stays free until the program is up for which it is meant.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)  # below are those of Ray, above the system's
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return port
 
 
 def server_command(model: Checkpoint, port: int, *options: str) -> list[str]:

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from local_server import free_port
 from safetensors.torch import load_file, save_file
 from vllm import envs
 
 import plugin_setup
 from tests.families.windowed.config import WindowedConfig
-from tests.support import ROOT, free_port, patience
+from tests.support import ROOT, patience
 from tests.support.checkpoints import make_checkpoint
 from tests.support.evicting import VARIANTS, make_evicting
 from vllm_fox.cli import checks

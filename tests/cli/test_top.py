@@ -6,10 +6,10 @@ two seconds apart, without the lines of vLLM's histograms' buckets, of creation 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
-import os
 import re
 import signal
 import subprocess
@@ -46,10 +46,15 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Server(HTTPServer):
-    """Answers GET /metrics with its texts in turn, and everything else with 404."""
+    """Answers GET /metrics with its texts in turn, and everything else with 404.
+
+    Attributes:
+        lost: bytes that it announces and does not send.
+    """
 
     texts: list[str]
     count: Iterator[int]
+    lost = 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,13 +62,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         assert isinstance(self.server, Server)
-        texts = self.server.texts
+        server = self.server
         if self.path != "/metrics":
             self.send_error(404)
             return
+        text = server.texts[next(server.count) % len(server.texts)].encode()
         self.send_response(200)
+        self.send_header("Content-Length", str(len(text) + server.lost))
         self.end_headers()
-        self.wfile.write(texts[next(self.server.count) % len(texts)].encode())
+        self.wfile.write(text)
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -193,6 +200,18 @@ def test_what_is_no_server_of_ours(run: Run, server: Server) -> None:
         assert part in done.err and address(server) in done.err
     done = run("top", "127.0.0.1:1", "--once")
     assert done.code == 1 and "No server answers at http://127.0.0.1:1/metrics" in done.err
+    server.lost = 5
+    done = run("top", address(server), "--once")
+    assert done.code == 1 and "5 more expected" in done.err and done.err.count("\n") == 1
+
+
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Send SIGINT until the process ends: Python ignores one that arrives while it frees an open file."""
+    limit = time.monotonic() + patience(20)
+    while process.poll() is None and time.monotonic() < limit:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience(1))
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
@@ -210,7 +229,7 @@ def test_ctrl_c_ends_it(server: Server, options: list[str]) -> None:
     )
     assert process.stdout is not None and process.stdout.readline()
     time.sleep(0.3)
-    os.kill(process.pid, signal.SIGINT)
+    interrupt(process)
     out, err = process.communicate(timeout=patience(20))
     assert process.returncode == 0 and not err
     if options:

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import openai
 import pytest
+from local_server import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.engines import processes_under
-from tests.support import free_port, patience
+from tests.support import patience
 
 START_S, END_S = 180, 60
 

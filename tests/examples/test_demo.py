@@ -86,6 +86,28 @@ def test_without_release_a_request_holds_all_it_was_ever_given_until_its_end(dem
     assert demo.dense_peak([], [], geometry) == 0
 
 
+class BusyServer:
+    """Answers every other time, and with less in use in each answer."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def get(self, path: str) -> bytes:
+        self.asked += 1
+        if self.asked % 2:
+            raise TimeoutError
+        return METRICS.replace("250.0", str(8 - self.asked)).encode()
+
+    def check(self) -> None:
+        pass
+
+
+def test_a_late_answer_is_waited_for(demo: ModuleType) -> None:
+    watcher = demo.Watcher(server := BusyServer())
+    watcher.start()
+    assert not watcher.finish().live and server.asked >= 8
+
+
 class CountingServer:
     """Counts a token for each character, and never ends."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -50,5 +52,25 @@ def is_running(pid: int) -> bool:
     """Whether a process exists and is not merely waiting for its parent to notice that it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before the file is opened, or after
         return False
+
+
+class Broken(BaseHTTPRequestHandler):
+    """Ends in the middle of its answers."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "9")
+        self.end_headers()
+        self.wfile.write(b"half")
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: standard error is the test's."""
+
+
+def test_half_an_answer_is_none() -> None:
+    with HTTPServer(("127.0.0.1", 0), Broken) as there, subprocess.Popen([sys.executable, "-c", ""]) as process:
+        threading.Thread(target=there.handle_request, daemon=True).start()
+        with pytest.raises(ConnectionError, match="/metrics: IncompleteRead"):
+            Server(process, f"http://127.0.0.1:{there.server_port}", Path("log")).get("/metrics")

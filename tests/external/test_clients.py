@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import httpx
 import openai
 import pytest
+from local_server import free_port
 
-from tests.support import free_port, patience
+from tests.support import patience
 from vllm_fox.cli.app import main
 
 from .serving import START_S, TEMPLATE, Program, metrics, running, serve_command, wait_until_idle

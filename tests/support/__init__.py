@@ -1,8 +1,5 @@
 """What several tests share: checkpoints, formulas, bounds, and how long to wait."""
 
-import contextlib
-import random
-import socket
 import time
 from pathlib import Path
 
@@ -13,18 +10,6 @@ COUNTED, COUNTED_S = 3_000_000, 0.2
 """Numbers that Python adds up, and the seconds that it takes a quiet machine of moderate speed."""
 ROOM = 5
 """How many times as slow a machine may become after its speed was measured."""
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on, and that no program is given that leaves the choice to the system.
-
-    So it stays free until the program is up for which it is meant.
-    """
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)  # below are those of Ray, above the system's
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("", port))
-            return port
 
 
 def patience(seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import time
 import urllib.error
 import urllib.parse
@@ -74,7 +75,7 @@ def fetch(url: str) -> Sample:
         raise CommandError(
             f"{url} answers {error.code} {error.reason}, so it is no vLLM server: give the address of one.", WRONG
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise CommandError(
             f"No server answers at {url} ({reason}): start one by `vllm serve MODEL`, or give its address.", WRONG
