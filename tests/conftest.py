@@ -24,6 +24,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # A server closes connections that are idle for so many seconds, by default 5. A client that then uses one gets an
 # error, and on a busy machine a test may be idle for longer than that.
 os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "600")
+# Seconds that Ray waits for its own first process, by default 20.
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "200")
 
 # No example is too slow: on a busy machine any may be.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -67,6 +67,7 @@ faults()
 print(by_itself, faults())
 """
     environment = os.environ | ({name: value} if name else {})
+    environment.pop("LD_PRELOAD", None)  # vLLM may have named another allocator, for processes of its own
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     by_itself, kept = map(int, run.stdout.split())

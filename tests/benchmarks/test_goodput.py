@@ -18,6 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from benchmarks import goodput, record
 from benchmarks.goodput import Lengths, Request, conversation, most, of_trace
+from tests.support import patience
 
 
 def test_lengths_are_those_of_conversations() -> None:
@@ -102,7 +103,8 @@ class Slow:
             yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[n])])
 
 
-def test_late_first_tokens_are_late() -> None:
+def test_late_first_tokens_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(goodput, "GIVE_UP_S", patience(100))
     requests = [Request(0.01 * n, Lengths(99 if n % 4 == 0 else 10, 5)) for n in range(8)]
     # However slow the machine is, 200 ms lie between a prompt that is late and one that is not.
     args = options_of()

@@ -6,12 +6,14 @@ import re
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, patience
 
 nbformat = pytest.importorskip("nbformat", reason="pip install nbclient ipykernel")
 nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
+jupyter_client = pytest.importorskip("jupyter_client", reason="pip install nbclient ipykernel")
 pytest.importorskip("ipykernel", reason="pip install nbclient ipykernel")
 
+LIMIT_S = 300
 NOTEBOOK = ROOT / "examples" / "what_does_it_forget.ipynb"
 
 
@@ -19,8 +21,11 @@ def test_it_shows_maps_and_what_a_tolerance_costs() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs for cell in cells), "store it without outputs"
-    options = {"timeout": 600, "startup_timeout": 600, "resources": {"metadata": {"path": str(ROOT)}}}
-    nbclient.NotebookClient(notebook, **options).execute()
+    limit = int(patience(LIMIT_S))
+    # Files instead of ports, which another program could be given before the kernel has started.
+    kernel = jupyter_client.AsyncKernelManager(kernel_name="python3", transport="ipc")
+    options = {"timeout": limit, "startup_timeout": limit, "resources": {"metadata": {"path": str(ROOT)}}}
+    nbclient.NotebookClient(notebook, km=kernel, **options).execute()
     shown = [output for cell in cells for output in cell.outputs]
     pages = [output.data["text/html"] for output in shown if "data" in output]
     assert len(pages) == 2 and all("<iframe srcdoc=" in page for page in pages)
