@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -40,14 +39,9 @@ def run_batch(model: Path, folder: Path, lines: dict[str, tuple[str, Any]], *opt
     command = [*VLLM, "run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", str(model)]
     command += ["--served-model-name", "tiny", "--max-model-len", str(LENGTH)]
     command += ["--dtype", "float32", "--enforce-eager", *options]
+    limit = patience(LIMIT_S)
     done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=patience(LIMIT_S),
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit
     )
     assert done.returncode == 0, done.stdout[-6000:]
     found = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
