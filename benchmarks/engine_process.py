@@ -52,7 +52,8 @@ class EngineProcess:
 
     @contextlib.contextmanager
     def _ends_with_the_engine(self) -> Iterator[None]:
-        # Nobody writes any more, nobody reads any more, or nobody has read what was sent.
+        # Which of the errors it is depends on when the engine ended: before a job was sent, before it was read, or
+        # before it was answered.
         try:
             yield
         except (EOFError, ConnectionError):

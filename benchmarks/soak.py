@@ -99,7 +99,7 @@ class Watch:
         """The server's state when nothing is in use any more, or when that has taken too long."""
         limit = time.monotonic() + IDLE_S
         while time.monotonic() < limit:
-            with contextlib.suppress(OSError):  # as above
+            with contextlib.suppress(OSError):  # a busy server may answer late
                 state = await self.read()
                 if not any([state[name] for name in IN_USE]):
                     return state

@@ -195,7 +195,7 @@ class Watcher(threading.Thread):
             raise self.error
         deadline = time.monotonic() + 60  # a busy machine is no failure
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):  # as above
+            with contextlib.suppress(OSError):  # nor is a late answer
                 if not (sample := self.read()).live:
                     return sample
             self.server.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import importlib.metadata
 import json
@@ -77,7 +78,11 @@ class Server:
     log: Path
 
     def get(self, path: str, body: dict[str, Any] | None = None) -> bytes:
-        """The answer to a GET, or to a POST of ``body`` as JSON; raises OSError (URLError is one) without one."""
+        """The answer to a GET, or to a POST of ``body`` as JSON.
+
+        Raises:
+            OSError: none has come, or not all of it.
+        """
         request = urllib.request.Request(
             self.url + path,
             data=None if body is None else json.dumps(body).encode(),
@@ -114,9 +119,14 @@ def free_port() -> int:
     """
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)  # below are those of Ray, above the system's
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("", port))
-            return port
+        with socket.socket() as free:
+            try:
+                free.bind(("", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 def server_command(model: Checkpoint, port: int, *options: str) -> list[str]:

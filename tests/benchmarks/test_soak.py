@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2
 import numpy as np
@@ -32,8 +35,8 @@ from benchmarks.soak_load import (
     difference,
     kind_of_error,
 )
-from benchmarks.soak_verdict import by_kind, errors_of, failures, growth
-from tests.support import patience
+from benchmarks.soak_verdict import IN_USE, by_kind, errors_of, failures, growth
+from tests.support import ROOT, patience
 
 CONTEXT = 2048
 IDLE = {"requests_running": 0, "requests_waiting": 0, "pages_live": 0, "kv_usage": 0.0, "pages_cached": 7}
@@ -258,6 +261,31 @@ def test_each_failure_ends_the_command_with_1(
     monkeypatch.setattr(soak, "run", lambda _: [])
     soak.main()
     assert capsys.readouterr().out.startswith("verdict:")
+
+
+class BusyServer:
+    """Answers every other time, first that it works and then that nothing is in use."""
+
+    url = "http://127.0.0.1:1"
+    process = SimpleNamespace(pid=os.getpid())
+    asked = 0
+
+    def get(self, path: str) -> bytes:
+        self.asked += 1
+        if self.asked % 2:
+            raise TimeoutError
+        text = (ROOT / "tests" / "cli" / "metrics" / "fox-tiny-1.txt").read_text()
+        return (text if self.asked == 2 else re.sub(r"(?m)^(vllm:[^ ]*) .*", r"\1 0.0", text)).encode()
+
+    def check(self) -> None:
+        """It has not ended."""
+
+
+def test_a_server_that_is_busy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "IDLE_S", patience(60))
+    watch = soak.Watch(cast(Any, server := BusyServer()), cast(Load, SimpleNamespace(now=0.0, tokens=0)))
+    state = asyncio.run(watch.idle())
+    assert server.asked == 4 and not any(state[name] for name in IN_USE)
 
 
 def test_a_load_that_is_stopped_sends_nothing_more() -> None:

@@ -87,7 +87,7 @@ def test_without_release_a_request_holds_all_it_was_ever_given_until_its_end(dem
 
 
 class BusyServer:
-    """Answers every other time, and with less in use in each answer."""
+    """Answers every other time, each time with less in use, until nothing is."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -96,7 +96,7 @@ class BusyServer:
         self.asked += 1
         if self.asked % 2:
             raise TimeoutError
-        return METRICS.replace("250.0", str(8 - self.asked)).encode()
+        return METRICS.replace("250.0", str(max(0, 8 - self.asked))).encode()
 
     def check(self) -> None:
         pass

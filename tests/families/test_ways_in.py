@@ -33,7 +33,7 @@ def run(title: str) -> dict[str, Any]:
     """Run the code of a part of the section."""
     (code,) = re.findall(r"```python\n(.*?)```", SECTION.split(f"\n### {title}\n")[1].split("\n### ")[0], re.DOTALL)
     names: dict[str, Any] = {}
-    torch.manual_seed(0)  # of what is drawn before the trainer sets its own
+    torch.manual_seed(0)  # for what is drawn before a trainer sets its own seed
     exec(compile(code, "docs/training.md", "exec"), names)
     return names
 
